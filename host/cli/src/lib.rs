@@ -1,0 +1,1 @@
+//! The iohost command.

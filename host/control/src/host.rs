@@ -1,0 +1,174 @@
+//! The conversation between the daemon and one driver host.
+//!
+//! One `SOCK_SEQPACKET` pair, made by the daemon and inherited by the driver host as the
+//! descriptor that `--control` names. Each packet is one message in JSON, with descriptors
+//! beside it where a message says so. The daemon speaks first, with `Start`.
+
+use serde::{Deserialize, Serialize};
+
+/// The longest message in bytes; a longer one is a protocol error.
+pub const LONGEST_MESSAGE: usize = 64 * 1024;
+
+/// The most descriptors beside one message.
+pub const MOST_DESCRIPTORS: usize = 64;
+
+/// From the daemon to a driver host.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ToHost {
+    /// Open the device, reset it, load the driver, start it. Answered by `Ready` or `Failed`.
+    Start(Start),
+    /// A client opened a session. Descriptors: the session's socket, then for each queue its
+    /// memory, its data-available eventfd and its data-serviced eventfd.
+    /// Answered by `SessionOpened` or `SessionClosed`.
+    OpenSession(OpenSession),
+    /// Forget a session, if it is still there.
+    CloseSession {
+        /// The session's number.
+        session: u64,
+    },
+    /// Report numbers. Answered by `Statistics`.
+    Query,
+    /// Stop the driver, reset the device, exit. Answered by `Stopped`.
+    Stop,
+}
+
+/// What a driver host is to run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Start {
+    /// The device.
+    pub device: DeviceLocation,
+    /// Kinds of interrupt the driver may use, where the configuration restricts them
+    /// (`intx`, `msi`, `msix`); empty means all that the device has.
+    pub interrupts: Vec<InterruptChoice>,
+    /// The plugin file; `None` opens and resets the device, runs no driver, and stops.
+    pub plugin: Option<String>,
+    /// 1 for the first driver host of this device, one more for each that follows.
+    pub incarnation: u64,
+}
+
+/// Where a device is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum DeviceLocation {
+    /// A PCI function of this machine, bound to vfio-pci.
+    Vfio {
+        /// `dddd:bb:dd.f`.
+        address: String,
+    },
+    /// A vfio-user server.
+    VfioUser {
+        /// Path of its socket.
+        socket: String,
+    },
+}
+
+/// A kind of interrupt, as the configuration spells it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InterruptChoice {
+    /// The legacy line.
+    IntX,
+    /// Message signalled.
+    Msi,
+    /// Message signalled, with a table.
+    MsiX,
+}
+
+/// A session for one client.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OpenSession {
+    /// Its number, never used again.
+    pub session: u64,
+    /// Its data queues, in the order in which the driver's interface declares them.
+    pub queues: Vec<QueueSize>,
+}
+
+/// One data queue of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueSize {
+    /// Bytes of the ring, without the header.
+    pub bytes: u32,
+}
+
+/// From a driver host to the daemon.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum FromHost {
+    /// The device was opened and reset and the driver's `start` returned.
+    Ready(Ready),
+    /// The driver host cannot run; it exits after this.
+    Failed(Failure),
+    /// The driver knows the session; calls on its socket are answered from now on.
+    SessionOpened {
+        /// The session's number.
+        session: u64,
+    },
+    /// The session is over: refused, closed by its client, or ended for what it did.
+    SessionClosed {
+        /// The session's number.
+        session: u64,
+        /// Why, in words; empty when the client just left.
+        reason: String,
+    },
+    /// The numbers asked for.
+    Statistics(Statistics),
+    /// The driver has stopped and the device is reset; the process exits after this.
+    Stopped,
+}
+
+/// What a driver host found and started.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ready {
+    /// The driver's name, from its plugin.
+    pub driver: String,
+    /// How the device is reached, as `DeviceBackend::kind` says.
+    pub backend: String,
+    /// What the reset before the start did: `done`, or why there was none.
+    pub reset: String,
+    /// The interface the driver serves, as `iohost_interface` describes it; empty for none.
+    pub interface: String,
+}
+
+/// Why something cannot be, for a person: what is wrong, and what to do next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[serde(deny_unknown_fields)]
+#[error("{message}\n  next: {next}")]
+pub struct Failure {
+    /// A stable word for programs, such as `plugin-abi`.
+    pub code: String,
+    /// One sentence with the values that matter.
+    pub message: String,
+    /// What to do about it.
+    pub next: String,
+}
+
+/// The numbers of a driver host.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Statistics {
+    /// Sessions open now.
+    pub sessions: u64,
+    /// One entry per dispatch queue.
+    pub queues: Vec<QueueStatistics>,
+}
+
+/// The numbers of one dispatch queue.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueStatistics {
+    /// The queue's name.
+    pub name: String,
+    /// Items waiting now.
+    pub depth: u64,
+    /// Items run since the start.
+    pub executed: u64,
+    /// Items dropped because the queue was cancelled.
+    pub dropped: u64,
+    /// The longest single handler, in nanoseconds.
+    pub longest_ns: u64,
+}

@@ -1,0 +1,1 @@
+//! Which I/O virtual addresses are in use.

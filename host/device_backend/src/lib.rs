@@ -1,0 +1,181 @@
+//! The seam between drivers and devices.
+//!
+//! [`DeviceBackend`] is all that the rest of iohost knows of a device. VFIO and vfio-user
+//! implement it here, the fake of the testkit implements it beside its tests; a driver cannot
+//! tell them apart, and neither can the driver host.
+
+#![forbid(unsafe_code)]
+
+mod iova;
+
+use std::fmt;
+use std::io;
+use std::ops::{Range, RangeInclusive};
+use std::os::fd::BorrowedFd;
+
+use iohost_interface::IOReturn;
+use iohost_memory::SharedMemory;
+use iohost_registers::MappedRegion;
+
+pub use iova::{IovaError, IovaSpace};
+
+/// One PCI function, however it is reached.
+///
+/// All methods can be called from any thread; those that talk to the device can block for as
+/// long as the device's transport does (microseconds for VFIO, a bounded wait for vfio-user).
+pub trait DeviceBackend: Send + Sync + fmt::Debug {
+    /// How the device is reached: `vfio`, `vfio-user`, `fake`.
+    fn kind(&self) -> &'static str;
+
+    /// Reads configuration space, 1, 2 or 4 bytes at their natural alignment.
+    fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Writes configuration space, 1, 2 or 4 bytes at their natural alignment.
+    fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError>;
+
+    /// Size and kind of a base address register, `None` where the device has no such BAR.
+    /// 0–5 are the BARs, 6 is the expansion ROM.
+    fn bar(&self, index: u8) -> Option<&BarInfo>;
+
+    /// Reads a BAR, 1, 2, 4 or 8 bytes at their natural alignment, as one access.
+    fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Writes a BAR, 1, 2, 4 or 8 bytes at their natural alignment, as one access.
+    fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError>;
+
+    /// Maps one of the ranges that [`BarInfo::mappable`] names.
+    fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError>;
+
+    /// How many vectors of this kind the device has; 0 where it has none.
+    fn interrupt_count(&self, kind: InterruptKind) -> u32;
+
+    /// Lets vector *n* signal `triggers[n]`, an eventfd. Replaces what was enabled before.
+    ///
+    /// An INTx line is masked by the host at each interrupt and stays so until
+    /// [`unmask_intx`](Self::unmask_intx).
+    fn enable_interrupts(
+        &self,
+        kind: InterruptKind,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError>;
+
+    /// Stops all interrupts of this kind. Nothing is signalled after it returns.
+    fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError>;
+
+    /// Lets the INTx line interrupt again.
+    fn unmask_intx(&self) -> Result<(), DeviceError>;
+
+    /// The I/O virtual addresses that may be mapped, in increasing order.
+    fn iova_ranges(&self) -> &[RangeInclusive<u64>];
+
+    /// Lets the device reach all of `memory` at `iova`, which is page-aligned.
+    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError>;
+
+    /// Takes back a mapping made by [`dma_map`](Self::dma_map), whole.
+    fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError>;
+
+    /// Brings the device back to its state at power-on. Interrupts have to be enabled anew.
+    fn reset(&self) -> Result<(), DeviceError>;
+}
+
+/// What a base address register covers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BarInfo {
+    /// Bytes.
+    pub size: u64,
+    /// The register's low bits, which name its type as `GetBARInfo` does: 0x00 memory 32 bit,
+    /// 0x01 I/O ports, 0x04 memory 64 bit, 0x08 prefetchable.
+    pub kind: u8,
+    /// The byte ranges that can be mapped; empty where every access has to be a call.
+    pub mappable: Vec<Range<u64>>,
+}
+
+/// The three ways in which a PCI function can interrupt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum InterruptKind {
+    /// A level-triggered line, shared, masked after each interrupt.
+    IntX,
+    /// Message signalled.
+    Msi,
+    /// Message signalled with a table of vectors.
+    MsiX,
+}
+
+impl fmt::Display for InterruptKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            InterruptKind::IntX => "INTx",
+            InterruptKind::Msi => "MSI",
+            InterruptKind::MsiX => "MSI-X",
+        })
+    }
+}
+
+/// Why a device operation failed, with the values that made it fail.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The device has no such BAR, or it cannot be used that way.
+    #[error("BAR {index} is not there")]
+    NoSuchBar {
+        /// The BAR asked for.
+        index: u8,
+    },
+    /// An access that does not fit into its region, or has no natural alignment.
+    #[error("{len} bytes at {offset:#x} of {region}, which has {size:#x} bytes")]
+    Range {
+        /// `configuration space` or `BAR n`.
+        region: String,
+        /// First byte of the access.
+        offset: u64,
+        /// Bytes of the access.
+        len: usize,
+        /// Bytes of the region.
+        size: u64,
+    },
+    /// A range that the device does not offer for mapping.
+    #[error("BAR {index} cannot be mapped at {start:#x}..{end:#x}")]
+    NotMappable {
+        /// The BAR asked for.
+        index: u8,
+        /// First byte.
+        start: u64,
+        /// One past the last byte.
+        end: u64,
+    },
+    /// More vectors than the device has, or none of the kind.
+    #[error("{asked} {kind} vectors of a device that has {available}")]
+    NoSuchInterrupt {
+        /// The kind asked for.
+        kind: InterruptKind,
+        /// Vectors asked for.
+        asked: u32,
+        /// Vectors the device has.
+        available: u32,
+    },
+    /// The kernel or the device server refused.
+    #[error("{operation}")]
+    Refused {
+        /// What was asked, with its values.
+        operation: String,
+        /// What came back.
+        source: io::Error,
+    },
+    /// The device, its server or its slot is gone.
+    #[error("the device is gone: {0}")]
+    Gone(String),
+}
+
+impl DeviceError {
+    /// The status a driver sees.
+    pub fn code(&self) -> IOReturn {
+        match self {
+            DeviceError::NoSuchBar { .. } => IOReturn::NOT_FOUND,
+            DeviceError::Range { .. } => IOReturn::OVERRUN,
+            DeviceError::NotMappable { .. } => IOReturn::UNSUPPORTED,
+            DeviceError::NoSuchInterrupt { .. } => IOReturn::NO_INTERRUPT,
+            DeviceError::Refused { .. } => IOReturn::IO_ERROR,
+            DeviceError::Gone(_) => IOReturn::OFFLINE,
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Emulated devices, in process or as vfio-user servers.

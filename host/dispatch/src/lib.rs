@@ -1,0 +1,1 @@
+//! The dispatch engine: serial queues and the sources that feed them.

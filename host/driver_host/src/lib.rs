@@ -1,0 +1,1 @@
+//! The process that runs one driver for one device.

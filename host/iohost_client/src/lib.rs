@@ -1,0 +1,1 @@
+//! The library for programs that use a driver.

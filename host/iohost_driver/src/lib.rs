@@ -1,0 +1,1 @@
+//! The SDK for people who write drivers.

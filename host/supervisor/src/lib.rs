@@ -1,0 +1,1 @@
+//! The daemon: configuration, matching, binding, supervision, the control interface.

@@ -1,0 +1,1 @@
+//! The C ABI between the driver host and a plugin.

@@ -1,0 +1,1 @@
+//! Kernel events: eventfd, epoll, timerfd, pidfd, clocks, and packets that carry descriptors.

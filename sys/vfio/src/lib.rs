@@ -1,0 +1,1 @@
+//! Real PCI devices through the kernel's VFIO.
