@@ -1,8 +1,9 @@
 //! The conversation between the daemon and one driver host.
 //!
-//! One `SOCK_SEQPACKET` pair, made by the daemon and inherited by the driver host as the
-//! descriptor that `--control` names. Each packet is one message in JSON, with descriptors
-//! beside it where a message says so. The daemon speaks first, with `Start`.
+//! One `SOCK_SEQPACKET` pair, made by the daemon; the driver host's end is its standard input,
+//! so that nothing but `std::process::Command` is needed to hand it over. Each packet is one
+//! message in JSON, with descriptors beside it where a message says so. The daemon speaks first,
+//! with `Start`. A driver host that sees its end close stops its driver and exits.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,1 +1,17 @@
 //! Kernel events: eventfd, epoll, timerfd, pidfd, clocks, and packets that carry descriptors.
+//!
+//! Thin, owned, safe. What waits takes a deadline or says that it blocks for ever.
+
+mod clock;
+mod packets;
+mod poller;
+mod process;
+mod signal;
+mod timer;
+
+pub use clock::Clock;
+pub use packets::{Packet, PacketError, Packets};
+pub use poller::{Poller, Ready};
+pub use process::ProcessHandle;
+pub use signal::Signal;
+pub use timer::Timer;

@@ -1,0 +1,192 @@
+//! Packets between processes, with descriptors beside them.
+
+#![expect(unsafe_code)]
+// UNSAFETY: descriptors arrive from the kernel as bare numbers.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::errno::Errno;
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, socketpair,
+};
+
+/// The most descriptors the kernel passes beside one packet (`SCM_MAX_FD`).
+const MOST_DESCRIPTORS: usize = 253;
+
+/// One end of a Unix `SOCK_SEQPACKET` connection: whole messages, in order, or the end.
+#[derive(Debug)]
+pub struct Packets {
+    fd: OwnedFd,
+}
+
+/// A packet that arrived.
+#[derive(Debug)]
+pub struct Packet {
+    /// Bytes of it in the caller's buffer.
+    pub len: usize,
+    /// Descriptors that came beside it.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// Why no packet went or came.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PacketError {
+    /// Nothing there now, or no room now; only on a non-blocking end.
+    #[error("would block")]
+    WouldBlock,
+    /// The peer closed its end.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// A packet longer than the receiver's buffer. It is lost, and with it the trust in its sender.
+    #[error("a packet of more than {room} bytes")]
+    TooLong {
+        /// The receiver's buffer.
+        room: usize,
+    },
+    /// More descriptors than the receiver expects. They were closed.
+    #[error("more than {most} descriptors beside a packet")]
+    TooManyDescriptors {
+        /// The most the receiver takes.
+        most: usize,
+    },
+    /// Anything else the kernel says.
+    #[error("packet socket")]
+    Socket(#[from] io::Error),
+}
+
+impl Packets {
+    /// Two connected ends. Both block until [`set_nonblocking`](Self::set_nonblocking).
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (a, b) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        Ok((Self { fd: a }, Self { fd: b }))
+    }
+
+    /// Makes calls on this end return [`PacketError::WouldBlock`] instead of waiting.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let flags = OFlag::from_bits_retain(fcntl(&self.fd, FcntlArg::F_GETFL)?);
+        fcntl(&self.fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+        Ok(())
+    }
+
+    /// Sends one packet, whole or not at all. An empty packet is refused: it would look like the
+    /// end of the connection.
+    pub fn send(&self, data: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), PacketError> {
+        if data.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "empty packet").into());
+        }
+        let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        let rights = [ControlMessage::ScmRights(&raw)];
+        let control = if raw.is_empty() { &[][..] } else { &rights[..] };
+        loop {
+            let sent = sendmsg::<()>(
+                self.fd.as_raw_fd(),
+                &[IoSlice::new(data)],
+                control,
+                MsgFlags::MSG_NOSIGNAL,
+                None,
+            );
+            return match sent {
+                Ok(_) => Ok(()),
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => Err(PacketError::WouldBlock),
+                Err(Errno::EPIPE | Errno::ECONNRESET) => Err(PacketError::Closed),
+                Err(err) => Err(PacketError::Socket(err.into())),
+            };
+        }
+    }
+
+    /// Receives one packet into `data`, with `most_fds` descriptors at the most.
+    pub fn receive(&self, data: &mut [u8], most_fds: usize) -> Result<Packet, PacketError> {
+        let room = data.len();
+        let mut control = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
+        let mut parts = [IoSliceMut::new(data)];
+        let received = loop {
+            match recvmsg::<()>(
+                self.fd.as_raw_fd(),
+                &mut parts,
+                Some(&mut control),
+                MsgFlags::MSG_CMSG_CLOEXEC,
+            ) {
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => return Err(PacketError::WouldBlock),
+                Err(Errno::ECONNRESET) => return Err(PacketError::Closed),
+                Err(err) => return Err(PacketError::Socket(err.into())),
+                Ok(received) => break received,
+            }
+        };
+        // First of all own what came, so that every way out closes it.
+        let mut fds = Vec::new();
+        for message in received.cmsgs().map_err(io::Error::from)? {
+            if let ControlMessageOwned::ScmRights(raw) = message {
+                fds.extend(raw.into_iter().map(|fd| {
+                    // SAFETY: the kernel just made this descriptor for us and told nobody else.
+                    unsafe { OwnedFd::from_raw_fd(fd) }
+                }));
+            }
+        }
+        if received.flags.contains(MsgFlags::MSG_CTRUNC) || fds.len() > most_fds {
+            return Err(PacketError::TooManyDescriptors { most: most_fds });
+        }
+        if received.flags.contains(MsgFlags::MSG_TRUNC) {
+            return Err(PacketError::TooLong { room });
+        }
+        if received.bytes == 0 {
+            return Err(PacketError::Closed);
+        }
+        Ok(Packet { len: received.bytes, fds })
+    }
+}
+
+impl AsFd for Packets {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl From<OwnedFd> for Packets {
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+}
+
+impl From<Packets> for OwnedFd {
+    fn from(packets: Packets) -> Self {
+        packets.fd
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_descriptor_travels_beside_its_packet() {
+        let (a, b) = Packets::pair().unwrap();
+        let signal = crate::Signal::new().unwrap();
+        a.send(b"x", &[signal.as_fd()]).unwrap();
+        let mut data = [0; 8];
+        let packet = b.receive(&mut data, 1).unwrap();
+        let theirs = crate::Signal::try_from(packet.fds.into_iter().next().unwrap()).unwrap();
+        theirs.raise();
+        assert_eq!((packet.len, signal.take()), (1, 1));
+    }
+
+    #[test]
+    fn what_is_too_much_is_refused_by_name() {
+        let (a, b) = Packets::pair().unwrap();
+        let mut data = [0; 4];
+        a.send(b"longer", &[]).unwrap();
+        assert!(matches!(b.receive(&mut data, 0), Err(PacketError::TooLong { room: 4 })));
+        a.send(b"x", &[a.as_fd()]).unwrap();
+        let err = b.receive(&mut data, 0).unwrap_err();
+        assert!(matches!(err, PacketError::TooManyDescriptors { most: 0 }));
+        assert!(a.send(b"", &[]).is_err());
+        drop(a);
+        assert!(matches!(b.receive(&mut data, 0), Err(PacketError::Closed)));
+    }
+}
