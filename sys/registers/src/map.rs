@@ -85,7 +85,7 @@ macro_rules! register_map {
 
         const _: () = $crate::expansion::check($size, &[
             $(
-                $crate::register_map! { @entry $offset $([$count; $stride])? : $type }
+                $crate::register_map! { @entry $offset $name $([$count; $stride])? : $type }
             ),*
         ]);
     };
@@ -108,16 +108,19 @@ macro_rules! register_map {
             $crate::expansion::register_array($offset, $count, $stride);
     };
 
-    (@entry $offset:literal : $type:ty) => {
-        $crate::register_map! { @entry $offset [1; 0] : $type }
+    (@entry $offset:literal $name:ident : $type:ty) => {
+        $crate::register_map! { @entry $offset $name [1; 0] : $type }
     };
 
-    (@entry $offset:literal [$count:expr; $stride:expr] : $type:ty) => {
+    (@entry $offset:literal $name:ident [$count:expr; $stride:expr] : $type:ty) => {
         $crate::expansion::Entry {
             offset: $offset,
             width: ::core::mem::size_of::<<$type as $crate::RegisterValue>::Bits>() as u64,
             count: $count,
             stride: $stride,
+            misaligned: concat!(stringify!($name), " is off its natural alignment"),
+            outside: concat!(stringify!($name), " lies outside its map"),
+            taken: concat!(stringify!($name), " has the offset of a register above it"),
         }
     };
 }
@@ -130,6 +133,10 @@ pub struct Entry {
     pub width: u64,
     pub count: u64,
     pub stride: u64,
+    /// What to say when something is wrong with it: a constant cannot put a text together.
+    pub misaligned: &'static str,
+    pub outside: &'static str,
+    pub taken: &'static str,
 }
 
 /// Refuses a map that no device can have. A panic here is an error of the compiler there.
@@ -138,31 +145,29 @@ pub const fn check(size: u64, entries: &[Entry]) {
     let mut i = 0;
     while i < entries.len() {
         let entry = &entries[i];
-        assert!(entry.count > 0, "an array of no registers");
-        assert!(entry.offset.is_multiple_of(entry.width), "a register off its natural alignment");
         assert!(
-            entry.stride.is_multiple_of(entry.width) && (entry.count == 1 || entry.stride > 0),
-            "an array whose stride is not a multiple of its registers' width"
+            entry.offset.is_multiple_of(entry.width) && entry.stride.is_multiple_of(entry.width),
+            "{}",
+            entry.misaligned
         );
-        let last = match (entry.count - 1).checked_mul(entry.stride) {
-            Some(distance) => entry.offset.checked_add(distance),
-            None => None,
-        };
-        let end = match last {
-            Some(last) => last.checked_add(entry.width),
-            None => None,
-        };
-        match end {
-            Some(end) => assert!(end <= size, "a register past the end of its map"),
-            None => panic!("a register past the end of its map"),
-        }
+        assert!(is_inside(entry, size), "{}", entry.outside);
         let mut j = 0;
         while j < i {
-            assert!(!share_an_offset(entry, &entries[j]), "two registers at one offset");
+            assert!(!share_an_offset(entry, &entries[j]), "{}", entry.taken);
             j += 1;
         }
         i += 1;
     }
+}
+
+/// Whether the entry names at least one register, and the last one ends inside the map.
+const fn is_inside(entry: &Entry, size: u64) -> bool {
+    let Some(steps) = entry.count.checked_sub(1) else { return false };
+    let Some(distance) = steps.checked_mul(entry.stride) else { return false };
+    let Some(last) = entry.offset.checked_add(distance) else { return false };
+    let Some(end) = last.checked_add(entry.width) else { return false };
+    // An array that does not advance names one register several times.
+    end <= size && (steps == 0 || entry.stride > 0)
 }
 
 /// Whether some register of one entry starts where some register of the other does.
@@ -187,10 +192,10 @@ const fn share_an_offset(a: &Entry, b: &Entry) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Entry, share_an_offset};
+    use super::{Entry, is_inside, share_an_offset};
 
     fn entry(offset: u64, count: u64, stride: u64) -> Entry {
-        Entry { offset, width: 4, count, stride }
+        Entry { offset, width: 4, count, stride, misaligned: "", outside: "", taken: "" }
     }
 
     #[test]
@@ -203,5 +208,14 @@ mod tests {
         let (array, register) = (entry(0x10, 8, 4), entry(0x1c, 1, 0));
         assert!(share_an_offset(&array, &register));
         assert!(share_an_offset(&register, &array));
+    }
+
+    #[test]
+    fn an_entry_is_inside_only_with_all_of_its_last_register() {
+        assert!(is_inside(&entry(0x1000, 4, 8), 0x101c));
+        assert!(!is_inside(&entry(0x1000, 4, 8), 0x101b));
+        assert!(!is_inside(&entry(0x1000, 0, 8), 0x2000));
+        assert!(!is_inside(&entry(0x1000, 2, 0), 0x2000));
+        assert!(!is_inside(&entry(8, u64::MAX, 8), u64::MAX));
     }
 }

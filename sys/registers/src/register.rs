@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 /// the map, is naturally aligned and shares its offset with no other register.
 pub struct Register<M, T, A> {
     offset: u64,
-    kind: PhantomData<fn() -> (M, T, A)>,
+    kind: PhantomData<(M, T, A)>,
 }
 
 /// Registers of one kind at equal distances, as [`register_map!`](crate::register_map) declares
@@ -18,7 +18,7 @@ pub struct RegisterArray<M, T, A> {
     offset: u64,
     count: u64,
     stride: u64,
-    kind: PhantomData<fn() -> (M, T, A)>,
+    kind: PhantomData<(M, T, A)>,
 }
 
 /// The marker type of a register map.
