@@ -2,7 +2,7 @@
 
 # Ends the test with a reason.
 fail() {
-    echo "FAILED: $*"
+    echo "FAILED: $*" >&2 # not into the answer of a function that is being asked
     exit 1
 }
 
