@@ -1,1 +1,38 @@
 //! The dispatch engine: serial queues and the sources that feed them.
+//!
+//! An [`Engine`] is a few worker threads that wait on one epoll set. A [`Queue`] is a list of
+//! work that is run by at most one thread at a time; a source turns events of the kernel into
+//! work on its queue: [`DescriptorSource`] a descriptor that became readable, [`InterruptSource`]
+//! a counted event with a time, [`TimerSource`] a deadline. Queues and sources are values, not
+//! threads: ten thousand idle ones cost memory and nothing else.
+//!
+//! The rules are those of DriverKit's IODispatchQueue and IODispatchSource; the SDK gives them
+//! their names. This crate knows nothing of devices, plugins or sessions.
+//!
+//! # Who runs what
+//!
+//! Every worker waits in `epoll_wait` on the same set, edge-triggered, so the kernel wakes one
+//! worker per event and that worker runs the handler itself: an interrupt reaches its handler in
+//! two system calls, the wait and the read of the count. Work that comes from a thread rather
+//! than from the kernel is put on its queue and, when a worker sleeps, announced through an
+//! eventfd of the same set.
+
+#![forbid(unsafe_code)]
+
+mod deadlines;
+mod engine;
+mod handler;
+mod interrupt;
+mod queue;
+mod source;
+mod timer;
+
+pub use engine::{Engine, EngineClock};
+pub use interrupt::{InterruptEvent, InterruptLine, InterruptSource};
+pub use iohost_event::{Clock, Signal};
+pub use queue::{Block, Queue, QueueNumbers};
+pub use source::DescriptorSource;
+pub use timer::TimerSource;
+
+/// Why the engine's locks are never poisoned.
+const NO_PANIC: &str = "no foreign code runs under an engine lock";

@@ -1,1 +1,433 @@
 //! The C ABI between the driver host and a plugin.
+//!
+//! A plugin is a shared object that exports one data symbol, [`SYMBOL`], a [`DriverDescriptor`].
+//! Its first part is plain bytes: the host reads it from the file before it loads anything.
+//! Its second part is the functions the host calls. The host in turn hands the plugin one
+//! [`HostTable`] and, through it, named and versioned tables of functions.
+//!
+//! Rules that hold for every function here:
+//!
+//! - No panic and no exception crosses the boundary, in either direction.
+//! - Strings and slices are a pointer and a length, borrowed for the call.
+//! - An object is an opaque pointer. Who gets one owns one reference and gives it back with the
+//!   `release` function of its table, once.
+//! - A status is an `IOReturn` as `i32`; 0 is success. Out-parameters are written on success only.
+//! - A [`Work`] or [`Handler`] given to the host is owned by the host, whatever the status:
+//!   `drop` is called exactly once, after the last `call`.
+//! - Functions of the host can be called from any thread. Functions of the driver are called on
+//!   the driver's default queue, except `describe` and `release`.
+//!
+//! Versions: [`ABI_VERSION`] changes when something is taken away or changes its meaning. New
+//! functions are appended to a table, whose `size` then says whether they are there; new tables
+//! get new names.
+
+#![forbid(unsafe_code)]
+
+use std::ffi::{c_char, c_void};
+
+/// The exported symbol.
+pub const SYMBOL: &str = "iohost_driver";
+
+/// The first eight bytes of a descriptor.
+pub const MAGIC: [u8; 8] = *b"IOHOSTDR";
+
+/// What host and plugin must agree on.
+pub const ABI_VERSION: u32 = 1;
+
+/// What a plugin exports.
+#[repr(C)]
+#[derive(Debug)]
+pub struct DriverDescriptor {
+    /// The part that is read from the file.
+    pub header: DescriptorHeader,
+    /// The part that is used once the plugin is loaded.
+    pub entry: DriverEntry,
+}
+
+/// Plain bytes, without a pointer among them: readable without running anything.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DescriptorHeader {
+    /// [`MAGIC`].
+    pub magic: [u8; 8],
+    /// [`ABI_VERSION`] of the SDK the plugin was built with.
+    pub abi_version: u32,
+    /// Bytes of the whole [`DriverDescriptor`].
+    pub size: u32,
+    /// The driver's name, UTF-8, padded with zeros.
+    pub name: [u8; NAME_BYTES],
+    /// What built it, for people: SDK and compiler versions, padded with zeros.
+    pub built_with: [u8; NAME_BYTES],
+    /// Entries of `personalities` that are used.
+    pub personality_count: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// The devices the driver is for; one match is enough.
+    pub personalities: [Personality; MOST_PERSONALITIES],
+}
+
+/// Bytes of a name in the header.
+pub const NAME_BYTES: usize = 64;
+
+/// The most personalities of one driver.
+pub const MOST_PERSONALITIES: usize = 16;
+
+/// Devices a driver is for: each dword of configuration space, under its mask, has to be equal.
+/// All zeros matches nothing.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Personality {
+    /// The dword at 0x00: device id in the upper half, vendor id in the lower.
+    pub primary: u32,
+    /// Bits of `primary` that count.
+    pub primary_mask: u32,
+    /// The dword at 0x2C: subsystem ids.
+    pub subsystem: u32,
+    /// Bits of `subsystem` that count.
+    pub subsystem_mask: u32,
+    /// The dword at 0x08: class code in the upper 24 bits, revision in the lower 8.
+    pub class: u32,
+    /// Bits of `class` that count.
+    pub class_mask: u32,
+}
+
+/// What the host calls. `instance` is what `start` wrote.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DriverEntry {
+    /// Starts the driver on a device. `device` and `queue` are borrowed for the call; `queue` is
+    /// the default queue, which runs this call.
+    pub start: unsafe extern "C" fn(
+        host: *const HostTable,
+        device: *mut HostDevice,
+        queue: *mut HostQueue,
+        instance: *mut *mut c_void,
+    ) -> i32,
+    /// Stops the driver: it quiets its device and cancels its sources.
+    pub stop: unsafe extern "C" fn(instance: *mut c_void),
+    /// Frees the instance; nothing else is called with it afterwards. Any thread.
+    pub release: unsafe extern "C" fn(instance: *mut c_void),
+    /// Gives the interface's description to `sink`, once, or not at all when there is none.
+    /// Any thread, also before `start`.
+    pub describe: unsafe extern "C" fn(
+        sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+        context: *mut c_void,
+    ),
+    /// A client called a method. `reply` is the driver's from here on.
+    pub call: unsafe extern "C" fn(
+        instance: *mut c_void,
+        session: u64,
+        selector: u64,
+        arguments: *const CallArguments,
+        reply: *mut HostReply,
+    ),
+    /// A client opened a session. The descriptors in `session` are the driver's from here on,
+    /// whatever it answers. An error refuses the session.
+    pub session_opened:
+        unsafe extern "C" fn(instance: *mut c_void, session: *const SessionInfo) -> i32,
+    /// A session that the driver accepted is over.
+    pub session_closed: unsafe extern "C" fn(instance: *mut c_void, session: u64),
+}
+
+/// The arguments or results of a call.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct CallArguments {
+    /// The integers.
+    pub scalars: *const u64,
+    /// How many; at most 16.
+    pub scalar_count: usize,
+    /// The bytes.
+    pub structure: *const u8,
+    /// How many; at most 4096.
+    pub structure_len: usize,
+}
+
+/// A client's session.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SessionInfo {
+    /// Its number.
+    pub session: u64,
+    /// Its data queues, by place.
+    pub queues: *const SessionQueue,
+    /// How many.
+    pub queue_count: usize,
+}
+
+/// A data queue of a session. The descriptors are given away with it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct SessionQueue {
+    /// Bytes of the ring; the memory has 128 more.
+    pub bytes: u32,
+    /// The sealed memory file.
+    pub memory: i32,
+    /// The eventfd that says "data available".
+    pub available: i32,
+    /// The eventfd that says "data serviced".
+    pub serviced: i32,
+}
+
+macro_rules! opaque {
+    ($($(#[$doc:meta])* $name:ident;)*) => {$(
+        $(#[$doc])*
+        #[repr(C)]
+        #[derive(Debug)]
+        pub struct $name {
+            _opaque: [u8; 0],
+            _not_send: std::marker::PhantomData<*mut ()>,
+        }
+    )*};
+}
+
+opaque! {
+    /// A device of the host.
+    HostDevice;
+    /// A dispatch queue of the host.
+    HostQueue;
+    /// An interrupt source.
+    HostInterrupt;
+    /// A timer source.
+    HostTimer;
+    /// A source for a descriptor that the plugin owns.
+    HostDescriptor;
+    /// Memory that a device can be given.
+    HostMemory;
+    /// An answer that is owed.
+    HostReply;
+}
+
+/// Code of the plugin that runs at most once. `call` consumes `context` as `drop` would.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Work {
+    /// Runs it and frees the context. A null pointer: there is no work.
+    pub call: Option<unsafe extern "C" fn(context: *mut c_void)>,
+    /// Frees the context without running.
+    pub drop: Option<unsafe extern "C" fn(context: *mut c_void)>,
+    /// The plugin's.
+    pub context: *mut c_void,
+}
+
+/// Code of the plugin that runs for each event, never twice at a time.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Handler {
+    /// Runs it. What the two numbers are, the function that takes the handler says.
+    pub call: unsafe extern "C" fn(context: *mut c_void, first: u64, second: u64),
+    /// Frees the context.
+    pub drop: unsafe extern "C" fn(context: *mut c_void),
+    /// The plugin's.
+    pub context: *mut c_void,
+}
+
+/// What the host gives a plugin first.
+#[repr(C)]
+#[derive(Debug)]
+pub struct HostTable {
+    /// [`ABI_VERSION`] of the host.
+    pub abi_version: u32,
+    /// Bytes of this table.
+    pub size: u32,
+    /// A table by its name, a C string; null when the host has none of that name.
+    pub extension: unsafe extern "C" fn(name: *const c_char) -> *const c_void,
+    /// Takes a log line. `level` is 1 error to 5 trace. `None`: the plugin is linked into the
+    /// host and shares its logger.
+    pub log: Option<unsafe extern "C" fn(level: u32, text: *const u8, len: usize)>,
+    /// A panic was caught inside the plugin: the driver has failed.
+    pub failed: unsafe extern "C" fn(queue: *mut HostQueue, text: *const u8, len: usize),
+}
+
+/// Queues and sources: the table `iohost.dispatch.1`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct DispatchTable {
+    /// Bytes of this table.
+    pub size: u32,
+    /// Makes a queue on the engine that runs `sibling`.
+    pub queue_create: unsafe extern "C" fn(
+        sibling: *mut HostQueue,
+        name: *const u8,
+        name_len: usize,
+        queue: *mut *mut HostQueue,
+    ) -> i32,
+    /// One reference more.
+    pub queue_retain: unsafe extern "C" fn(queue: *mut HostQueue),
+    /// One reference less.
+    pub queue_release: unsafe extern "C" fn(queue: *mut HostQueue),
+    /// 1 when the calling thread runs the queue, else 0.
+    pub queue_on_queue: unsafe extern "C" fn(queue: *mut HostQueue) -> i32,
+    /// Appends work.
+    pub queue_async: unsafe extern "C" fn(queue: *mut HostQueue, work: Work),
+    /// Runs `call(context)` in its turn, on the calling thread, before it returns.
+    pub queue_sync: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        call: unsafe extern "C" fn(context: *mut c_void),
+        context: *mut c_void,
+    ) -> i32,
+    /// Stops the queue; `done` runs last.
+    pub queue_cancel: unsafe extern "C" fn(queue: *mut HostQueue, done: Work),
+    /// Makes an interrupt source; its handler gets the count and the time. `index` is the vector
+    /// in the low 16 bits and flags above. Takes the handler, also on failure.
+    pub interrupt_create: unsafe extern "C" fn(
+        device: *mut HostDevice,
+        index: u32,
+        queue: *mut HostQueue,
+        handler: Handler,
+        source: *mut *mut HostInterrupt,
+    ) -> i32,
+    /// Replaces the handler.
+    pub interrupt_set_handler:
+        unsafe extern "C" fn(source: *mut HostInterrupt, handler: Handler) -> i32,
+    /// Enables (1) or disables (0).
+    pub interrupt_set_enable:
+        unsafe extern "C" fn(source: *mut HostInterrupt, enable: i32, done: Work) -> i32,
+    /// Ends the source.
+    pub interrupt_cancel: unsafe extern "C" fn(source: *mut HostInterrupt, done: Work),
+    /// The undelivered count and the latest time.
+    pub interrupt_last:
+        unsafe extern "C" fn(source: *mut HostInterrupt, count: *mut u64, time: *mut u64),
+    /// Gives the reference back, which ends the source.
+    pub interrupt_release: unsafe extern "C" fn(source: *mut HostInterrupt),
+    /// Makes a timer; its handler gets the time at which it fired, and 0.
+    pub timer_create: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        handler: Handler,
+        timer: *mut *mut HostTimer,
+    ) -> i32,
+    /// Replaces the handler.
+    pub timer_set_handler: unsafe extern "C" fn(timer: *mut HostTimer, handler: Handler) -> i32,
+    /// Arms the timer. `clock` is one of `IOTimerClock`'s numbers.
+    pub timer_wake_at:
+        unsafe extern "C" fn(timer: *mut HostTimer, clock: u64, deadline: u64, leeway: u64) -> i32,
+    /// Enables (1) or disables (0).
+    pub timer_set_enable:
+        unsafe extern "C" fn(timer: *mut HostTimer, enable: i32, done: Work) -> i32,
+    /// Ends the timer.
+    pub timer_cancel: unsafe extern "C" fn(timer: *mut HostTimer, done: Work),
+    /// Gives the reference back, which ends the timer.
+    pub timer_release: unsafe extern "C" fn(timer: *mut HostTimer),
+    /// The time on a clock as the queue's timers see it.
+    pub clock_now: unsafe extern "C" fn(queue: *mut HostQueue, clock: u64, time: *mut u64) -> i32,
+    /// Watches a descriptor, which is duplicated; the handler gets two zeros, on the queue, at
+    /// least once after each event.
+    pub descriptor_create: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        fd: i32,
+        handler: Handler,
+        source: *mut *mut HostDescriptor,
+    ) -> i32,
+    /// Has the handler called once more, event or not.
+    pub descriptor_nudge: unsafe extern "C" fn(source: *mut HostDescriptor),
+    /// Gives the reference back, which ends the source.
+    pub descriptor_release: unsafe extern "C" fn(source: *mut HostDescriptor),
+}
+
+/// The name of [`DispatchTable`].
+pub const DISPATCH: &std::ffi::CStr = c"iohost.dispatch.1";
+
+/// PCI devices and DMA: the table `iohost.device.1`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct DeviceTable {
+    /// Bytes of this table.
+    pub size: u32,
+    /// One reference more.
+    pub retain: unsafe extern "C" fn(device: *mut HostDevice),
+    /// One reference less.
+    pub release: unsafe extern "C" fn(device: *mut HostDevice),
+    /// Reads 1, 2 or 4 bytes of configuration space.
+    pub config_read: unsafe extern "C" fn(
+        device: *mut HostDevice,
+        offset: u64,
+        width: u32,
+        value: *mut u64,
+    ) -> i32,
+    /// Writes 1, 2 or 4 bytes of configuration space.
+    pub config_write:
+        unsafe extern "C" fn(device: *mut HostDevice, offset: u64, width: u32, value: u64) -> i32,
+    /// Size and kind of a BAR.
+    pub bar_info:
+        unsafe extern "C" fn(device: *mut HostDevice, bar: u32, info: *mut DeviceBar) -> i32,
+    /// Maps the first `len` bytes of a BAR, until the device's last reference goes.
+    /// `UNSUPPORTED` when they can only be reached by calls.
+    pub bar_map: unsafe extern "C" fn(
+        device: *mut HostDevice,
+        bar: u32,
+        len: u64,
+        address: *mut *mut u8,
+    ) -> i32,
+    /// Reads 1, 2, 4 or 8 bytes of a BAR as one access.
+    pub bar_read: unsafe extern "C" fn(
+        device: *mut HostDevice,
+        bar: u32,
+        offset: u64,
+        width: u32,
+        value: *mut u64,
+    ) -> i32,
+    /// Writes 1, 2, 4 or 8 bytes of a BAR as one access.
+    pub bar_write: unsafe extern "C" fn(
+        device: *mut HostDevice,
+        bar: u32,
+        offset: u64,
+        width: u32,
+        value: u64,
+    ) -> i32,
+    /// Chooses the kind of interrupt: 1 level, 0x10000 MSI, 0x20000 MSI-X.
+    pub configure_interrupts: unsafe extern "C" fn(
+        device: *mut HostDevice,
+        kind: u32,
+        required: u32,
+        requested: u32,
+    ) -> i32,
+    /// The kind of one interrupt: bit 0 level, 0x10000 MSI, 0x30000 MSI-X.
+    pub interrupt_type:
+        unsafe extern "C" fn(device: *mut HostDevice, index: u32, kind: *mut u64) -> i32,
+    /// Resets the device.
+    pub reset: unsafe extern "C" fn(device: *mut HostDevice) -> i32,
+    /// Makes zeroed memory that a device can be given. `fd` is the memory file, which the plugin
+    /// then owns and maps.
+    pub memory_create:
+        unsafe extern "C" fn(len: u64, memory: *mut *mut HostMemory, fd: *mut i32) -> i32,
+    /// Gives the reference back. Memory that is still prepared stays until it is completed.
+    pub memory_release: unsafe extern "C" fn(memory: *mut HostMemory),
+    /// Lets the device reach the memory, at an address below `2^address_bits` (0: any).
+    pub dma_prepare: unsafe extern "C" fn(
+        device: *mut HostDevice,
+        memory: *mut HostMemory,
+        address_bits: u32,
+        address: *mut u64,
+    ) -> i32,
+    /// Takes the memory back from the device.
+    pub dma_complete: unsafe extern "C" fn(device: *mut HostDevice, address: u64) -> i32,
+}
+
+/// The name of [`DeviceTable`].
+pub const DEVICE: &std::ffi::CStr = c"iohost.device.1";
+
+/// A BAR, as `bar_info` reports it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DeviceBar {
+    /// Bytes.
+    pub size: u64,
+    /// The type bits of the register.
+    pub kind: u32,
+    /// Zero.
+    pub reserved: u32,
+}
+
+/// Clients: the table `iohost.session.1`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct SessionTable {
+    /// Bytes of this table.
+    pub size: u32,
+    /// Answers a call, and consumes the reply.
+    pub reply:
+        unsafe extern "C" fn(reply: *mut HostReply, status: i32, results: *const CallArguments),
+}
+
+/// The name of [`SessionTable`].
+pub const SESSION: &std::ffi::CStr = c"iohost.session.1";

@@ -4,25 +4,48 @@
 // UNSAFETY: the bytes belong to whoever has the descriptor, so they are reached through raw
 // pointers only.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, c_void};
 use std::io;
+use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::{Ordering, compiler_fence};
 
-use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use nix::unistd::{SysconfVar, sysconf};
 
 /// The seals without which a peer could pull pages away from under a mapping.
-const SEALS: SealFlag = SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
+const SEALS: SealFlag =
+    SealFlag::F_SEAL_SHRINK.union(SealFlag::F_SEAL_GROW).union(SealFlag::F_SEAL_SEAL);
 
 /// A memory file that can neither grow nor shrink, mapped read/write for as long as this lives.
 ///
 /// Invariant: `map` covers `len` bytes of a file whose size is sealed, so every access in
-/// bounds is an access to mapped memory, whatever a peer does.
+/// bounds is an access to mapped memory, whatever a peer does. An inaccessible page stands behind
+/// the last page of the mapping: a mistake of ours that runs past the end stops there instead of
+/// reaching someone else's bytes.
+///
+/// # Copies that race with the peer
+///
+/// Rust's memory model speaks of the threads of one program. The bytes here can be written by
+/// another program at any moment, like the registers of a device, and so they are treated alike:
+///
+/// 1. They lie outside every Rust object, and no reference to them exists. (The atomics that
+///    `ring` makes for single words are the exception that the language provides.)
+/// 2. They are copied through raw pointers, to and from private memory, as bytes. Every pattern is
+///    a valid `u8`, so the worst that a racing writer achieves is a torn copy, which is its own data.
+/// 3. A compiler fence stands behind each copy out. A private copy is therefore what later code
+///    looks at; the compiler cannot forward a look at the copy to a second look at the original.
+/// 4. What is decided upon (an index, a size) is never fetched this way but by one atomic load.
+///
+/// Two ends inside one process that keep the rules of the ring do not race at all: the indices
+/// order their copies.
 #[derive(Debug)]
 pub struct SharedMemory {
     fd: OwnedFd,
-    map: MmapRaw,
+    map: Mapping,
 }
 
 /// Why a descriptor from a peer is not usable as shared memory.
@@ -59,7 +82,7 @@ impl SharedMemory {
         let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
         nix::unistd::ftruncate(&fd, len.try_into().map_err(io::Error::other)?)?;
         fcntl(&fd, FcntlArg::F_ADD_SEALS(SEALS))?;
-        let map = MmapOptions::new().len(len).map_raw(&fd)?;
+        let map = Mapping::new(fd.as_fd(), len)?;
         Ok(Self { fd, map })
     }
 
@@ -74,45 +97,50 @@ impl SharedMemory {
         if len == 0 || size as u64 != len as u64 {
             return Err(AttachError::WrongLength { expected: len, actual: size as usize });
         }
-        let map = MmapOptions::new().len(len).map_raw(&fd)?;
+        let map = Mapping::new(fd.as_fd(), len)?;
         Ok(Self { fd, map })
     }
 
     /// Bytes in the file; never zero.
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
     pub fn len(&self) -> usize {
-        self.map.len()
+        self.map.len
     }
 
     /// Where the mapping starts in this process, for a kernel that is to pin it or for code in
     /// this crate. Page-aligned.
     pub fn address(&self) -> *mut u8 {
-        self.map.as_mut_ptr()
+        self.map.base.as_ptr()
     }
 
     /// Copies bytes out. A peer that writes meanwhile can tear what is read; nothing else.
     ///
     /// Panics when the range is not inside the memory: offsets are ours, never a peer's.
+    #[inline]
     pub fn read_at(&self, offset: usize, data: &mut [u8]) {
         self.check(offset, data.len());
         // SAFETY: `check` showed that `offset` is inside the mapping.
-        let source = unsafe { self.map.as_ptr().add(offset) };
+        let source = unsafe { self.map.base.add(offset) };
         // SAFETY:
         // 1. `check` showed that `data.len()` bytes from `source` are mapped, and the seals keep
         //    them so.
         // 2. `data` is private to us and cannot overlap a mapping that is never lent.
-        unsafe { std::ptr::copy_nonoverlapping(source, data.as_mut_ptr(), data.len()) }
+        // 3. A writer on the other side: see "Copies that race with the peer".
+        unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), data.as_mut_ptr(), data.len()) }
+        compiler_fence(Ordering::SeqCst);
     }
 
     /// Copies bytes in. Panics when the range is not inside the memory.
+    #[inline]
     pub fn write_at(&self, offset: usize, data: &[u8]) {
         self.check(offset, data.len());
         // SAFETY: `check` showed that `offset` is inside the mapping.
-        let target = unsafe { self.map.as_mut_ptr().add(offset) };
+        let target = unsafe { self.map.base.add(offset) };
         // SAFETY: as in `read_at`, with the roles exchanged.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target, data.len()) }
+        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target.as_ptr(), data.len()) }
     }
 
+    #[inline]
     fn check(&self, offset: usize, len: usize) {
         assert!(
             offset.checked_add(len).is_some_and(|end| end <= self.len()),
@@ -133,6 +161,58 @@ impl AsRawFd for SharedMemory {
         self.fd.as_raw_fd()
     }
 }
+
+/// The whole pages of a file in our address space, and a page behind them that nobody may touch.
+#[derive(Debug)]
+struct Mapping {
+    base: NonNull<u8>,
+    /// Bytes of the file.
+    len: usize,
+    /// Bytes of address space that are ours from `base`: whole pages, the guard included.
+    reserved: NonZeroUsize,
+}
+
+impl Mapping {
+    fn new(fd: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+        let too_long = || io::Error::from(nix::Error::ENOMEM);
+        let page = sysconf(SysconfVar::PAGE_SIZE)?.expect("Linux has a page size") as usize;
+        let pages = len.checked_next_multiple_of(page).and_then(NonZeroUsize::new);
+        let pages = pages.ok_or_else(too_long)?;
+        let reserved = pages.checked_add(page).ok_or_else(too_long)?;
+
+        let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
+        // SAFETY: without an address the kernel picks unused space, so nothing is replaced.
+        let start = unsafe { mmap_anonymous(None, reserved, ProtFlags::PROT_NONE, flags) }?;
+        // From here on the address space is released on every way out.
+        let mapping = Self { base: start.cast(), len, reserved };
+
+        let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
+        let at = NonZeroUsize::new(start.as_ptr().addr());
+        // SAFETY:
+        // 1. MAP_FIXED replaces `pages` bytes from `start`, the first part of what was reserved
+        //    above for this alone; nothing has been put there since.
+        // 2. The kernel keeps its own reference to the file behind `fd`.
+        unsafe { mmap(at, pages, rights, flags, fd, 0) }?;
+        Ok(mapping)
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        let start: NonNull<c_void> = self.base.cast();
+        // SAFETY: the range was reserved by `new` and is ours alone; whoever copies through it
+        // borrows or shares ownership of the `SharedMemory`, so nobody is left.
+        let unmapped = unsafe { munmap(start, self.reserved.get()) };
+        debug_assert!(unmapped.is_ok(), "unmapping whole pages of ours: {unmapped:?}");
+    }
+}
+
+// SAFETY: a mapping belongs to the process, not to a thread.
+unsafe impl Send for Mapping {}
+// SAFETY: through `&Mapping` only the pointer and the lengths can be read. Copies through the
+// pointer need no exclusive access: see "Copies that race with the peer".
+unsafe impl Sync for Mapping {}
 
 #[cfg(test)]
 mod tests {
@@ -161,6 +241,20 @@ mod tests {
         let fd = ours.as_fd().try_clone_to_owned().unwrap();
         let err = SharedMemory::attach(fd, 200).unwrap_err();
         assert_eq!(err.to_string(), "memory file has 100 bytes, 200 were announced");
+    }
+
+    #[test]
+    fn the_page_behind_the_memory_cannot_be_touched() {
+        let memory = SharedMemory::create(c"guarded", 8192).unwrap();
+        let (_read, write) = nix::unistd::pipe().unwrap();
+        let probe = |offset: usize| {
+            let byte = memory.address().wrapping_add(offset).cast::<c_void>();
+            // SAFETY: the kernel checks the address itself and answers EFAULT for a bad one.
+            let written = unsafe { libc::write(write.as_raw_fd(), byte, 1) };
+            if written == 1 { Ok(()) } else { Err(nix::Error::last()) }
+        };
+        assert_eq!(probe(8191), Ok(()), "the last byte is there");
+        assert_eq!(probe(8192), Err(nix::Error::EFAULT), "the next one is not");
     }
 
     #[test]

@@ -1,1 +1,19 @@
-//! PCI devices as sysfs shows them, and binding them to a kernel driver.
+//! PCI functions as sysfs shows them, and binding them to a kernel driver.
+//!
+//! [`Sysfs`] reads what is there and moves a function to `vfio-pci` and back; [`Former`] is what
+//! was there before, so that whoever bound a device can undo it. Every operation that changes
+//! something reads back what the kernel did.
+//!
+//! Source: Linux, `Documentation/ABI/testing/sysfs-bus-pci` and `Documentation/driver-api/vfio.rst`.
+
+mod address;
+mod bind;
+mod error;
+mod sysfs;
+#[cfg(test)]
+mod tree;
+
+pub use address::{AddressError, PciAddress};
+pub use bind::{Former, VFIO_PCI};
+pub use error::PciError;
+pub use sysfs::{GroupMember, IommuGroup, PciFunction, Sysfs};

@@ -1,0 +1,105 @@
+//! Descriptors that feed a queue.
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel, Ordering::Release};
+use std::sync::{Arc, Weak};
+
+use crate::Queue;
+use crate::handler::HandlerSlot;
+use crate::queue::{Deliver, Item};
+
+/// A source, seen from the engine.
+pub(crate) trait Watched: Send + Sync {
+    /// The descriptor became readable. Called on a worker, must not block.
+    fn became_ready(&self);
+}
+
+/// Has a handler run on a queue whenever a descriptor becomes readable.
+///
+/// The handler is called at least once after each event (a write to an eventfd, a packet that
+/// arrived), never twice at a time, and reads until there is nothing left. Dropping the source
+/// stops it: no handler starts afterwards, one in progress ends on its own.
+pub struct DescriptorSource<F: AsFd + Send + Sync + 'static> {
+    feed: Arc<Feed<F>>,
+    token: u64,
+}
+
+/// What a source shares with the engine and with its queue.
+struct Feed<F> {
+    fd: F,
+    queue: Queue,
+    /// A delivery waits on the queue; one is enough, however many events come.
+    scheduled: AtomicBool,
+    handler: HandlerSlot<()>,
+    this: Weak<Feed<F>>,
+}
+
+impl<F: AsFd + Send + Sync + 'static> DescriptorSource<F> {
+    /// Watches `fd` from now on. A descriptor that is readable already leads to a call.
+    ///
+    /// Errors: what `epoll_ctl` says, such as `PermissionDenied` for a plain file.
+    pub fn create(
+        queue: &Queue,
+        fd: F,
+        mut handler: impl FnMut() + Send + 'static,
+    ) -> io::Result<Self> {
+        let feed = Arc::new_cyclic(|this| Feed {
+            fd,
+            queue: queue.clone(),
+            scheduled: AtomicBool::new(false),
+            handler: HandlerSlot::new(Some(Box::new(move |()| handler()))),
+            this: this.clone(),
+        });
+        let watched: Arc<dyn Watched> = feed.clone();
+        let token = queue.engine().watch(&feed.fd, Arc::downgrade(&watched))?;
+        Ok(Self { feed, token })
+    }
+
+    /// The descriptor.
+    pub fn descriptor(&self) -> &F {
+        &self.feed.fd
+    }
+
+    /// The queue the handler runs on.
+    pub fn queue(&self) -> &Queue {
+        &self.feed.queue
+    }
+
+    /// Has the handler called once more, event or not.
+    pub fn nudge(&self) {
+        self.feed.became_ready();
+    }
+}
+
+impl<F: AsFd + Send + Sync + 'static> Watched for Feed<F> {
+    fn became_ready(&self) {
+        if !self.scheduled.swap(true, AcqRel)
+            && let Some(this) = self.this.upgrade()
+        {
+            self.queue.core().push(Item::Delivery(this));
+        }
+    }
+}
+
+impl<F: AsFd + Send + Sync + 'static> Deliver for Feed<F> {
+    fn deliver(&self) {
+        // Cleared before the handler reads: an event during the handler leads to one more call.
+        self.scheduled.store(false, Release);
+        self.handler.call(());
+    }
+}
+
+impl<F: AsFd + Send + Sync + 'static> Drop for DescriptorSource<F> {
+    fn drop(&mut self) {
+        self.feed.queue.engine().forget(&self.feed.fd, self.token);
+        self.feed.handler.replace(None);
+    }
+}
+
+impl<F: AsFd + Send + Sync + 'static> fmt::Debug for DescriptorSource<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DescriptorSource").field("queue", &self.feed.queue).finish()
+    }
+}

@@ -1,0 +1,200 @@
+//! One-shot deadlines on a queue.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, Weak};
+
+use iohost_event::Clock;
+use iohost_interface::IOReturn;
+
+use crate::deadlines::{Armed, Expire};
+use crate::handler::{Handler, HandlerSlot};
+use crate::queue::{Deliver, Item};
+use crate::{Block, NO_PANIC, Queue};
+
+/// Has a handler run on a queue once a deadline has passed. Starts enabled and not armed.
+///
+/// One call per arming at the most: arming again, disabling and cancelling take back an
+/// expiration whose handler has not started.
+pub struct TimerSource {
+    core: Arc<TimerCore>,
+}
+
+struct TimerCore {
+    queue: Queue,
+    state: Mutex<State>,
+    handler: HandlerSlot<u64>,
+    this: Weak<TimerCore>,
+}
+
+struct State {
+    enabled: bool,
+    cancelled: bool,
+    /// What was asked for and has not been delivered.
+    wanted: Option<Deadline>,
+    /// Where it stands among the engine's deadlines, if it stands there.
+    armed: Option<Armed>,
+    /// Goes up with each arming: an expiration of an earlier one is stale.
+    generation: u64,
+    expired: Option<u64>,
+}
+
+#[derive(Clone, Copy)]
+struct Deadline {
+    clock: Clock,
+    at: u64,
+    leeway: u64,
+}
+
+impl TimerSource {
+    /// Makes a timer; it does nothing until [`wake_at`](Self::wake_at). The handler gets the
+    /// time at which the timer fired, in nanoseconds of [`Clock::Uptime`], whatever clock the
+    /// deadline was on.
+    pub fn create(queue: &Queue, handler: impl FnMut(u64) + Send + 'static) -> Self {
+        let core = Arc::new_cyclic(|this| TimerCore {
+            queue: queue.clone(),
+            state: Mutex::new(State {
+                enabled: true,
+                cancelled: false,
+                wanted: None,
+                armed: None,
+                generation: 0,
+                expired: None,
+            }),
+            handler: HandlerSlot::new(Some(Box::new(handler))),
+            this: this.clone(),
+        });
+        Self { core }
+    }
+
+    /// Replaces the handler from the next expiration on.
+    pub fn set_handler(&self, handler: Option<impl FnMut(u64) + Send + 'static>) {
+        self.core.handler.replace(handler.map(|handler| Box::new(handler) as Handler<_>));
+    }
+
+    /// Fires between `deadline` and `deadline + leeway`, in nanoseconds of `clock`; a deadline
+    /// that has passed fires at once, but never inside this call. Replaces an earlier deadline;
+    /// call it on the timer's queue to be sure that the earlier one does not fire any more.
+    /// While disabled the deadline is kept for later.
+    ///
+    /// Errors: `UNSUPPORTED` after cancel, `NO_RESOURCES` without a handler.
+    pub fn wake_at(&self, clock: Clock, deadline: u64, leeway: u64) -> Result<(), IOReturn> {
+        let mut state = self.core.state.lock().expect(NO_PANIC);
+        if state.cancelled {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        if !self.core.handler.is_set() {
+            return Err(IOReturn::NO_RESOURCES);
+        }
+        self.core.disarm(&mut state);
+        state.generation += 1;
+        state.wanted = Some(Deadline { clock, at: deadline, leeway });
+        if state.enabled {
+            self.core.arm(&mut state);
+        }
+        Ok(())
+    }
+
+    /// Enables or disables firing. A deadline that passes while disabled fires when enabled
+    /// again. `done` is called once, on the timer's queue, after a handler in flight returned;
+    /// also when nothing changed.
+    ///
+    /// Errors: `UNSUPPORTED` for a change after cancel.
+    pub fn set_enable(&self, enable: bool, done: Option<Block>) -> Result<(), IOReturn> {
+        let mut state = self.core.state.lock().expect(NO_PANIC);
+        if state.enabled != enable {
+            if state.cancelled {
+                return Err(IOReturn::UNSUPPORTED);
+            }
+            state.enabled = enable;
+            if enable {
+                self.core.arm(&mut state);
+            } else {
+                // An expiration whose handler has not started is taken back, not kept.
+                if state.expired.is_some() {
+                    state.wanted = None;
+                }
+                self.core.disarm(&mut state);
+            }
+        }
+        drop(state);
+        if let Some(done) = done {
+            self.core.queue.dispatch_async(done);
+        }
+        Ok(())
+    }
+
+    /// Ends the timer: no handler starts after `done`, which runs on the timer's queue.
+    pub fn cancel(&self, done: Option<Block>) {
+        self.core.end();
+        if let Some(done) = done {
+            self.core.queue.dispatch_async(done);
+        }
+    }
+}
+
+impl Drop for TimerSource {
+    fn drop(&mut self) {
+        self.core.end();
+    }
+}
+
+impl TimerCore {
+    fn arm(&self, state: &mut State) {
+        if let Some(Deadline { clock, at, leeway }) = state.wanted {
+            let timer: Weak<dyn Expire> = self.this.clone();
+            let deadlines = &self.queue.engine().deadlines;
+            state.armed = Some(deadlines.arm(clock, at, leeway, timer, state.generation));
+        }
+    }
+
+    fn disarm(&self, state: &mut State) {
+        state.expired = None;
+        if let Some(armed) = state.armed.take() {
+            self.queue.engine().deadlines.disarm(armed);
+        }
+    }
+
+    fn end(&self) {
+        let mut state = self.state.lock().expect(NO_PANIC);
+        state.cancelled = true;
+        state.enabled = false;
+        state.wanted = None;
+        self.disarm(&mut state);
+        drop(state);
+        self.handler.replace(None);
+    }
+}
+
+impl Expire for TimerCore {
+    fn expired(&self, generation: u64) {
+        let mut state = self.state.lock().expect(NO_PANIC);
+        // Armed anew, disabled or cancelled since the engine took the deadline off its list.
+        if state.generation != generation || state.armed.is_none() {
+            return;
+        }
+        state.armed = None;
+        state.expired = Some(generation);
+        drop(state);
+        if let Some(this) = self.this.upgrade() {
+            self.queue.core().push(Item::Delivery(this));
+        }
+    }
+}
+
+impl Deliver for TimerCore {
+    fn deliver(&self) {
+        let mut state = self.state.lock().expect(NO_PANIC);
+        if state.expired.take() != Some(state.generation) || !state.enabled {
+            return;
+        }
+        state.wanted = None;
+        drop(state);
+        self.handler.call(self.queue.engine().deadlines.now(Clock::Uptime));
+    }
+}
+
+impl fmt::Debug for TimerSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TimerSource").field("queue", &self.core.queue).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,168 @@
+//! An interface as text, for programs that learn it at run time.
+//!
+//! ```text
+//! interface edu
+//! method 0 factorial(u32) -> (u32)
+//! queue 0 upload ToDriver
+//! ```
+
+use std::fmt;
+use std::str::FromStr;
+
+/// What a driver offers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Description {
+    /// The interface's name.
+    pub name: String,
+    /// Its methods.
+    pub methods: Vec<Method>,
+    /// The data queues of each session, by place.
+    pub queues: Vec<Queue>,
+}
+
+/// A method. Types are spelled as [`Argument::TYPE`](crate::Argument::TYPE) does.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Method {
+    /// The number that travels.
+    pub selector: u64,
+    /// The name for people.
+    pub name: String,
+    /// Types of the arguments, in order.
+    pub arguments: Vec<String>,
+    /// Types of the results, in order.
+    pub results: Vec<String>,
+}
+
+/// A data queue.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// Its place in every session.
+    pub place: usize,
+    /// The name for people.
+    pub name: String,
+    /// Who puts entries in.
+    pub direction: Direction,
+}
+
+/// Who takes the entries of a data queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// The driver takes what a client puts.
+    ToDriver,
+    /// A client takes what the driver puts.
+    ToClient,
+}
+
+/// A line that is not part of a description.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("not a line of an interface description: {line:?}")]
+pub struct DescriptionError {
+    /// The line.
+    pub line: String,
+}
+
+impl Description {
+    /// Reads the text form.
+    pub fn parse(text: &str) -> Result<Self, DescriptionError> {
+        let mut description = Self { name: String::new(), methods: Vec::new(), queues: Vec::new() };
+        for line in text.lines() {
+            let parsed = description.parse_line(line);
+            parsed.ok_or_else(|| DescriptionError { line: line.to_owned() })?;
+        }
+        Ok(description)
+    }
+
+    /// The method of that name.
+    pub fn method(&self, name: &str) -> Option<&Method> {
+        self.methods.iter().find(|method| method.name == name)
+    }
+
+    fn parse_line(&mut self, line: &str) -> Option<()> {
+        let (kind, rest) = line.split_once(' ')?;
+        match kind {
+            "interface" => self.name = rest.to_owned(),
+            "method" => {
+                let (selector, rest) = rest.split_once(' ')?;
+                let (signature, results) = rest.split_once(" -> ")?;
+                let (name, arguments) = signature.split_once('(')?;
+                self.methods.push(Method {
+                    selector: selector.parse().ok()?,
+                    name: name.to_owned(),
+                    arguments: types(arguments.strip_suffix(')')?),
+                    results: types(results.strip_prefix('(')?.strip_suffix(')')?),
+                });
+            }
+            "queue" => {
+                let mut words = rest.split(' ');
+                self.queues.push(Queue {
+                    place: words.next()?.parse().ok()?,
+                    name: words.next()?.to_owned(),
+                    direction: words.next()?.parse().ok()?,
+                });
+                // A place names a queue only if places are the numbers from 0.
+                if self.queues.last()?.place != self.queues.len() - 1 {
+                    return None;
+                }
+            }
+            _ => return None,
+        }
+        Some(())
+    }
+}
+
+fn types(list: &str) -> Vec<String> {
+    list.split(", ").filter(|name| !name.is_empty()).map(str::to_owned).collect()
+}
+
+impl FromStr for Direction {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "ToDriver" => Ok(Direction::ToDriver),
+            "ToClient" => Ok(Direction::ToClient),
+            _ => Err(()),
+        }
+    }
+}
+
+impl fmt::Display for Description {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "interface {}", self.name)?;
+        for method in &self.methods {
+            writeln!(f, "method {} {method}", method.selector)?;
+        }
+        for queue in &self.queues {
+            writeln!(f, "queue {} {} {:?}", queue.place, queue.name, queue.direction)?;
+        }
+        Ok(())
+    }
+}
+
+/// `name(arguments) -> (results)`, for people too.
+impl fmt::Display for Method {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}({}) -> ({})", self.name, self.arguments.join(", "), self.results.join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_form_reads_back_as_it_was() {
+        let text = "interface edu\nmethod 0 factorial(u32) -> (u32)\nmethod 1 reset() -> ()\n\
+                    queue 0 upload ToDriver\nqueue 1 download ToClient\n";
+        let description = Description::parse(text).unwrap();
+        assert_eq!(description.to_string(), text);
+        assert_eq!(description.method("factorial").unwrap().arguments, ["u32"]);
+    }
+
+    #[test]
+    fn a_line_that_makes_no_sense_is_named() {
+        for line in ["nonsense", "method x f() -> ()", "queue 1 gap ToDriver"] {
+            assert_eq!(Description::parse(line).unwrap_err().line, line);
+        }
+    }
+}

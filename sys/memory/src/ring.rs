@@ -1,0 +1,431 @@
+//! The data queue: entries of any length, from one producer to one consumer, in memory that both
+//! can write, and two notifications.
+//!
+//! This is the ring of DriverKit's `IODataQueueDispatchSource`, bit for bit (xnu,
+//! `IODataQueueDispatchSourceShared.h`), with the checks that a peer we do not trust makes
+//! necessary. [`Producer`] and [`Consumer`] are its two ends; either may be ours, and the other may
+//! be any program that has the memory. [`Bell`] carries a notification between processes,
+//! [`Doorway`] lets a thread without a dispatch engine sleep until one comes.
+//!
+//! ```
+//! use iohost_memory::ring::{Bell, Consumer, Producer, Ring};
+//!
+//! let ring = Ring::create(c"example", 4096)?;
+//! let (data_available, data_serviced) = (Bell::new()?, Bell::new()?);
+//! let mut producer = Producer::new(ring.clone(), data_available.try_clone()?)?;
+//! let mut consumer = Consumer::new(ring, data_serviced)?;
+//!
+//! producer.enqueue(b"hello")?; // rings `data_available`
+//! let mut entry = Vec::new();
+//! consumer.dequeue(&mut entry)?;
+//! assert_eq!(entry, b"hello");
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Memory
+//!
+//! | Offset | Size | Field | Written by |
+//! | --- | --- | --- | --- |
+//! | 0 | u32 | head: offset of the next entry to read | consumer |
+//! | 4 | u32 | tail: offset where the next entry goes | producer |
+//! | 8 | u8 | needServicedCallback | producer sets, consumer clears |
+//! | 9 | 119 | zero | nobody |
+//! | 128 | queue byte count | the entries | producer |
+//!
+//! `layout` (private) has the arithmetic. The queue byte count travels beside the memory, never in
+//! it, and a memory of another length is refused.
+//!
+//! # Notifications
+//!
+//! DataAvailable goes to the consumer, DataServiced to the producer. They carry nothing, may be
+//! spurious, and several may arrive as one; none is ever lost. In return the consumer owes: after a
+//! DataAvailable, dequeue until [`QueueError::Underrun`]. And the producer: after a DataServiced,
+//! try again.
+//!
+//! ```text
+//!  consumer:  DRAINING ──1──▶ IDLE          producer:  FILLING ──4──▶ REFUSED
+//!                 ▲            │ │                         ▲             │
+//!                 └─────2──────┘ │                         └──────5──────┘
+//!                 └─────3────────┘
+//! ```
+//!
+//! 1. `Consumer::dequeue…`: nothing left. It has published its head, fenced, and then looked at
+//!    the tail once more.
+//! 2. `Producer::enqueue…`: has published its tail, fenced, and then seen that the head had reached
+//!    the old tail: DataAvailable. Of two fences one comes second (`[bell]`), so either 1 sees the
+//!    new tail or 2 sees the head.
+//! 3. `Producer::enqueue…`, refused: DataAvailable though nothing was added. The consumer may have
+//!    gone idle before it could see that the producer waits.
+//! 4. The same refusal: sets needServicedCallback before it sends (`[full]`).
+//! 5. `Consumer::dequeue…`, on an entry or on an empty ring, sees needServicedCallback: clears
+//!    it, then sends DataServiced. In this order, or it would erase a request that nobody answers.
+//!
+//! An operation with `_coalesce` in its name does not send but sets the caller's `send`, and never
+//! clears it. The caller starts a batch with `false` and sends once at its end if it became `true`,
+//! also if the batch ended with an error.
+//!
+//! Each end keeps what it last saw of the other's index and looks again only where the answer
+//! could change something. Handlers cannot tell: an older head never changes where an entry goes,
+//! a consumer reports an empty ring only after a look, and a producer leaves out the look of 2 only
+//! if it is certain to send anyway.
+//!
+//! # A hostile peer
+//!
+//! The other end may write any byte at any time. What we hold against it:
+//!
+//! - Our own index is private. The shared one is written, never read (but once, at the start, to
+//!   carry on where a previous owner stopped).
+//! - The peer's index is read once per look; it must be a multiple of four, in the ring, and ahead
+//!   of where it was.
+//! - A size is read once; its entry must lie in the ring and end at or before the tail.
+//! - Anything else is [`QueueError::Corrupt`], then and for ever: nothing that follows could be
+//!   trusted. No operation loops, so none can be kept busy.
+//! - Payload can still change while it is read in place. [`Entry`] copies out of it and lends
+//!   nothing, so what was copied stays what it is; whoever copies the same byte twice may see two
+//!   values. [`Consumer::dequeue`] copies once, before anyone looks.
+//! - It can ask for DataServiced as often as it likes, which costs one notification per dequeue
+//!   of ours; an eventfd holds at most one that is outstanding.
+
+mod bell;
+#[cfg(not(loom))]
+mod cells;
+#[cfg(loom)]
+#[path = "ring/modelled_cells.rs"]
+mod cells;
+mod consumer;
+mod layout;
+#[cfg(all(test, loom))]
+mod loom_model;
+mod producer;
+
+use std::ffi::CStr;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+#[cfg(not(loom))]
+use std::sync::atomic::{Ordering, fence};
+
+#[cfg(loom)]
+use loom::sync::atomic::{Ordering, fence};
+
+pub use bell::{Bell, Doorway, Notify, Peer, Wait, WaitError, Wake};
+use cells::Cells;
+pub use consumer::{Consumer, Entry};
+pub use layout::{
+    ALIGNMENT, ENTRY_HEADER_SIZE, HEAD_OFFSET, MAX_QUEUE_BYTE_COUNT, MEMORY_HEADER_SIZE,
+    NEED_SERVICED_OFFSET, TAIL_OFFSET, footprint,
+};
+pub use producer::{Producer, Slot};
+
+use crate::{AttachError, SharedMemory};
+
+/// The memory of one data queue and its agreed size. Clones share the memory.
+#[derive(Debug, Clone)]
+pub struct Ring {
+    cells: Cells,
+    capacity: u32,
+    /// What the loom model leaves out to see that it is missed.
+    #[cfg(loom)]
+    left_out: Option<Step>,
+}
+
+/// Why a queue cannot be made, or not over this memory.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RingError {
+    /// A ring of no bytes would refuse every entry.
+    #[error("queue byte count is 0")]
+    Empty,
+    /// Entries are aligned, and so is the end of the ring.
+    #[error("queue byte count {queue_byte_count} is not a multiple of {ALIGNMENT}")]
+    Unaligned {
+        /// Bytes asked for.
+        queue_byte_count: u64,
+    },
+    /// Offsets are 32 bits wide.
+    #[error("queue byte count {queue_byte_count} is more than {MAX_QUEUE_BYTE_COUNT}")]
+    TooLarge {
+        /// Bytes asked for.
+        queue_byte_count: u64,
+    },
+    /// The memory is not the ring and its header.
+    #[error("queue of {queue_byte_count} bytes takes {expected} bytes of memory, not {actual}")]
+    WrongLength {
+        /// Bytes of ring announced.
+        queue_byte_count: u32,
+        /// Bytes of memory that this takes.
+        expected: usize,
+        /// Bytes of memory there are.
+        actual: usize,
+    },
+    /// The descriptor is not usable as the memory of this queue.
+    #[error("attaching to the memory of a queue of {queue_byte_count} bytes")]
+    Attach {
+        /// Bytes of ring announced.
+        queue_byte_count: u32,
+        /// What is wrong with the descriptor.
+        source: AttachError,
+    },
+    /// The kernel has no memory for it.
+    #[error("making the memory of a queue of {queue_byte_count} bytes")]
+    Create {
+        /// Bytes of ring asked for.
+        queue_byte_count: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Why an operation on a queue did nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum QueueError {
+    /// No room now. The consumer has been asked for a DataServiced where the operation says so.
+    #[error("no room for an entry of {size} bytes")]
+    Overrun {
+        /// Bytes of payload.
+        size: usize,
+    },
+    /// Nothing to read now.
+    #[error("queue is empty")]
+    Underrun,
+    /// No waiting will help: such an entry never fits.
+    #[error("entry of {size} bytes can never fit a queue of {queue_byte_count} bytes")]
+    MessageTooLarge {
+        /// Bytes of payload.
+        size: usize,
+        /// Bytes of ring.
+        queue_byte_count: u32,
+    },
+    /// The peer broke the rules of the ring. Every later operation of this end says the same.
+    #[error("queue is corrupt")]
+    Corrupt(#[from] Corruption),
+    /// The peer is gone. Every later operation of this end says the same.
+    #[error("peer of the queue is gone")]
+    Offline,
+}
+
+/// What a peer wrote that no producer or consumer of ours would.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Corruption {
+    /// An index that points nowhere.
+    #[error("{index} {value} is not a multiple of {ALIGNMENT} up to {queue_byte_count}")]
+    Index {
+        /// Whose index.
+        index: Index,
+        /// What it says.
+        value: u32,
+        /// The largest it may be.
+        queue_byte_count: u32,
+    },
+    /// A head that went back, or past what was produced.
+    #[error("head moved from {from} to {to}, which is not on its way to tail {tail}")]
+    HeadAstray {
+        /// The head when last seen.
+        from: u32,
+        /// What it says now.
+        to: u32,
+        /// Our tail.
+        tail: u32,
+    },
+    /// An entry that does not lie between head and tail.
+    #[error(
+        "entry at {at} claims {size} bytes, which do not fit between head {head} and tail {tail}"
+    )]
+    Entry {
+        /// Offset of its size field.
+        at: u32,
+        /// What the size field says.
+        size: u32,
+        /// Our head.
+        head: u32,
+        /// The producer's tail.
+        tail: u32,
+    },
+}
+
+/// One of the two indices of a ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Index {
+    /// The consumer's.
+    Head,
+    /// The producer's.
+    Tail,
+}
+
+impl std::fmt::Display for Index {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Head => "head",
+            Self::Tail => "tail",
+        })
+    }
+}
+
+/// A range that is not inside the payload it was meant for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{len} bytes at {offset} are not inside a payload of {size} bytes")]
+pub struct OutsidePayload {
+    /// First byte meant.
+    pub offset: usize,
+    /// Bytes meant.
+    pub len: usize,
+    /// Bytes of payload there are.
+    pub size: usize,
+}
+
+#[cfg(not(loom))]
+impl Ring {
+    /// Makes an empty queue in new memory. `name` shows in `/proc/*/maps`.
+    ///
+    /// Errors: `Empty`, `Unaligned`, `TooLarge` for a count that no queue can have; `Create` if the
+    /// kernel refuses.
+    pub fn create(name: &CStr, queue_byte_count: u64) -> Result<Self, RingError> {
+        let capacity = check_queue_byte_count(queue_byte_count)?;
+        let memory = SharedMemory::create(name, memory_size(capacity))
+            .map_err(|source| RingError::Create { queue_byte_count: capacity, source })?;
+        Self::over(Arc::new(memory), queue_byte_count)
+    }
+
+    /// Maps the memory of a queue that another process made. The count comes from whoever sent the
+    /// descriptor; the memory itself does not say.
+    ///
+    /// Errors: as `create`, and `Attach` for a descriptor that is no sealed memory file of that
+    /// size.
+    pub fn attach(memory: OwnedFd, queue_byte_count: u64) -> Result<Self, RingError> {
+        let capacity = check_queue_byte_count(queue_byte_count)?;
+        let memory = SharedMemory::attach(memory, memory_size(capacity))
+            .map_err(|source| RingError::Attach { queue_byte_count: capacity, source })?;
+        Self::over(Arc::new(memory), queue_byte_count)
+    }
+
+    /// Takes memory that is mapped already, with whatever it contains.
+    ///
+    /// Errors: as `create`, and `WrongLength`.
+    pub fn over(memory: Arc<SharedMemory>, queue_byte_count: u64) -> Result<Self, RingError> {
+        let capacity = check_queue_byte_count(queue_byte_count)?;
+        let expected = memory_size(capacity);
+        if memory.len() != expected {
+            let (queue_byte_count, actual) = (capacity, memory.len());
+            return Err(RingError::WrongLength { queue_byte_count, expected, actual });
+        }
+        Ok(Self { cells: Cells::new(memory, capacity), capacity })
+    }
+
+    /// The memory, to hand its descriptor to the other side.
+    pub fn memory(&self) -> &Arc<SharedMemory> {
+        self.cells.memory()
+    }
+}
+
+/// The number of bytes of the ring, if a ring can have so many.
+fn check_queue_byte_count(queue_byte_count: u64) -> Result<u32, RingError> {
+    if queue_byte_count == 0 {
+        return Err(RingError::Empty);
+    }
+    if !queue_byte_count.is_multiple_of(u64::from(ALIGNMENT)) {
+        return Err(RingError::Unaligned { queue_byte_count });
+    }
+    match u32::try_from(queue_byte_count) {
+        Ok(count) if count <= MAX_QUEUE_BYTE_COUNT => Ok(count),
+        _ => Err(RingError::TooLarge { queue_byte_count }),
+    }
+}
+
+/// Bytes of memory for a ring of `capacity` bytes.
+const fn memory_size(capacity: u32) -> usize {
+    MEMORY_HEADER_SIZE + capacity as usize
+}
+
+impl Ring {
+    /// Bytes for entries, as both sides agreed.
+    pub fn queue_byte_count(&self) -> u32 {
+        self.capacity
+    }
+
+    /// Footprint of an entry, unless it is larger than the ring.
+    #[inline]
+    fn footprint(&self, size: usize) -> Result<(u32, u32), QueueError> {
+        let too_large = QueueError::MessageTooLarge { size, queue_byte_count: self.capacity };
+        let size = u32::try_from(size).map_err(|_| too_large)?;
+        let footprint = footprint(size).filter(|&footprint| footprint <= self.capacity);
+        Ok((size, footprint.ok_or(too_large)?))
+    }
+
+    /// Judges an index that was just read from shared memory.
+    #[inline]
+    fn check_index(&self, index: Index, value: u32) -> Result<u32, Corruption> {
+        if value > self.capacity || !value.is_multiple_of(ALIGNMENT) {
+            return Err(Corruption::Index { index, value, queue_byte_count: self.capacity });
+        }
+        Ok(value)
+    }
+
+    /// The fence between publishing one's own index and looking at the other's.
+    #[inline]
+    fn fence_before_look(&self, step: Step) {
+        if self.takes(step) {
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    #[inline(always)]
+    #[cfg(not(loom))]
+    const fn takes(&self, _step: Step) -> bool {
+        true
+    }
+
+    #[cfg(loom)]
+    fn takes(&self, step: Step) -> bool {
+        self.left_out != Some(step)
+    }
+}
+
+/// The steps on which it hangs that no wakeup and no byte is lost. All are always taken, but for
+/// the mutants of the loom model, each of which leaves one out and must fail.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// Producer: fence between publishing the tail and looking at the head.
+    FenceAfterTail,
+    /// Producer: look at the head again after publishing.
+    LookAfterTail,
+    /// Producer: publish with release ordering.
+    ReleaseTail,
+    /// Producer, refused: wake the consumer.
+    WakeWhenRefused,
+    /// Consumer: fence between publishing the head and looking at the tail.
+    FenceAfterHead,
+    /// Consumer: look at the tail again before sleeping.
+    LookBeforeSleep,
+    /// Consumer, on an empty ring: answer a producer that was refused.
+    AnswerWhenEmpty,
+    /// Consumer: clear the producer's request before answering it, not after.
+    ClearBeforeAnswer,
+}
+
+/// Whether an end still works.
+#[derive(Debug, Clone, Copy)]
+enum Life {
+    Working,
+    Over(QueueError),
+}
+
+impl Life {
+    #[inline]
+    fn check(&self) -> Result<(), QueueError> {
+        match *self {
+            Self::Working => Ok(()),
+            Self::Over(err) => Err(err),
+        }
+    }
+
+    /// Ends it, unless it has ended: the first reason stays.
+    #[cold]
+    fn end(&mut self, err: QueueError) -> QueueError {
+        if let Self::Working = self {
+            *self = Self::Over(err);
+        }
+        err
+    }
+}

@@ -1,0 +1,237 @@
+//! Notifications between processes, and sleeping until one comes.
+
+#![expect(unsafe_code)]
+// UNSAFETY: one system call that the `nix` crate does not have.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, ppoll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::time::TimeSpec;
+
+use super::QueueError;
+
+/// How one end of a queue tells the other.
+///
+/// Called on the thread of the operation that owes the notification, after everything else it does.
+pub trait Notify {
+    /// Sends the notification. Several that nobody has taken yet may become one.
+    fn notify(&self);
+
+    /// Whether there is anyone to tell. If not, the notification counts as not sent.
+    fn is_installed(&self) -> bool {
+        true
+    }
+}
+
+/// `None`: no handler is installed.
+impl<N: Notify> Notify for Option<N> {
+    fn notify(&self) {
+        if let Some(installed) = self {
+            installed.notify();
+        }
+    }
+
+    fn is_installed(&self) -> bool {
+        self.as_ref().is_some_and(N::is_installed)
+    }
+}
+
+impl<N: Notify + ?Sized> Notify for Arc<N> {
+    fn notify(&self) {
+        (**self).notify();
+    }
+
+    fn is_installed(&self) -> bool {
+        (**self).is_installed()
+    }
+}
+
+/// How a thread without a dispatch engine learns of notifications.
+pub trait Wait {
+    /// Sleeps until a notification comes or has come since the last time, and takes it. No deadline
+    /// means none. Once the deadline has passed the answer is `TimedOut` even if a notification
+    /// came, so that a peer that rings without end keeps nobody here.
+    fn wait(&self, deadline: Option<Instant>) -> io::Result<Wake>;
+}
+
+/// Why a sleep ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wake {
+    /// At least one notification came.
+    Rung,
+    /// The deadline passed.
+    TimedOut,
+    /// The peer is gone, and no notification of its is left.
+    HungUp,
+}
+
+/// Why waiting for the other end of a queue was in vain.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WaitError {
+    /// The time that the caller gave is over.
+    #[error("nothing came from the other end of the queue within {timeout:?}")]
+    TimedOut {
+        /// The time given.
+        timeout: Duration,
+    },
+    /// The queue will not get there.
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    /// The kernel refused.
+    #[error("sleeping until the other end of the queue rings")]
+    Wait(#[source] io::Error),
+}
+
+/// One direction of notifications between processes: an eventfd that does not block.
+///
+/// It holds at most one notification: ringing a bell that has been rung changes nothing for the
+/// other side.
+///
+/// The daemon or the driver host makes the bells. A peer that shares one can make the descriptor
+/// blocking (the flag belongs to the open file, not to the process); taking a notification does not
+/// depend on the flag, ringing does.
+#[derive(Debug)]
+pub struct Bell {
+    fd: OwnedFd,
+}
+
+impl Bell {
+    /// Makes a bell that has not been rung.
+    pub fn new() -> io::Result<Self> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Ok(Self { fd: EventFd::from_flags(flags)?.into() })
+    }
+
+    /// The same bell under another descriptor.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { fd: self.fd.try_clone()? })
+    }
+
+    /// Tells the other side.
+    ///
+    /// Errors: none for a bell made by `new`; whatever the kernel says of a descriptor that is no
+    /// eventfd.
+    pub fn ring(&self) -> io::Result<()> {
+        match nix::unistd::write(&self.fd, &1_u64.to_ne_bytes()) {
+            // The counter is at its end: rung, and not yet heard.
+            Ok(_) | Err(Errno::EAGAIN) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Takes the notification, if there is one. Does not block.
+    ///
+    /// Errors: none for a bell made by `new`; `UnexpectedEof` or what the kernel says for a
+    /// descriptor that is no eventfd.
+    pub fn clear(&self) -> io::Result<bool> {
+        let mut count = [0_u8; 8];
+        let buffer = libc::iovec { iov_base: count.as_mut_ptr().cast(), iov_len: count.len() };
+        // RWF_NOWAIT and not O_NONBLOCK, because the peer can take the latter away.
+        // SAFETY:
+        // 1. One buffer is announced and given; it is valid for writes of its length.
+        // 2. `fd` is open during the call. The offset of -1 is "the current one", as for `read`.
+        let read = unsafe { libc::preadv2(self.fd.as_raw_fd(), &buffer, 1, -1, libc::RWF_NOWAIT) };
+        match Errno::result(read) {
+            Ok(8) => Ok(true),
+            Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(Errno::EAGAIN) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl Notify for Bell {
+    fn notify(&self) {
+        // A bell of ours cannot fail. One that a peer gave us and that does is the peer's loss.
+        let _ = self.ring();
+    }
+}
+
+/// A bell that another process made.
+impl From<OwnedFd> for Bell {
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+}
+
+impl From<Bell> for OwnedFd {
+    fn from(bell: Bell) -> Self {
+        bell.fd
+    }
+}
+
+impl AsFd for Bell {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for Bell {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+/// How the end of the peer is noticed.
+#[derive(Debug)]
+pub enum Peer {
+    /// A pidfd: the peer is gone when its process is.
+    Process(OwnedFd),
+    /// A connected socket, or one end of a pipe: the peer is gone when its side is closed. What
+    /// arrives on it is left alone.
+    Connection(OwnedFd),
+}
+
+impl Peer {
+    fn poll_fd(&self) -> PollFd<'_> {
+        match self {
+            Self::Process(fd) => PollFd::new(fd.as_fd(), PollFlags::POLLIN),
+            // POLLHUP needs no asking; it says that both directions are closed.
+            Self::Connection(fd) => {
+                PollFd::new(fd.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))
+            }
+        }
+    }
+}
+
+/// Where a client without a dispatch engine waits: the bell that rings for it, and what tells that
+/// its peer is gone.
+#[derive(Debug)]
+pub struct Doorway {
+    /// Rung by the other end.
+    pub bell: Bell,
+    /// Without it, a peer that died looks like one that is silent.
+    pub peer: Option<Peer>,
+}
+
+impl Wait for Doorway {
+    fn wait(&self, deadline: Option<Instant>) -> io::Result<Wake> {
+        loop {
+            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
+            // A notification comes before a hang-up: what was sent before the end still counts.
+            if self.bell.clear()? {
+                return Ok(if left == Some(Duration::ZERO) { Wake::TimedOut } else { Wake::Rung });
+            }
+            let bell = PollFd::new(self.bell.as_fd(), PollFlags::POLLIN);
+            let peer = self.peer.as_ref().map(Peer::poll_fd);
+            let count = if peer.is_some() { 2 } else { 1 };
+            let mut watched = [bell.clone(), peer.unwrap_or(bell)];
+            match ppoll(&mut watched[..count], left.map(TimeSpec::from), None) {
+                Ok(0) => return Ok(Wake::TimedOut),
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            // `None` is an event that the `nix` crate has no name for, POLLRDHUP for one.
+            let [is_rung, is_gone] = watched.map(|fd| fd.any().unwrap_or(true));
+            if !is_rung && count == 2 && is_gone {
+                return Ok(Wake::HungUp);
+            }
+        }
+    }
+}

@@ -1,0 +1,107 @@
+//! The words and bytes of a ring, in shared memory.
+
+#![expect(unsafe_code)]
+// UNSAFETY: the words belong to two processes, so they are made from raw pointers into a mapping.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU32};
+
+use super::layout::{
+    ALIGNMENT, ENTRY_HEADER_SIZE, HEAD_OFFSET, MEMORY_HEADER_SIZE, NEED_SERVICED_OFFSET,
+    TAIL_OFFSET,
+};
+use crate::SharedMemory;
+
+/// Access to the memory of one ring.
+///
+/// Invariant: `base` is the start of `memory`, which holds `MEMORY_HEADER_SIZE + capacity` bytes,
+/// is page-aligned and stays mapped as long as this lives.
+///
+/// Every word is touched by atomics alone while it serves as an index or a flag. Bytes that hold a
+/// size at one time and payload at another are ordered by the indices between two honest ends; what
+/// a dishonest one can do is described at [`SharedMemory`].
+#[derive(Debug, Clone)]
+pub(super) struct Cells {
+    base: NonNull<u8>,
+    capacity: u32,
+    memory: Arc<SharedMemory>,
+}
+
+// SAFETY: `base` points into the mapping that `memory` owns; both may be used from any thread.
+unsafe impl Send for Cells {}
+// SAFETY: everything that `&Cells` offers is an atomic, or a copy that `SharedMemory` allows from
+// any thread.
+unsafe impl Sync for Cells {}
+
+impl Cells {
+    /// Expects a memory of exactly `MEMORY_HEADER_SIZE + capacity` bytes.
+    pub(super) fn new(memory: Arc<SharedMemory>, capacity: u32) -> Self {
+        assert_eq!(memory.len(), MEMORY_HEADER_SIZE + capacity as usize);
+        let base = NonNull::new(memory.address()).expect("a mapping is never at address 0");
+        Self { base, capacity, memory }
+    }
+
+    pub(super) fn memory(&self) -> &Arc<SharedMemory> {
+        &self.memory
+    }
+
+    #[inline]
+    pub(super) fn head(&self) -> &AtomicU32 {
+        const { assert!(HEAD_OFFSET.is_multiple_of(4) && HEAD_OFFSET + 4 <= MEMORY_HEADER_SIZE) };
+        // SAFETY: the assertion above is what `word` asks for.
+        unsafe { self.word(HEAD_OFFSET) }
+    }
+
+    #[inline]
+    pub(super) fn tail(&self) -> &AtomicU32 {
+        const { assert!(TAIL_OFFSET.is_multiple_of(4) && TAIL_OFFSET + 4 <= MEMORY_HEADER_SIZE) };
+        // SAFETY: the assertion above is what `word` asks for.
+        unsafe { self.word(TAIL_OFFSET) }
+    }
+
+    #[inline]
+    pub(super) fn need_serviced(&self) -> &AtomicU8 {
+        const { assert!(NEED_SERVICED_OFFSET < MEMORY_HEADER_SIZE) };
+        // SAFETY: inside the header, so inside the mapping.
+        let byte = unsafe { self.base.add(NEED_SERVICED_OFFSET) };
+        // SAFETY: mapped as long as `self` lives, and nobody on this side uses anything but this
+        // atomic for it. A byte needs no alignment.
+        unsafe { AtomicU8::from_ptr(byte.as_ptr()) }
+    }
+
+    /// The size field at an offset of the ring. Panics for an offset that is not a place for one.
+    #[inline]
+    pub(super) fn size_at(&self, at: u32) -> &AtomicU32 {
+        let inside = at <= self.capacity && self.capacity - at >= ENTRY_HEADER_SIZE;
+        assert!(inside && at.is_multiple_of(ALIGNMENT), "no entry can start at {at}");
+        // SAFETY: the assertion above, and the header is a multiple of four bytes long.
+        unsafe { self.word(MEMORY_HEADER_SIZE + at as usize) }
+    }
+
+    /// Copies bytes into the ring. Panics when the range is not inside it.
+    #[inline]
+    pub(super) fn write(&self, at: u32, data: &[u8]) {
+        self.memory.write_at(MEMORY_HEADER_SIZE + at as usize, data);
+    }
+
+    /// Copies bytes out of the ring. Panics when the range is not inside it.
+    #[inline]
+    pub(super) fn read(&self, at: u32, data: &mut [u8]) {
+        self.memory.read_at(MEMORY_HEADER_SIZE + at as usize, data);
+    }
+
+    /// # Safety
+    ///
+    /// `offset` is a multiple of four, and four bytes from it are inside the memory.
+    #[inline]
+    unsafe fn word(&self, offset: usize) -> &AtomicU32 {
+        // SAFETY: the caller promises an offset inside the mapping.
+        let word = unsafe { self.base.add(offset) }.cast::<u32>();
+        // SAFETY:
+        // 1. Aligned: the mapping starts on a page, and the caller promises a multiple of four.
+        // 2. Valid for reads and writes as long as `self` lives, which holds `memory`.
+        // 3. Nobody on this side accesses it otherwise at the same time: see the type.
+        unsafe { AtomicU32::from_ptr(word.as_ptr()) }
+    }
+}

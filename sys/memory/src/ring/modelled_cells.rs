@@ -1,0 +1,61 @@
+//! The words and bytes of a ring, as loom sees them.
+//!
+//! Each word is one of loom's atomics, payload included. Payload is copied with relaxed accesses, so
+//! that an index published without its ordering shows as a payload of yesterday.
+
+use std::sync::Arc;
+
+use loom::sync::atomic::{AtomicU8, AtomicU32, Ordering::Relaxed};
+
+/// The stand-in for a ring's memory in a loom model.
+#[derive(Debug, Clone)]
+pub(super) struct Cells(Arc<Words>);
+
+#[derive(Debug)]
+struct Words {
+    head: AtomicU32,
+    tail: AtomicU32,
+    need_serviced: AtomicU8,
+    ring: Vec<AtomicU32>,
+}
+
+impl Cells {
+    pub(super) fn new(capacity: u32) -> Self {
+        Self(Arc::new(Words {
+            head: AtomicU32::new(0),
+            tail: AtomicU32::new(0),
+            need_serviced: AtomicU8::new(0),
+            ring: (0..capacity / 4).map(|_| AtomicU32::new(0)).collect(),
+        }))
+    }
+
+    pub(super) fn head(&self) -> &AtomicU32 {
+        &self.0.head
+    }
+
+    pub(super) fn tail(&self) -> &AtomicU32 {
+        &self.0.tail
+    }
+
+    pub(super) fn need_serviced(&self) -> &AtomicU8 {
+        &self.0.need_serviced
+    }
+
+    pub(super) fn size_at(&self, at: u32) -> &AtomicU32 {
+        &self.0.ring[at as usize / 4]
+    }
+
+    /// Whole words only.
+    pub(super) fn write(&self, at: u32, data: &[u8]) {
+        for (word, bytes) in self.0.ring[at as usize / 4..].iter().zip(data.chunks_exact(4)) {
+            word.store(u32::from_ne_bytes(bytes.try_into().expect("four bytes")), Relaxed);
+        }
+    }
+
+    /// Whole words only.
+    pub(super) fn read(&self, at: u32, data: &mut [u8]) {
+        for (word, bytes) in self.0.ring[at as usize / 4..].iter().zip(data.chunks_exact_mut(4)) {
+            bytes.copy_from_slice(&word.load(Relaxed).to_ne_bytes());
+        }
+    }
+}
