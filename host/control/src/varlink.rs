@@ -1,0 +1,240 @@
+//! The interface `io.iohost`: what a client can ask of the daemon.
+//!
+//! The daemon listens on `io.iohost` in its runtime directory (`/run/iohost` unless a flag says
+//! otherwise). Any Varlink client can use it; `varlinkctl introspect /run/iohost/io.iohost` shows
+//! the types below. [`Daemon`] is the Rust client of it; the service is in `iohost_supervisor`.
+//!
+//! A *service* is a device that the daemon runs a driver for. It has a name: the one that the
+//! configuration gives it, or the device's address. Where a method takes a service, the name of
+//! its driver does as well if only one service runs that driver.
+//!
+//! Every refusal is the one error `io.iohost.Refused`: a stable code for programs, a sentence,
+//! and what to do next.
+//!
+//! ## Descriptors
+//!
+//! The reply to `Open` carries descriptors beside it: the session's socket (`SOCK_SEQPACKET`),
+//! then for each queue, in the order of the reply, its memory (a sealed memfd), its data-available
+//! eventfd and its data-serviced eventfd.
+
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+use zlink::introspect;
+
+use crate::host::Failure;
+
+/// The interface's name, and the name of the socket in the runtime directory.
+pub const INTERFACE: &str = "io.iohost";
+
+/// Bytes of a queue's memory file before its ring.
+pub const QUEUE_HEADER: usize = 128;
+
+/// The reply to `Devices`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct DeviceList {
+    /// The PCI functions of the machine by address, then the devices behind sockets.
+    pub devices: Vec<Device>,
+}
+
+/// A device that the daemon can see.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::CustomType)]
+pub struct Device {
+    /// `dddd:bb:dd.f` of a PCI function, or the path of a device's socket.
+    pub location: String,
+    /// `vfio` or `vfio-user`.
+    pub kind: String,
+    /// The vendor's number; absent for a device behind a socket.
+    pub vendor: Option<u16>,
+    /// The device's number; absent for a device behind a socket.
+    pub device: Option<u16>,
+    /// The class code, 24 bits; absent for a device behind a socket.
+    pub class: Option<u32>,
+    /// The kernel driver that has the function now.
+    pub kernel_driver: Option<String>,
+    /// The function's IOMMU group; absent where no IOMMU covers it.
+    pub iommu_group: Option<u32>,
+    /// The service that the daemon runs on it.
+    pub service: Option<String>,
+    /// The plugin that is for it.
+    pub plugin: Option<String>,
+}
+
+/// The reply to `Status`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct Status {
+    /// The daemon's version.
+    pub version: String,
+    /// The daemon's process.
+    pub pid: u32,
+    /// Seconds since it started.
+    pub uptime_seconds: u64,
+    /// Its services, in the order of the configuration.
+    pub services: Vec<Service>,
+}
+
+/// A device that the daemon runs a driver for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::CustomType)]
+pub struct Service {
+    /// Its name.
+    pub name: String,
+    /// `dddd:bb:dd.f` of a PCI function, or the path of a device's socket.
+    pub location: String,
+    /// The driver that runs, or would.
+    pub driver: Option<String>,
+    /// What it is doing.
+    pub state: State,
+    /// Why it is in that state, where that needs saying.
+    pub reason: Option<Reason>,
+    /// The driver host's process.
+    pub pid: Option<u32>,
+    /// How many driver hosts the device has had.
+    pub incarnation: u64,
+    /// How the device is reached (`vfio`, `vfio-user`); once it is running.
+    pub backend: Option<String>,
+    /// What the reset before the last start did.
+    pub reset: Option<String>,
+    /// Sessions open now.
+    pub sessions: u64,
+}
+
+/// What a service is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, introspect::CustomType)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It cannot run, and nothing but a request tries again.
+    Down,
+    /// A driver host is opening the device and starting the driver.
+    Starting,
+    /// Sessions can be opened.
+    Running,
+    /// The driver host died; the next one starts after a pause.
+    Restarting,
+    /// The driver is being stopped.
+    Stopping,
+    /// It died too often; nothing but a request starts it again.
+    Quarantined,
+}
+
+/// Why something is as it is, for a person and for a program.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::CustomType)]
+pub struct Reason {
+    /// A stable word for programs.
+    pub code: String,
+    /// One sentence.
+    pub message: String,
+    /// What to do about it.
+    pub next: String,
+}
+
+/// The reply to `Bind`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct Bound {
+    /// The service that runs on the device now.
+    pub service: String,
+    /// Its driver.
+    pub driver: String,
+}
+
+/// The reply to `Unbind`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct Unbound {
+    /// The kernel driver that has the device again; absent for none.
+    pub kernel_driver: Option<String>,
+}
+
+/// The reply to `Describe`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct Description {
+    /// The service's full name.
+    pub service: String,
+    /// Its driver.
+    pub driver: String,
+    /// The methods and queues it serves, in the words of `iohost_interface`; empty for none.
+    pub interface: String,
+}
+
+/// The reply to `Open`; its descriptors are beside it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct Opened {
+    /// The session's number.
+    pub session: u64,
+    /// The service's full name.
+    pub service: String,
+    /// As in `Description`.
+    pub interface: String,
+    /// The session's queues, in the order of the interface.
+    pub queues: Vec<Queue>,
+}
+
+/// A data queue of a session.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::CustomType)]
+pub struct Queue {
+    /// Its name in the interface.
+    pub name: String,
+    /// Bytes of its ring; its memory is longer by a header of 128 bytes.
+    pub bytes: u32,
+}
+
+/// The error of every method.
+#[derive(Clone, Debug, PartialEq, zlink::ReplyError, introspect::ReplyError)]
+#[zlink(interface = "io.iohost")]
+pub enum Error {
+    /// What was asked for cannot be.
+    Refused {
+        /// A stable word for programs, such as `no-such-service`.
+        code: String,
+        /// One sentence with the values that matter.
+        message: String,
+        /// What to do about it.
+        next: String,
+    },
+}
+
+impl From<Failure> for Error {
+    fn from(Failure { code, message, next }: Failure) -> Self {
+        Error::Refused { code, message, next }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(Error::Refused { code, message, next }: Error) -> Self {
+        Failure { code, message, next }
+    }
+}
+
+impl From<Failure> for Reason {
+    fn from(Failure { code, message, next }: Failure) -> Self {
+        Reason { code, message, next }
+    }
+}
+
+/// The daemon, as a client sees it. Implemented by `zlink::Connection`.
+#[zlink::proxy("io.iohost")]
+pub trait Daemon {
+    /// The devices the daemon can see.
+    async fn devices(&mut self) -> zlink::Result<Result<DeviceList, Error>>;
+
+    /// The daemon and its services.
+    async fn status(&mut self) -> zlink::Result<Result<Status, Error>>;
+
+    /// Takes a device and starts its driver. `address` is that of a PCI function, or the name of
+    /// a service that is down or quarantined. Answered once the driver runs.
+    async fn bind(&mut self, address: &str) -> zlink::Result<Result<Bound, Error>>;
+
+    /// Stops a device's driver, resets the device, and gives it back to the kernel driver it came
+    /// from. Answered once that is done.
+    async fn unbind(&mut self, address: &str) -> zlink::Result<Result<Unbound, Error>>;
+
+    /// The interface that a service serves.
+    async fn describe(&mut self, service: &str) -> zlink::Result<Result<Description, Error>>;
+
+    /// Opens a session. `queue_bytes` are the bytes of each queue's ring, in the order of the
+    /// interface; absent for the daemon's default. The session ends when its socket closes.
+    #[zlink(return_fds)]
+    async fn open(
+        &mut self,
+        service: &str,
+        queue_bytes: Option<Vec<u32>>,
+    ) -> zlink::Result<(Result<Opened, Error>, Vec<OwnedFd>)>;
+}
