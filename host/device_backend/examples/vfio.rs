@@ -3,17 +3,23 @@
 //!     vfio conformance ADDRESS        binds an `edu`, runs the conformance tests, restores it
 //!     vfio refusals ADDRESS           the errors of opening and mapping that need a real kernel
 //!     vfio bus-reset ADDRESS OTHER    resets a function that cannot be reset alone
+//!     vfio borrow ADDRESS             takes a function from its driver, tries it, gives it back
+//!     vfio shared ADDRESS BLOCKER     fails to take a function whose group somebody else uses
+//!     vfio no-iommu ADDRESS           fails to take a function on a machine without an IOMMU
+//!     vfio removal ADDRESS            loses an open function
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
 
-use std::env;
+use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
-use iohost_device_backend::{DeviceBackend, DeviceError, VfioBackend, conformance};
+use iohost_device_backend::{DeviceBackend, DeviceError, InterruptKind, VfioBackend, conformance};
 use iohost_memory::SharedMemory;
 use iohost_pci::{PciAddress, PciError, Sysfs, VFIO_PCI};
 use iohost_vfio::{ResetKind, VfioDevice, VfioError};
+use nix::sys::eventfd::EventFd;
 
 fn main() -> Result<()> {
     let words: Vec<String> = env::args().skip(1).collect();
@@ -22,7 +28,11 @@ fn main() -> Result<()> {
         ["conformance", address] => conformance_of(address.parse()?),
         ["refusals", address] => refusals(address.parse()?),
         ["bus-reset", address, other] => bus_reset(address.parse()?, other.parse()?),
-        _ => bail!("usage: vfio conformance ADDRESS | refusals ADDRESS | bus-reset ADDRESS OTHER"),
+        ["borrow", address] => borrow(address.parse()?),
+        ["shared", address, blocker] => shared(address.parse()?, blocker.parse()?),
+        ["no-iommu", address] => no_iommu(address.parse()?),
+        ["removal", address] => removal(address.parse()?),
+        _ => bail!("usage: see the first lines of this program"),
     }
 }
 
@@ -131,4 +141,97 @@ fn bus_reset(address: PciAddress, other: PciAddress) -> Result<()> {
     conformance::all(&device);
     println!("ok the conformance tests pass on {address}");
     Ok(())
+}
+
+fn borrow(address: PciAddress) -> Result<()> {
+    let sysfs = Sysfs::default();
+    let before = sysfs.function(address)?;
+    let former = sysfs.bind(address)?;
+    let device = VfioBackend::open(&sysfs.directory(address))?;
+    for index in 0..=6 {
+        if let Some(bar) = device.bar(index) {
+            println!("   BAR {index}: {bar:x?}");
+            for range in &bar.mappable {
+                device.map_bar(index, range.clone())?;
+            }
+        }
+    }
+    for kind in [InterruptKind::IntX, InterruptKind::Msi, InterruptKind::MsiX] {
+        let count = device.interrupt_count(kind);
+        println!("   {count} {kind}");
+        let triggers: Vec<EventFd> =
+            (0..count).map(|_| EventFd::new()).collect::<Result<_, _>>()?;
+        let triggers: Vec<_> = triggers.iter().map(AsFd::as_fd).collect();
+        // All, fewer, all again: the number of vectors can change.
+        for count in [count, count / 2, count] {
+            if count > 0 {
+                device.enable_interrupts(kind, &triggers[..count as usize])?;
+            }
+        }
+    }
+    device.reset()?;
+    drop(device);
+    sysfs.restore(&former)?;
+    ensure!(sysfs.function(address)? == before, "the function is not as it was");
+    println!("ok borrowed {address} from {:?} and gave it back", before.driver);
+    Ok(())
+}
+
+fn shared(address: PciAddress, blocker: PciAddress) -> Result<()> {
+    let sysfs = Sysfs::default();
+    let refused = sysfs.bind(address).unwrap_err();
+    let PciError::GroupNotViable { ref blockers, .. } = refused else { bail!("{refused:?}") };
+    ensure!(blockers.len() == 1 && blockers[0].address == blocker, "{refused}");
+    println!("ok {refused}; next: {}", refused.next_step());
+
+    // By hand, as somebody else might do it: now VFIO has to refuse.
+    let directory = sysfs.directory(address);
+    fs::write(directory.join("driver_override"), VFIO_PCI)?;
+    fs::write("/sys/bus/pci/drivers_probe", address.to_string())?;
+    let refused = VfioBackend::open(&directory).unwrap_err();
+    println!("ok {refused}; next: {}", refused.next_step());
+    ensure!(matches!(refused, VfioError::NotViable { .. }), "{refused:?}");
+    Ok(())
+}
+
+fn no_iommu(address: PciAddress) -> Result<()> {
+    let sysfs = Sysfs::default();
+    let refused = sysfs.bind(address).unwrap_err();
+    ensure!(matches!(refused, PciError::NoIommu { .. }), "{refused:?}");
+    println!("ok {refused}; next: {}", refused.next_step());
+    let refused = VfioBackend::open(&sysfs.directory(address)).unwrap_err();
+    ensure!(matches!(refused, VfioError::NoIommu { .. }), "{refused:?}");
+    println!("ok {refused}; next: {}", refused.next_step());
+    Ok(())
+}
+
+fn removal(address: PciAddress) -> Result<()> {
+    let sysfs = Sysfs::default();
+    let former = sysfs.bind(address)?;
+    let directory = sysfs.directory(address);
+    let device = VfioBackend::open(&directory)?;
+    let remove = directory.join("remove");
+    let removal = std::thread::spawn(move || fs::write(remove, "1"));
+    // The kernel waits until the device is closed.
+    while !some_thread_waits_in("vfio_unregister_group_dev")? {
+        ensure!(!removal.is_finished(), "the removal did not wait for the device to be closed");
+        std::thread::yield_now();
+    }
+    drop(device);
+    removal.join().expect("the writer does not panic")?;
+    ensure!(!directory.exists(), "{} is still there", directory.display());
+    println!("ok removed while it was open");
+    let gone = sysfs.restore(&former).unwrap_err();
+    ensure!(matches!(gone, PciError::NoSuchDevice { .. }), "{gone:?}");
+    println!("ok {gone}");
+    Ok(())
+}
+
+fn some_thread_waits_in(function: &str) -> Result<bool> {
+    for thread in fs::read_dir("/proc/self/task")? {
+        if fs::read_to_string(thread?.path().join("wchan"))? == function {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
