@@ -1,1 +1,62 @@
 //! The SDK for people who write drivers.
+//!
+//! A driver is a value that one serial queue owns. Every handler of the queue's sources gets
+//! `&mut self`; so a driver has no lock, no atomic and no `unsafe`. Its parts:
+//!
+//! - [`IOService`]: what it is for, how it starts and stops.
+//! - [`IOPCIDevice`] and [`Bar`]: its device.
+//! - [`IODispatchQueue`], [`IOInterruptDispatchSource`], [`IOTimerDispatchSource`],
+//!   [`IODataQueueDispatchSource`]: when its code runs.
+//! - [`IOBufferMemoryDescriptor`], [`IODMACommand`]: memory it shares with the device.
+//! - [`Session`], [`Reply`]: its clients. The calls they can make come from
+//!   [`iohost_interface::interface!`].
+//! - [`export_driver!`]: makes the crate a plugin.
+//!
+//! The names are DriverKit's, the methods its selectors in snake_case; out-parameters are
+//! `Result`s, and reference counts are `Clone` and `Drop`.
+
+mod abi;
+mod data_queue;
+mod dispatch_queue;
+mod dma;
+mod error;
+mod interrupt;
+mod logger;
+mod pci;
+mod service;
+mod timer;
+
+pub use data_queue::IODataQueueDispatchSource;
+pub use dispatch_queue::IODispatchQueue;
+pub use dma::{IOBufferMemoryDescriptor, IODMACommand, PreparedDma};
+pub use error::{Error, Result};
+pub use interrupt::{IOInterruptDispatchSource, InterruptEvent, InterruptType};
+pub use iohost_interface::{IOReturn, Reply, ReplySink, ToClient, ToDriver};
+pub use iohost_memory::ring::{Consumer, Entry, Producer, QueueError, Slot};
+pub use iohost_registers::{RegisterMap, register_bits, register_map};
+pub use log;
+pub use pci::{Bar, BarInfo, Command, IOPCIDevice};
+pub use service::{Exported, IOService, Personality, QueueEnd, Session, SessionId};
+pub use timer::{IOTimerClock, IOTimerDispatchSource};
+
+/// What almost every driver needs.
+pub mod prelude {
+    pub use crate::{
+        Bar, Error, IOBufferMemoryDescriptor, IODMACommand, IODataQueueDispatchSource,
+        IODispatchQueue, IOInterruptDispatchSource, IOPCIDevice, IOReturn, IOService, IOTimerClock,
+        IOTimerDispatchSource, InterruptEvent, InterruptType, Personality, PreparedDma, Reply,
+        Result, Session, SessionId, ensure,
+    };
+    pub use log::{debug, error, info, trace, warn};
+}
+
+/// What the macros of this crate expand to; not for use by hand.
+#[doc(hidden)]
+pub mod expansion {
+    pub use crate::abi::{DriverDescriptor, descriptor};
+    pub use iohost_interface::Arguments;
+
+    /// The SDK and the compiler that build a plugin.
+    pub const BUILT_WITH: &str =
+        concat!("iohost_driver ", env!("CARGO_PKG_VERSION"), ", ", env!("IOHOST_RUSTC"));
+}

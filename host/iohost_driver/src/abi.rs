@@ -1,0 +1,759 @@
+//! The plugin's end of the C ABI: everything that crosses, and nothing else.
+//!
+//! # The contract this module rests on
+//!
+//! The host promises, in `iohost_driver_abi`:
+//!
+//! 1. Every table it hands out is complete for its version, stays where it is for the life of
+//!    the process, and its functions can be called from any thread.
+//! 2. An object is alive while we own a reference; `retain` adds one, `release` takes one.
+//! 3. A `Work` or `Handler` is called by one thread at a time, and dropped exactly once, last.
+//! 4. `start`, `stop`, `call`, `session_opened` and `session_closed` run on the default queue,
+//!    one at a time; `instance` is what our `start` wrote; `release` comes last and once.
+//! 5. A pointer and a length given to us are valid for the call; descriptors given to us are
+//!    ours.
+//!
+//! The wrappers below keep our side: each owns exactly one reference, all are made from what a
+//! table returned with status 0, and no reference to foreign memory is kept.
+
+#![expect(unsafe_code)]
+// UNSAFETY: the other side of every call here is foreign code.
+
+use std::any::Any;
+use std::ffi::{CStr, c_void};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::ptr::{self, NonNull};
+use std::slice;
+use std::sync::OnceLock;
+
+pub use iohost_driver_abi::DriverDescriptor;
+pub(crate) use iohost_driver_abi::Personality;
+use iohost_driver_abi::{
+    ABI_VERSION, CallArguments, DEVICE, DISPATCH, DescriptorHeader, DeviceBar, DeviceTable,
+    DispatchTable, DriverEntry, Handler, HostDescriptor, HostDevice, HostInterrupt, HostMemory,
+    HostQueue, HostReply, HostTable, HostTimer, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SESSION,
+    SessionInfo, SessionTable, Work,
+};
+use iohost_interface::{Arguments, IOReturn, ReplySink};
+use iohost_registers::RegisterWindow;
+
+use crate::logger;
+use crate::service::{Exported, Instance, SessionEnds};
+
+/// The descriptor of a driver, for `export_driver!`.
+pub const fn descriptor<D: Exported>(
+    name: &'static str,
+    built_with: &'static str,
+) -> DriverDescriptor {
+    let mut personalities = [NO_DEVICE; MOST_PERSONALITIES];
+    let count = D::PERSONALITIES.len();
+    assert!(count > 0, "a driver without a personality matches no device");
+    assert!(count <= MOST_PERSONALITIES, "too many personalities");
+    let mut index = 0;
+    while index < count {
+        personalities[index] = D::PERSONALITIES[index].for_abi();
+        index += 1;
+    }
+    DriverDescriptor {
+        header: DescriptorHeader {
+            magic: MAGIC,
+            abi_version: ABI_VERSION,
+            size: size_of::<DriverDescriptor>() as u32,
+            name: padded(name),
+            built_with: padded(built_with),
+            personality_count: count as u32,
+            reserved: 0,
+            personalities,
+        },
+        entry: DriverEntry {
+            start: start::<D>,
+            stop: stop::<D>,
+            release: release::<D>,
+            describe: describe::<D>,
+            call: call::<D>,
+            session_opened: session_opened::<D>,
+            session_closed: session_closed::<D>,
+        },
+    }
+}
+
+const NO_DEVICE: Personality = Personality {
+    primary: 0,
+    primary_mask: 0,
+    subsystem: 0,
+    subsystem_mask: 0,
+    class: 0,
+    class_mask: 0,
+};
+
+const fn padded(text: &str) -> [u8; NAME_BYTES] {
+    assert!(text.len() < NAME_BYTES, "a name of at most 63 bytes");
+    let mut padded = [0; NAME_BYTES];
+    let mut index = 0;
+    while index < text.len() {
+        padded[index] = text.as_bytes()[index];
+        index += 1;
+    }
+    padded
+}
+
+// ---- The functions the host calls ----
+
+unsafe extern "C" fn start<D: Exported>(
+    host: *const HostTable,
+    device: *mut HostDevice,
+    queue: *mut HostQueue,
+    instance: *mut *mut c_void,
+) -> i32 {
+    // SAFETY: contract 1.
+    if let Err(status) = unsafe { Tables::set(host) } {
+        return status.0;
+    }
+    // SAFETY: contract 2; both are borrowed for the call, and the wrappers take references.
+    let queue = unsafe { Queue::borrowed(queue) };
+    // SAFETY: the same.
+    let device = unsafe { Device::borrowed(device) };
+    let failing = queue.clone();
+    match guarded(|| Instance::<D>::start(device, queue)) {
+        Ok(Ok(started)) => {
+            let started = Box::into_raw(Box::new(started));
+            // SAFETY: the host's out-parameter, valid for the call.
+            unsafe { instance.write(started.cast()) };
+            0
+        }
+        Ok(Err(err)) => {
+            failing.failed(&err.to_string());
+            err.code().0
+        }
+        Err(panic) => {
+            failing.failed(&panic);
+            IOReturn::INTERNAL_ERROR.0
+        }
+    }
+}
+
+unsafe extern "C" fn stop<D: Exported>(instance: *mut c_void) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    instance.guarded(|| instance.stop());
+}
+
+unsafe extern "C" fn release<D: Exported>(instance: *mut c_void) {
+    // SAFETY: contract 4: made by `start` with `Box::into_raw`, and given back once.
+    let instance = unsafe { Box::from_raw(instance.cast::<Instance<D>>()) };
+    // A destructor of the driver may panic, and there is no driver left to be failed by it.
+    let _ = guarded(move || drop(instance));
+}
+
+unsafe extern "C" fn describe<D: Exported>(
+    sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+    context: *mut c_void,
+) {
+    if let Ok(Some(text)) = guarded(D::description) {
+        // SAFETY: the text lives for the call, and the sink is the host's with its context.
+        unsafe { sink(context, text.as_ptr(), text.len()) };
+    }
+}
+
+unsafe extern "C" fn call<D: Exported>(
+    instance: *mut c_void,
+    session: u64,
+    selector: u64,
+    arguments: *const CallArguments,
+    reply: *mut HostReply,
+) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    // SAFETY: contract 5.
+    let arguments = unsafe { copied(arguments) };
+    // Made first: whatever happens, its drop answers the caller.
+    let sink = Box::new(HostSink { reply });
+    instance.guarded(|| instance.call(session, selector, arguments, sink));
+}
+
+unsafe extern "C" fn session_opened<D: Exported>(
+    instance: *mut c_void,
+    session: *const SessionInfo,
+) -> i32 {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    // SAFETY: contract 5: valid for the call.
+    let session = unsafe { session.read() };
+    let queues = match session.queue_count {
+        0 => &[][..],
+        // SAFETY: contract 5, and not empty, so the pointer is one.
+        count => unsafe { slice::from_raw_parts(session.queues, count) },
+    };
+    // First of all own what was given, so that every way out closes it.
+    let owned = |fd| {
+        // SAFETY: contract 5: an open descriptor that is ours.
+        unsafe { OwnedFd::from_raw_fd(fd) }
+    };
+    let ends = queues.iter().map(|queue| SessionEnds {
+        bytes: queue.bytes,
+        memory: owned(queue.memory),
+        available: owned(queue.available),
+        serviced: owned(queue.serviced),
+    });
+    let ends = ends.map(Some).collect();
+    let mut status = IOReturn::INTERNAL_ERROR.0;
+    instance.guarded(|| status = instance.session_opened(session.session, ends));
+    status
+}
+
+unsafe extern "C" fn session_closed<D: Exported>(instance: *mut c_void, session: u64) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    instance.guarded(|| instance.session_closed(session));
+}
+
+impl<D: Exported> Instance<D> {
+    /// # Safety
+    ///
+    /// Contract 4 holds for `instance`, and it is used for the call only.
+    unsafe fn of<'a>(instance: *mut c_void) -> &'a Self {
+        // SAFETY: made by `start` from a `Box<Instance<D>>` and not yet released; shared
+        // references only are ever made from it.
+        unsafe { &*instance.cast::<Self>() }
+    }
+
+    fn guarded(&self, code: impl FnOnce()) {
+        if let Err(panic) = guarded(code) {
+            self.queue().failed(&panic);
+        }
+    }
+}
+
+/// Runs code of the driver. A panic becomes its message.
+fn guarded<R>(code: impl FnOnce() -> R) -> Result<R, String> {
+    catch_unwind(AssertUnwindSafe(code)).map_err(|panic: Box<dyn Any + Send>| {
+        let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        // A payload can be anything, also something that panics when dropped.
+        std::mem::forget(panic);
+        format!("panicked: {}", text.as_deref().unwrap_or("no message"))
+    })
+}
+
+/// # Safety
+///
+/// Contract 5 holds for `arguments`.
+unsafe fn copied(arguments: *const CallArguments) -> Arguments {
+    // SAFETY: the caller's promise.
+    let arguments = unsafe { arguments.read() };
+    let scalars = match arguments.scalar_count {
+        0 => &[][..],
+        // SAFETY: the caller's promise, and not empty, so the pointer is one.
+        count => unsafe { slice::from_raw_parts(arguments.scalars, count) },
+    };
+    let structure = match arguments.structure_len {
+        0 => &[][..],
+        // SAFETY: as above.
+        len => unsafe { slice::from_raw_parts(arguments.structure, len) },
+    };
+    Arguments { scalars: scalars.to_vec(), structure: structure.to_vec() }
+}
+
+// ---- The functions of the host ----
+
+/// The host's tables; the same ones for every driver in a process.
+struct Tables {
+    host: &'static HostTable,
+    dispatch: &'static DispatchTable,
+    device: &'static DeviceTable,
+    session: &'static SessionTable,
+}
+
+static TABLES: OnceLock<Tables> = OnceLock::new();
+
+impl Tables {
+    /// # Safety
+    ///
+    /// `host` is the table of a host that keeps contract 1.
+    unsafe fn set(host: *const HostTable) -> Result<(), IOReturn> {
+        // SAFETY: the caller's promise; the table lives for ever.
+        let host = unsafe { &*host };
+        if host.abi_version != ABI_VERSION {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        let table = |name: &CStr| {
+            // SAFETY: contract 1; the name is a C string that lives for the call.
+            NonNull::new(unsafe { (host.extension)(name.as_ptr()) }.cast_mut())
+                .ok_or(IOReturn::UNSUPPORTED)
+        };
+        let (dispatch, device, session) = (table(DISPATCH)?, table(DEVICE)?, table(SESSION)?);
+        // SAFETY: contract 1: a table of this name is of this type and lives for ever.
+        let dispatch = unsafe { dispatch.cast::<DispatchTable>().as_ref() };
+        // SAFETY: the same.
+        let device = unsafe { device.cast::<DeviceTable>().as_ref() };
+        // SAFETY: the same.
+        let session = unsafe { session.cast::<SessionTable>().as_ref() };
+        let _ = TABLES.set(Self { host, dispatch, device, session });
+        if host.log.is_some() {
+            logger::install();
+        }
+        Ok(())
+    }
+}
+
+fn tables() -> &'static Tables {
+    TABLES.get().expect("there is no object of the host before `start`")
+}
+
+/// Calls a function of a table. Every argument is a value, an object that a wrapper owns, or a
+/// pointer to something that lives for the call.
+macro_rules! host {
+    ($table:ident.$function:ident($($argument:expr),* $(,)?)) => {{
+        let function = tables().$table.$function;
+        // SAFETY: contract 1 for the function, contract 2 for the objects (their wrappers own a
+        // reference), and the rule above for all other arguments.
+        unsafe { function($($argument),*) }
+    }};
+}
+
+/// `Ok` for status 0.
+fn check(status: i32) -> Result<(), IOReturn> {
+    IOReturn(status).result()
+}
+
+/// Takes over what a function of the host wrote, if it wrote something.
+fn adopt<T>(status: i32, object: *mut T) -> Result<NonNull<T>, IOReturn> {
+    check(status)?;
+    NonNull::new(object).ok_or(IOReturn::INTERNAL_ERROR)
+}
+
+/// Sends a log line to the host.
+pub(crate) fn log(level: u32, text: &str) {
+    if let Some(log) = tables().host.log {
+        // SAFETY: contract 1; the text lives for the call.
+        unsafe { log(level, text.as_ptr(), text.len()) }
+    }
+}
+
+/// One reference to an object of the host.
+macro_rules! owned {
+    ($(#[$doc:meta])* $name:ident($object:ty) released by $table:ident.$release:ident) => {
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub(crate) struct $name(NonNull<$object>);
+
+        // SAFETY: contract 1: the host takes its objects from any thread.
+        unsafe impl Send for $name {}
+        // SAFETY: the same.
+        unsafe impl Sync for $name {}
+
+        impl Drop for $name {
+            fn drop(&mut self) {
+                host!($table.$release(self.0.as_ptr()));
+            }
+        }
+    };
+}
+
+owned! {
+    /// A dispatch queue.
+    Queue(HostQueue) released by dispatch.queue_release
+}
+owned! {
+    /// An interrupt source.
+    Interrupt(HostInterrupt) released by dispatch.interrupt_release
+}
+owned! {
+    /// A timer.
+    Timer(HostTimer) released by dispatch.timer_release
+}
+owned! {
+    /// A watched descriptor.
+    Descriptor(HostDescriptor) released by dispatch.descriptor_release
+}
+owned! {
+    /// A device.
+    Device(HostDevice) released by device.release
+}
+owned! {
+    /// Memory for a device.
+    Memory(HostMemory) released by device.memory_release
+}
+
+impl Queue {
+    /// # Safety
+    ///
+    /// `queue` is alive for the call.
+    unsafe fn borrowed(queue: *mut HostQueue) -> Self {
+        host!(dispatch.queue_retain(queue));
+        Self(NonNull::new(queue).expect("the host passes a queue"))
+    }
+
+    pub(crate) fn create(sibling: &Self, name: &str) -> Result<Self, IOReturn> {
+        let mut queue = ptr::null_mut();
+        let status = host!(dispatch.queue_create(
+            sibling.0.as_ptr(),
+            name.as_ptr(),
+            name.len(),
+            &raw mut queue
+        ));
+        Ok(Self(adopt(status, queue)?))
+    }
+
+    pub(crate) fn on_queue(&self) -> bool {
+        host!(dispatch.queue_on_queue(self.0.as_ptr())) != 0
+    }
+
+    pub(crate) fn dispatch_async(&self, block: impl FnOnce() + Send + 'static) {
+        host!(dispatch.queue_async(self.0.as_ptr(), self.work(block)));
+    }
+
+    pub(crate) fn dispatch_sync<R>(&self, block: impl FnOnce() -> R) -> Result<R, IOReturn> {
+        /// The block before, its result after.
+        struct Turn<F, R> {
+            block: Option<F>,
+            result: Option<std::thread::Result<R>>,
+        }
+        unsafe extern "C" fn run<F: FnOnce() -> R, R>(context: *mut c_void) {
+            // SAFETY: the context is the `turn` below, which waits for this call on its stack
+            // and is not touched meanwhile.
+            let turn = unsafe { &mut *context.cast::<Turn<F, R>>() };
+            let block = turn.block.take();
+            turn.result = block.map(|block| catch_unwind(AssertUnwindSafe(block)));
+        }
+        fn runner<F: FnOnce() -> R, R>(_: &Turn<F, R>) -> unsafe extern "C" fn(*mut c_void) {
+            run::<F, R>
+        }
+        let mut turn = Turn { block: Some(block), result: None };
+        let run = runner(&turn);
+        check(host!(dispatch.queue_sync(self.0.as_ptr(), run, (&raw mut turn).cast())))?;
+        match turn.result {
+            Some(Ok(result)) => Ok(result),
+            // The caller's own code panicked, on the caller's own thread.
+            Some(Err(panic)) => std::panic::resume_unwind(panic),
+            None => Err(IOReturn::INTERNAL_ERROR),
+        }
+    }
+
+    pub(crate) fn cancel(&self, done: impl FnOnce() + Send + 'static) {
+        host!(dispatch.queue_cancel(self.0.as_ptr(), self.work(done)));
+    }
+
+    pub(crate) fn now(&self, clock: u64) -> Result<u64, IOReturn> {
+        let mut time = 0;
+        check(host!(dispatch.clock_now(self.0.as_ptr(), clock, &raw mut time)))?;
+        Ok(time)
+    }
+
+    /// Tells the host that the driver has failed.
+    pub(crate) fn failed(&self, message: &str) {
+        host!(host.failed(self.0.as_ptr(), message.as_ptr(), message.len()));
+    }
+
+    /// Wraps code that runs once. Its panics are reported for this queue.
+    fn work<F: FnOnce() + Send + 'static>(&self, code: F) -> Work {
+        /// What `context` points to.
+        struct Context<F> {
+            code: F,
+            queue: Queue,
+        }
+        unsafe extern "C" fn call<F: FnOnce()>(context: *mut c_void) {
+            // SAFETY: contract 3: made below with `Box::into_raw`, consumed once.
+            let Context { code, queue } = *unsafe { Box::from_raw(context.cast::<Context<F>>()) };
+            if let Err(panic) = guarded(code) {
+                queue.failed(&panic);
+            }
+        }
+        unsafe extern "C" fn drop<F>(context: *mut c_void) {
+            // SAFETY: as in `call`, of which this is the alternative.
+            let context = unsafe { Box::from_raw(context.cast::<Context<F>>()) };
+            let _ = guarded(|| std::mem::drop(context));
+        }
+        let context = Box::into_raw(Box::new(Context { code, queue: self.clone() }));
+        Work { call: Some(call::<F>), drop: Some(drop::<F>), context: context.cast() }
+    }
+
+    /// Wraps code that runs for each event. Its panics are reported for this queue.
+    fn handler<F: FnMut(u64, u64) + Send + 'static>(&self, code: F) -> Handler {
+        /// What `context` points to.
+        struct Context<F> {
+            code: F,
+            queue: Queue,
+        }
+        unsafe extern "C" fn call<F: FnMut(u64, u64)>(
+            context: *mut c_void,
+            first: u64,
+            second: u64,
+        ) {
+            // SAFETY: contract 3: made below with `Box::into_raw`, not dropped yet, and used by
+            // one thread at a time.
+            let context = unsafe { &mut *context.cast::<Context<F>>() };
+            if let Err(panic) = guarded(|| (context.code)(first, second)) {
+                context.queue.failed(&panic);
+            }
+        }
+        unsafe extern "C" fn drop<F>(context: *mut c_void) {
+            // SAFETY: contract 3: dropped once, after the last call.
+            let context = unsafe { Box::from_raw(context.cast::<Context<F>>()) };
+            let _ = guarded(|| std::mem::drop(context));
+        }
+        let context = Box::into_raw(Box::new(Context { code, queue: self.clone() }));
+        Handler { call: call::<F>, drop: drop::<F>, context: context.cast() }
+    }
+
+    /// A completion, or none.
+    fn done(&self, done: Option<impl FnOnce() + Send + 'static>) -> Work {
+        match done {
+            Some(done) => self.work(done),
+            None => Work { call: None, drop: None, context: ptr::null_mut() },
+        }
+    }
+}
+
+impl Clone for Queue {
+    fn clone(&self) -> Self {
+        host!(dispatch.queue_retain(self.0.as_ptr()));
+        Self(self.0)
+    }
+}
+
+impl Interrupt {
+    pub(crate) fn create(
+        device: &Device,
+        index: u32,
+        queue: &Queue,
+        handler: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<Self, IOReturn> {
+        let mut source = ptr::null_mut();
+        let status = host!(dispatch.interrupt_create(
+            device.0.as_ptr(),
+            index,
+            queue.0.as_ptr(),
+            queue.handler(handler),
+            &raw mut source,
+        ));
+        Ok(Self(adopt(status, source)?))
+    }
+
+    pub(crate) fn set_handler(
+        &self,
+        queue: &Queue,
+        handler: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<(), IOReturn> {
+        let handler = queue.handler(handler);
+        check(host!(dispatch.interrupt_set_handler(self.0.as_ptr(), handler)))
+    }
+
+    pub(crate) fn set_enable(
+        &self,
+        queue: &Queue,
+        enable: bool,
+        done: Option<impl FnOnce() + Send + 'static>,
+    ) -> Result<(), IOReturn> {
+        let (enable, done) = (i32::from(enable), queue.done(done));
+        check(host!(dispatch.interrupt_set_enable(self.0.as_ptr(), enable, done)))
+    }
+
+    pub(crate) fn cancel(&self, queue: &Queue, done: Option<impl FnOnce() + Send + 'static>) {
+        host!(dispatch.interrupt_cancel(self.0.as_ptr(), queue.done(done)));
+    }
+
+    pub(crate) fn last(&self) -> (u64, u64) {
+        let (mut count, mut time) = (0, 0);
+        host!(dispatch.interrupt_last(self.0.as_ptr(), &raw mut count, &raw mut time));
+        (count, time)
+    }
+}
+
+impl Timer {
+    pub(crate) fn create(
+        queue: &Queue,
+        handler: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<Self, IOReturn> {
+        let mut timer = ptr::null_mut();
+        let handler = queue.handler(handler);
+        let status = host!(dispatch.timer_create(queue.0.as_ptr(), handler, &raw mut timer));
+        Ok(Self(adopt(status, timer)?))
+    }
+
+    pub(crate) fn set_handler(
+        &self,
+        queue: &Queue,
+        handler: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<(), IOReturn> {
+        check(host!(dispatch.timer_set_handler(self.0.as_ptr(), queue.handler(handler))))
+    }
+
+    pub(crate) fn wake_at(&self, clock: u64, deadline: u64, leeway: u64) -> Result<(), IOReturn> {
+        check(host!(dispatch.timer_wake_at(self.0.as_ptr(), clock, deadline, leeway)))
+    }
+
+    pub(crate) fn set_enable(
+        &self,
+        queue: &Queue,
+        enable: bool,
+        done: Option<impl FnOnce() + Send + 'static>,
+    ) -> Result<(), IOReturn> {
+        let (enable, done) = (i32::from(enable), queue.done(done));
+        check(host!(dispatch.timer_set_enable(self.0.as_ptr(), enable, done)))
+    }
+
+    pub(crate) fn cancel(&self, queue: &Queue, done: Option<impl FnOnce() + Send + 'static>) {
+        host!(dispatch.timer_cancel(self.0.as_ptr(), queue.done(done)));
+    }
+}
+
+impl Descriptor {
+    pub(crate) fn create(
+        queue: &Queue,
+        fd: BorrowedFd<'_>,
+        mut handler: impl FnMut() + Send + 'static,
+    ) -> Result<Self, IOReturn> {
+        let mut source = ptr::null_mut();
+        let handler = queue.handler(move |_, _| handler());
+        let fd = fd.as_raw_fd();
+        let status =
+            host!(dispatch.descriptor_create(queue.0.as_ptr(), fd, handler, &raw mut source));
+        Ok(Self(adopt(status, source)?))
+    }
+
+    pub(crate) fn nudge(&self) {
+        host!(dispatch.descriptor_nudge(self.0.as_ptr()));
+    }
+}
+
+impl Device {
+    /// # Safety
+    ///
+    /// `device` is alive for the call.
+    unsafe fn borrowed(device: *mut HostDevice) -> Self {
+        host!(device.retain(device));
+        Self(NonNull::new(device).expect("the host passes a device"))
+    }
+
+    pub(crate) fn config_read(&self, offset: u64, width: u32) -> Result<u64, IOReturn> {
+        let mut value = 0;
+        check(host!(device.config_read(self.0.as_ptr(), offset, width, &raw mut value)))?;
+        Ok(value)
+    }
+
+    pub(crate) fn config_write(&self, offset: u64, width: u32, value: u64) -> Result<(), IOReturn> {
+        check(host!(device.config_write(self.0.as_ptr(), offset, width, value)))
+    }
+
+    pub(crate) fn bar_info(&self, bar: u8) -> Result<DeviceBar, IOReturn> {
+        let mut info = DeviceBar::default();
+        check(host!(device.bar_info(self.0.as_ptr(), u32::from(bar), &raw mut info)))?;
+        Ok(info)
+    }
+
+    /// A view of the first `len` bytes of a BAR. The device must outlive the window.
+    pub(crate) fn bar_map(&self, bar: u8, len: u64) -> Result<RegisterWindow, IOReturn> {
+        let mut address = ptr::null_mut();
+        check(host!(device.bar_map(self.0.as_ptr(), u32::from(bar), len, &raw mut address)))?;
+        let address = NonNull::new(address).ok_or(IOReturn::INTERNAL_ERROR)?;
+        // SAFETY: contract of `bar_map`: page-aligned, `len` bytes, mapped until the device's
+        // last reference goes; `Bar` keeps a reference beside the window. Nobody refers to
+        // device memory by reference.
+        Ok(unsafe { RegisterWindow::from_raw(address, len as usize) })
+    }
+
+    pub(crate) fn bar_read(&self, bar: u8, offset: u64, width: u32) -> Result<u64, IOReturn> {
+        let (bar, mut value) = (u32::from(bar), 0);
+        check(host!(device.bar_read(self.0.as_ptr(), bar, offset, width, &raw mut value)))?;
+        Ok(value)
+    }
+
+    pub(crate) fn bar_write(
+        &self,
+        bar: u8,
+        offset: u64,
+        width: u32,
+        value: u64,
+    ) -> Result<(), IOReturn> {
+        check(host!(device.bar_write(self.0.as_ptr(), u32::from(bar), offset, width, value)))
+    }
+
+    pub(crate) fn configure_interrupts(
+        &self,
+        kind: u32,
+        required: u32,
+        requested: u32,
+    ) -> Result<(), IOReturn> {
+        check(host!(device.configure_interrupts(self.0.as_ptr(), kind, required, requested)))
+    }
+
+    pub(crate) fn interrupt_type(&self, index: u32) -> Result<u64, IOReturn> {
+        let mut kind = 0;
+        check(host!(device.interrupt_type(self.0.as_ptr(), index, &raw mut kind)))?;
+        Ok(kind)
+    }
+
+    pub(crate) fn reset(&self) -> Result<(), IOReturn> {
+        check(host!(device.reset(self.0.as_ptr())))
+    }
+
+    pub(crate) fn dma_prepare(&self, memory: &Memory, bits: u32) -> Result<u64, IOReturn> {
+        let mut address = 0;
+        let memory = memory.0.as_ptr();
+        check(host!(device.dma_prepare(self.0.as_ptr(), memory, bits, &raw mut address)))?;
+        Ok(address)
+    }
+
+    pub(crate) fn dma_complete(&self, address: u64) -> Result<(), IOReturn> {
+        check(host!(device.dma_complete(self.0.as_ptr(), address)))
+    }
+}
+
+impl Clone for Device {
+    fn clone(&self) -> Self {
+        host!(device.retain(self.0.as_ptr()));
+        Self(self.0)
+    }
+}
+
+impl Memory {
+    pub(crate) fn create(len: u64) -> Result<(Self, OwnedFd), IOReturn> {
+        let (mut memory, mut fd) = (ptr::null_mut(), -1);
+        let status = host!(device.memory_create(len, &raw mut memory, &raw mut fd));
+        let memory = Self(adopt(status, memory)?);
+        // SAFETY: contract of `memory_create`: on success an open descriptor that is ours.
+        Ok((memory, unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+}
+
+/// The answer to a call, on its way to the host.
+struct HostSink {
+    reply: *mut HostReply,
+}
+
+// SAFETY: contract 1: the host takes a reply from any thread.
+unsafe impl Send for HostSink {}
+
+impl HostSink {
+    fn send(&mut self, answer: Result<Arguments, IOReturn>) {
+        let reply = std::mem::replace(&mut self.reply, ptr::null_mut());
+        if reply.is_null() {
+            return;
+        }
+        let (status, arguments) = match answer {
+            Ok(arguments) => (0, arguments),
+            Err(status) => (status.0, Arguments::default()),
+        };
+        let results = CallArguments {
+            scalars: arguments.scalars.as_ptr(),
+            scalar_count: arguments.scalars.len(),
+            structure: arguments.structure.as_ptr(),
+            structure_len: arguments.structure.len(),
+        };
+        host!(session.reply(reply, status, &raw const results));
+    }
+}
+
+impl ReplySink for HostSink {
+    fn deliver(mut self: Box<Self>, answer: Result<Arguments, IOReturn>) {
+        self.send(answer);
+    }
+}
+
+impl Drop for HostSink {
+    fn drop(&mut self) {
+        self.send(Err(IOReturn::ABORTED));
+    }
+}

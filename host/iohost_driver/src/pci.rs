@@ -1,0 +1,217 @@
+//! PCI devices and their registers.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use iohost_interface::IOReturn;
+use iohost_registers::{
+    Readable, Register, RegisterMap, RegisterValue, RegisterWindow, Width, Writable, register_bits,
+};
+
+use crate::{InterruptType, Result, abi, ensure};
+
+/// `IOPCIDevice`: one PCI function, owned by the driver it was given to.
+///
+/// A value of this type is a handle; clones are the same device. Callable from any thread.
+#[derive(Clone)]
+pub struct IOPCIDevice {
+    device: Arc<abi::Device>,
+}
+
+/// What a base address register covers. `GetBARInfo`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarInfo {
+    /// Bytes.
+    pub size: u64,
+    /// The type bits: 0x00 memory 32 bit, 0x01 I/O, 0x04 memory 64 bit, 0x08 prefetchable.
+    pub kind: u32,
+}
+
+register_bits! {
+    /// The command register of configuration space (PCI Local Bus 3.0, section 6.2.2).
+    pub struct Command: u16 {
+        const IO_SPACE = 0x001;
+        const MEMORY_SPACE = 0x002;
+        const BUS_MASTER = 0x004;
+        const INTX_DISABLE = 0x400;
+    }
+}
+
+/// Where the command register is.
+const COMMAND: u64 = 0x04;
+
+impl IOPCIDevice {
+    pub(crate) fn new(device: abi::Device) -> Self {
+        Self { device: Arc::new(device) }
+    }
+
+    pub(crate) fn raw(&self) -> &abi::Device {
+        &self.device
+    }
+
+    /// Reads configuration space; all ones when the offset is out of range or not aligned.
+    pub fn configuration_read8(&self, offset: u64) -> u8 {
+        self.configuration_read(offset)
+    }
+
+    /// Reads configuration space; all ones when the offset is out of range or not aligned.
+    pub fn configuration_read16(&self, offset: u64) -> u16 {
+        self.configuration_read(offset)
+    }
+
+    /// Reads configuration space; all ones when the offset is out of range or not aligned.
+    pub fn configuration_read32(&self, offset: u64) -> u32 {
+        self.configuration_read(offset)
+    }
+
+    /// Writes configuration space; ignored when the offset is out of range or not aligned.
+    pub fn configuration_write8(&self, offset: u64, value: u8) {
+        self.configuration_write(offset, value);
+    }
+
+    /// Writes configuration space; ignored when the offset is out of range or not aligned.
+    pub fn configuration_write16(&self, offset: u64, value: u16) {
+        self.configuration_write(offset, value);
+    }
+
+    /// Writes configuration space; ignored when the offset is out of range or not aligned.
+    pub fn configuration_write32(&self, offset: u64, value: u32) {
+        self.configuration_write(offset, value);
+    }
+
+    fn configuration_read<T: Width>(&self, offset: u64) -> T {
+        let width = size_of::<T>() as u32;
+        T::from_u64(self.device.config_read(offset, width).unwrap_or(u64::MAX))
+    }
+
+    fn configuration_write<T: Width>(&self, offset: u64, value: T) {
+        // DriverKit's rule: a write that cannot be made is not made, and nobody is told.
+        let _ = self.device.config_write(offset, size_of::<T>() as u32, value.to_u64());
+    }
+
+    /// Lets the device read and write memory on its own, or forbids it: bit 2 of the command
+    /// register. Without it a device makes no DMA and sends no message interrupts.
+    pub fn set_bus_master(&self, enable: bool) {
+        let command = Command::from_register(self.configuration_read16(COMMAND));
+        let command = if enable {
+            command | Command::BUS_MASTER
+        } else {
+            Command::from_register(command.to_register() & !Command::BUS_MASTER.to_register())
+        };
+        self.configuration_write16(COMMAND, command.to_register());
+    }
+
+    /// Size and type of a BAR: 0–5, or 6 for the expansion ROM.
+    ///
+    /// Errors: `NOT_FOUND` for a BAR that is absent or the upper half of a 64-bit one,
+    /// `BAD_ARGUMENT` above 6.
+    pub fn bar_info(&self, bar: u8) -> Result<BarInfo> {
+        let info = self.device.bar_info(bar)?;
+        Ok(BarInfo { size: info.size, kind: info.kind })
+    }
+
+    /// Gives access to the registers of a BAR: mapped where the device allows it, by calls
+    /// elsewhere; a driver cannot tell.
+    ///
+    /// Errors: as [`bar_info`](Self::bar_info), and `OVERRUN` when the map is larger than the BAR.
+    pub fn map_bar<M: RegisterMap>(&self, bar: u8) -> Result<Bar<M>> {
+        let info = self.bar_info(bar)?;
+        ensure!(
+            M::SIZE <= info.size,
+            IOReturn::OVERRUN,
+            "BAR {bar} has {:#x} bytes, its map {:#x}",
+            info.size,
+            M::SIZE
+        );
+        let window = match self.device.bar_map(bar, M::SIZE) {
+            Ok(window) => Some(window),
+            Err(IOReturn::UNSUPPORTED) => None,
+            Err(status) => return Err(status.into()),
+        };
+        Ok(Bar { device: self.clone(), bar, window, map: PhantomData })
+    }
+
+    /// Chooses the kind of interrupt and how many: at least `required`, `requested` if the device
+    /// has them. The first choice lasts as long as the driver; call it before making a source.
+    ///
+    /// Errors: `UNSUPPORTED` when the device has none of the kind or something else was chosen,
+    /// `NO_SPACE` when it has fewer than `required`, `BAD_ARGUMENT` when `required` is 0 or more
+    /// than `requested`.
+    pub fn configure_interrupts(
+        &self,
+        kind: InterruptType,
+        required: u32,
+        requested: u32,
+    ) -> Result<()> {
+        // The request names MSI-X by its own bit alone.
+        let kind = match kind {
+            InterruptType::MessagedX => 0x2_0000,
+            other => other as u32,
+        };
+        Ok(self.device.configure_interrupts(kind, required, requested)?)
+    }
+
+    /// Brings the device back to its state at power-on.
+    ///
+    /// Errors: `UNSUPPORTED` when it cannot be reset.
+    pub fn reset(&self) -> Result<()> {
+        Ok(self.device.reset()?)
+    }
+}
+
+impl fmt::Debug for IOPCIDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ids = self.configuration_read32(0);
+        write!(f, "IOPCIDevice({:04x}:{:04x})", ids & 0xffff, ids >> 16)
+    }
+}
+
+/// The registers of a BAR, as `M` describes them.
+///
+/// Every access is one bus access of the register's own width, in program order. A read that the
+/// device does not answer gives all ones, as on a bus; such a write is lost.
+pub struct Bar<M> {
+    /// Keeps the mapping alive.
+    device: IOPCIDevice,
+    bar: u8,
+    window: Option<RegisterWindow>,
+    map: PhantomData<fn() -> M>,
+}
+
+impl<M: RegisterMap> Bar<M> {
+    /// Reads a register.
+    pub fn read<T: RegisterValue, A: Readable>(&self, register: Register<M, T, A>) -> T {
+        let offset = register.offset();
+        let bits = match &self.window {
+            Some(window) => window.read::<T::Bits>(offset as usize),
+            None => {
+                let width = size_of::<T::Bits>() as u32;
+                let value = self.device.raw().bar_read(self.bar, offset, width);
+                value.ok().map(T::Bits::from_u64)
+            }
+        };
+        T::from_register(bits.unwrap_or(T::Bits::from_u64(u64::MAX)))
+    }
+
+    /// Writes a register.
+    pub fn write<T: RegisterValue, A: Writable>(&self, register: Register<M, T, A>, value: T) {
+        let (offset, bits) = (register.offset(), value.to_register());
+        match &self.window {
+            Some(window) => {
+                let _ = window.write(offset as usize, bits);
+            }
+            None => {
+                let width = size_of::<T::Bits>() as u32;
+                let _ = self.device.raw().bar_write(self.bar, offset, width, bits.to_u64());
+            }
+        }
+    }
+}
+
+impl<M> fmt::Debug for Bar<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = if self.window.is_some() { "mapped" } else { "by calls" };
+        write!(f, "Bar({}, {how})", self.bar)
+    }
+}

@@ -1,0 +1,286 @@
+//! A driver's life, and its clients.
+
+use std::fmt;
+use std::os::fd::OwnedFd;
+
+use iohost_interface::{Arguments, IOReturn, ReplySink, ToClient, ToDriver};
+use iohost_memory::ring::{Bell, Consumer, Producer, Ring};
+
+use crate::data_queue::RingEnd;
+use crate::{Error, IODispatchQueue, IOPCIDevice, Result, abi};
+
+/// `IOService`: a driver.
+///
+/// Everything here runs on the driver's default queue, one call at a time.
+pub trait IOService: Sized + Send + 'static {
+    /// The devices the driver is for.
+    const PERSONALITIES: &'static [Personality];
+
+    /// Starts the driver: returns a working driver, or why there is none. The device was reset
+    /// before. Handlers of sources made here run after `start` has returned.
+    fn start(device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> Result<Self>;
+
+    /// Quiets the device. Called once, before the driver is dropped. Callers whose replies the
+    /// driver still holds are told `ABORTED` when it is.
+    fn stop(&mut self) {}
+
+    /// A client opened a session; its data queues are in `session`. An error refuses it.
+    fn session_opened(&mut self, session: Session) -> Result<()> {
+        drop(session);
+        Ok(())
+    }
+
+    /// A session that was accepted is over: drop what belongs to it.
+    fn session_closed(&mut self, session: SessionId) {
+        let _ = session;
+    }
+}
+
+/// Devices a driver is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Personality(abi::Personality);
+
+impl Personality {
+    /// A PCI function by vendor and device id. `IOPCIPrimaryMatch`.
+    pub const fn pci(vendor: u16, device: u16) -> Self {
+        Self(abi::Personality {
+            primary: (device as u32) << 16 | vendor as u32,
+            primary_mask: u32::MAX,
+            subsystem: 0,
+            subsystem_mask: 0,
+            class: 0,
+            class_mask: 0,
+        })
+    }
+
+    /// PCI functions by class, subclass and programming interface: 24 bits. `IOPCIClassMatch`.
+    pub const fn pci_class(class: u32) -> Self {
+        assert!(class <= 0xff_ffff, "a class code has 24 bits");
+        Self(abi::Personality {
+            primary: 0,
+            primary_mask: 0,
+            subsystem: 0,
+            subsystem_mask: 0,
+            class: class << 8,
+            class_mask: 0xffff_ff00,
+        })
+    }
+
+    /// Of these, only those with these subsystem ids. `IOPCISecondaryMatch`.
+    pub const fn with_subsystem(mut self, vendor: u16, device: u16) -> Self {
+        self.0.subsystem = (device as u32) << 16 | vendor as u32;
+        self.0.subsystem_mask = u32::MAX;
+        self
+    }
+
+    pub(crate) const fn for_abi(self) -> abi::Personality {
+        self.0
+    }
+}
+
+/// The number of a session; never used twice while a driver runs.
+pub type SessionId = u64;
+
+/// A client's session, as the driver first sees it.
+pub struct Session {
+    id: SessionId,
+    ends: Vec<Option<SessionEnds>>,
+}
+
+/// What a data queue consists of, before one end of it is taken.
+pub(crate) struct SessionEnds {
+    pub(crate) bytes: u32,
+    pub(crate) memory: OwnedFd,
+    pub(crate) available: OwnedFd,
+    pub(crate) serviced: OwnedFd,
+}
+
+/// One end of a data queue, for [`IODataQueueDispatchSource`](crate::IODataQueueDispatchSource).
+pub struct QueueEnd<End> {
+    pub(crate) end: End,
+    pub(crate) doorbell: OwnedFd,
+}
+
+impl Session {
+    /// The session's number.
+    pub fn id(&self) -> SessionId {
+        self.id
+    }
+
+    /// The driver's end of a queue that the client puts entries in. Once.
+    ///
+    /// Errors: `NOT_FOUND` when the session has no such queue or its end was taken,
+    /// `IPC_ERROR` when its memory is not usable.
+    pub fn consumer(&mut self, queue: ToDriver) -> Result<QueueEnd<Consumer>> {
+        let ends = self.take(queue.0)?;
+        ends.end(|available, serviced| (serviced, available))
+    }
+
+    /// The driver's end of a queue that the client takes entries from. Once.
+    ///
+    /// Errors: as [`consumer`](Self::consumer).
+    pub fn producer(&mut self, queue: ToClient) -> Result<QueueEnd<Producer>> {
+        let ends = self.take(queue.0)?;
+        ends.end(|available, serviced| (available, serviced))
+    }
+
+    fn take(&mut self, place: usize) -> Result<SessionEnds> {
+        let ends = self.ends.get_mut(place).and_then(Option::take);
+        ends.ok_or_else(|| {
+            Error::new(IOReturn::NOT_FOUND, format!("no data queue {place} to take"))
+        })
+    }
+}
+
+impl SessionEnds {
+    /// `roles(available, serviced)`: which one this end rings, and which one rings for it.
+    fn end<End: RingEnd>(
+        self,
+        roles: impl FnOnce(OwnedFd, OwnedFd) -> (OwnedFd, OwnedFd),
+    ) -> Result<QueueEnd<End>> {
+        let unusable = |err: &dyn fmt::Display| Error::new(IOReturn::IPC_ERROR, err.to_string());
+        let (rings, doorbell) = roles(self.available, self.serviced);
+        let ring =
+            Ring::attach(self.memory, u64::from(self.bytes)).map_err(|err| unusable(&err))?;
+        let end = End::of(ring, Bell::from(rings)).map_err(|err| unusable(&err))?;
+        Ok(QueueEnd { end, doorbell })
+    }
+}
+
+impl fmt::Debug for Session {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("id", &self.id).finish_non_exhaustive()
+    }
+}
+
+impl<End> fmt::Debug for QueueEnd<End> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("QueueEnd")
+    }
+}
+
+/// What [`export_driver!`](crate::export_driver) adds to a driver.
+pub trait Exported: IOService {
+    /// The descriptor, for a host that has the driver linked in.
+    fn descriptor() -> &'static abi::DriverDescriptor;
+
+    /// The interface's description, if the driver serves one.
+    fn description() -> Option<String>;
+
+    /// Hands a call to the interface.
+    fn serve(&mut self, selector: u64, arguments: Arguments, sink: Box<dyn ReplySink>);
+}
+
+/// A started driver, as the ABI holds it.
+pub(crate) struct Instance<D: Exported> {
+    queue: IODispatchQueue<D>,
+}
+
+impl<D: Exported> Instance<D> {
+    pub(crate) fn start(device: abi::Device, queue: abi::Queue) -> Result<Self> {
+        let queue = IODispatchQueue::without_state(queue);
+        let driver = D::start(IOPCIDevice::new(device), &queue)?;
+        queue.replace_state(Some(driver));
+        Ok(Self { queue })
+    }
+
+    pub(crate) fn queue(&self) -> &abi::Queue {
+        self.queue.raw()
+    }
+
+    pub(crate) fn stop(&self) {
+        let _ = self.queue.enter(IOService::stop);
+        // Dropped here, on the queue and outside of the state's lock: sources end, replies that
+        // are still owed say `ABORTED`.
+        drop(self.queue.replace_state(None));
+    }
+
+    pub(crate) fn call(
+        &self,
+        _session: u64,
+        selector: u64,
+        arguments: Arguments,
+        sink: Box<dyn ReplySink>,
+    ) {
+        // When the driver is stopped the sink is dropped with the closure, which answers.
+        let _ = self.queue.enter(|driver| driver.serve(selector, arguments, sink));
+    }
+
+    pub(crate) fn session_opened(&self, session: u64, ends: Vec<Option<SessionEnds>>) -> i32 {
+        let session = Session { id: session, ends };
+        let opened = self.queue.enter(|driver| driver.session_opened(session));
+        let opened = opened.map_err(Error::from).flatten();
+        if let Err(err) = &opened {
+            log::warn!("session refused: {err}");
+        }
+        IOReturn::code(&opened.map_err(|err| err.code()))
+    }
+
+    pub(crate) fn session_closed(&self, session: u64) {
+        let _ = self.queue.enter(|driver| driver.session_closed(session));
+    }
+}
+
+/// Makes the crate a plugin: exports `$driver`, and serves its clients the interface of the
+/// module or crate `$interface`, for which the driver implements `$interface::Server`.
+///
+/// ```ignore
+/// iohost_driver::export_driver!(Edu, serves edu_api);
+/// ```
+#[macro_export]
+macro_rules! export_driver {
+    ($driver:ty) => {
+        $crate::export_driver!(@export $driver);
+
+        impl $crate::Exported for $driver {
+            $crate::export_driver!(@descriptor);
+
+            fn description() -> ::std::option::Option<::std::string::String> {
+                ::std::option::Option::None
+            }
+
+            fn serve(
+                &mut self,
+                _: u64,
+                _: $crate::expansion::Arguments,
+                sink: ::std::boxed::Box<dyn $crate::ReplySink>,
+            ) {
+                sink.deliver(::std::result::Result::Err($crate::IOReturn::UNSUPPORTED));
+            }
+        }
+    };
+    ($driver:ty, serves $interface:ident) => {
+        $crate::export_driver!(@export $driver);
+
+        impl $crate::Exported for $driver {
+            $crate::export_driver!(@descriptor);
+
+            fn description() -> ::std::option::Option<::std::string::String> {
+                ::std::option::Option::Some($interface::description())
+            }
+
+            fn serve(
+                &mut self,
+                selector: u64,
+                arguments: $crate::expansion::Arguments,
+                sink: ::std::boxed::Box<dyn $crate::ReplySink>,
+            ) {
+                $interface::serve(self, selector, arguments, sink);
+            }
+        }
+    };
+    (@export $driver:ty) => {
+        /// What the host reads from the file.
+        #[unsafe(export_name = "iohost_driver")]
+        static DESCRIPTOR: $crate::expansion::DriverDescriptor =
+            $crate::expansion::descriptor::<$driver>(
+                ::std::env!("CARGO_PKG_NAME"),
+                $crate::expansion::BUILT_WITH,
+            );
+    };
+    (@descriptor) => {
+        fn descriptor() -> &'static $crate::expansion::DriverDescriptor {
+            &DESCRIPTOR
+        }
+    };
+}

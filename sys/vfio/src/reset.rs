@@ -1,0 +1,149 @@
+//! Bringing a device back to its state at power-on.
+
+use std::mem::offset_of;
+
+use log::debug;
+use vfio_bindings::bindings::vfio as uapi;
+
+use crate::ioctl::{DeviceCall, Message};
+use crate::region::CONFIG_REGION;
+use crate::{VfioDevice, VfioError};
+
+/// The command register, and its bit that lets the device start transfers.
+///
+/// Source: PCI Local Bus Specification 3.0, 6.2.2.
+const COMMAND: u64 = 0x04;
+const BUS_MASTER: u16 = 0x0004;
+
+/// How a device was reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetKind {
+    /// This function alone: by FLR, by power management, or by its bus where it is alone there.
+    Function,
+    /// Everything on its bus, all of it in our group.
+    Bus,
+}
+
+impl VfioDevice {
+    /// Stops interrupts and transfers, then resets the function; where it cannot be reset alone,
+    /// its whole bus, provided that everything on it belongs to our group.
+    ///
+    /// Configuration space is as before afterwards, but for bus mastering, which is off. Mappings
+    /// of regions and of memory stay. Takes up to a second or so.
+    ///
+    /// Errors: `NoReset`; `ResetShared` with the devices that are not ours; `Device` and `Access` with what
+    /// the kernel said. The device is quiet, unless it was the quieting that failed.
+    pub fn reset(&self) -> Result<ResetKind, VfioError> {
+        let mut enabled = self.enabled();
+        self.disable(&mut enabled)?;
+        self.clear_bus_master()?;
+        if self.resets_alone {
+            self.device.reset().map_err(|source| VfioError::Device {
+                operation: "resetting the function".to_owned(),
+                source,
+            })?;
+            Ok(ResetKind::Function)
+        } else {
+            self.reset_bus()?;
+            Ok(ResetKind::Bus)
+        }
+    }
+
+    fn clear_bus_master(&self) -> Result<(), VfioError> {
+        let mut command = [0; 2];
+        self.read(CONFIG_REGION, COMMAND, &mut command)?;
+        let quiet = u16::from_le_bytes(command) & !BUS_MASTER;
+        self.write(CONFIG_REGION, COMMAND, &quiet.to_le_bytes())
+    }
+
+    fn reset_bus(&self) -> Result<(), VfioError> {
+        let affected = self.affected_by_bus_reset()?;
+        let others: Vec<String> = affected
+            .iter()
+            .filter(|device| device.group != self.group())
+            .map(|device| device.address.clone())
+            .collect();
+        if !others.is_empty() {
+            return Err(VfioError::ResetShared { others });
+        }
+        debug!(devices:? = affected; "resetting the bus");
+        let fixed = size_of::<uapi::vfio_pci_hot_reset>();
+        let mut message = Message::with_len(fixed + 4);
+        message
+            .set(offset_of!(uapi::vfio_pci_hot_reset, count), 1)
+            .set(fixed, self.group.as_raw_fd() as u32);
+        self.device.call(DeviceCall::HotReset, &mut message).map_err(|source| VfioError::Device {
+            operation: "resetting the bus".to_owned(),
+            source,
+        })
+    }
+
+    fn affected_by_bus_reset(&self) -> Result<Vec<Affected>, VfioError> {
+        let failed = |source| VfioError::Device {
+            operation: "asking what a reset of the bus would reset".to_owned(),
+            source,
+        };
+        let fixed = size_of::<uapi::vfio_pci_hot_reset_info>();
+        let entry = size_of::<uapi::vfio_pci_dependent_device>();
+        // A bus has at most 256 functions, so this is room for all.
+        let mut message = Message::with_len(fixed + 256 * entry);
+        self.device.call(DeviceCall::GetHotResetInfo, &mut message).map_err(
+            |source| match source.raw_os_error() {
+                Some(libc::ENODEV) => VfioError::NoReset,
+                _ => failed(source),
+            },
+        )?;
+        Ok(affected(&message))
+    }
+}
+
+/// A device that a reset of the bus would reset.
+#[derive(Debug, PartialEq, Eq)]
+struct Affected {
+    group: u32,
+    address: String,
+}
+
+fn affected(message: &Message) -> Vec<Affected> {
+    let fixed = size_of::<uapi::vfio_pci_hot_reset_info>();
+    let entry = size_of::<uapi::vfio_pci_dependent_device>();
+    let count = message.u32(offset_of!(uapi::vfio_pci_hot_reset_info, count)) as usize;
+    let room = (message.len() - fixed) / entry;
+    let entries = (0..count.min(room)).map(|index| {
+        let at = fixed + entry * index;
+        // Segment in the first two bytes, then bus, then device and function.
+        let place = message.u32(at + 4).to_ne_bytes();
+        let segment = u16::from_ne_bytes([place[0], place[1]]);
+        let [bus, function] = [place[2], place[3]];
+        Affected {
+            group: message.u32(at),
+            address: format!("{segment:04x}:{bus:02x}:{:02x}.{:x}", function >> 3, function & 7),
+        }
+    });
+    entries.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_devices_on_a_bus_are_named_with_their_groups() {
+        let mut message = Message::with_len(12 + 16);
+        message.set(8, 2);
+        message.set(12, 5).set(16, u32::from_ne_bytes([0, 0, 0x01, 0x00]));
+        message.set(20, 6).set(24, u32::from_ne_bytes([1, 0, 0x3a, 0x1f << 3 | 2]));
+        let named = [
+            Affected { group: 5, address: "0000:01:00.0".to_owned() },
+            Affected { group: 6, address: "0001:3a:1f.2".to_owned() },
+        ];
+        assert_eq!(affected(&message), named);
+    }
+
+    #[test]
+    fn a_count_beyond_the_message_ends_with_the_message() {
+        let mut message = Message::with_len(12 + 8);
+        message.set(8, 1000);
+        assert_eq!(affected(&message).len(), 1);
+    }
+}
