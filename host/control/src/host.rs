@@ -148,6 +148,17 @@ pub struct Failure {
     pub next: String,
 }
 
+impl Failure {
+    /// A failure with its code, what is wrong, and what to do about it.
+    pub fn new(
+        code: impl Into<String>,
+        message: impl Into<String>,
+        next: impl Into<String>,
+    ) -> Self {
+        Self { code: code.into(), message: message.into(), next: next.into() }
+    }
+}
+
 /// The numbers of a driver host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

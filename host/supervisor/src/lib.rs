@@ -1,1 +1,188 @@
 //! The daemon: configuration, matching, binding, supervision, the control interface.
+//!
+//! Two threads. The one that called [`run`] is the actor: it owns every service, device binding,
+//! driver host and session, sleeps in one epoll wait, and waits for nothing else without a
+//! deadline. The other serves the control socket and asks the actor; between them is a channel,
+//! and no lock.
+//!
+//! Invariant: what the daemon does is decided on the actor's thread alone, one event at a time.
+//!
+//! Neighbours: `iohost_control` (the messages), `iohost_pci` (sysfs), the driver host (a process
+//! that this one starts and never trusts: whatever it does, only its own device is affected).
+
+#![forbid(unsafe_code)]
+
+mod actor;
+mod config;
+mod control_server;
+mod driver_process;
+mod plugins;
+mod request;
+mod restart;
+mod runtime_directory;
+mod service;
+mod session;
+
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use iohost_control::host::Failure;
+use iohost_pci::Sysfs;
+use log::info;
+use smol::channel;
+
+pub use config::{
+    Config, ConfigError, DEFAULT_CONFIG, DEFAULT_DRIVER_DIRECTORY, DEFAULT_RUNTIME_DIRECTORY,
+    DeviceConfig, Limits, Location,
+};
+pub use plugins::Inspect;
+pub use restart::{Decision, RestartPolicy};
+
+use crate::actor::Actor;
+use crate::plugins::Plugins;
+use crate::runtime_directory::RuntimeDirectory;
+
+/// How the daemon is to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The configuration file; `None` for the default place, where it may be missing.
+    pub config: Option<PathBuf>,
+    /// Instead of the configuration's.
+    pub runtime_directory: Option<PathBuf>,
+    /// Instead of the configuration's.
+    pub driver_directory: Option<PathBuf>,
+    /// The program to start for each device.
+    pub driver_host: PathBuf,
+    /// How a plugin file is read.
+    pub inspect: Inspect,
+    /// The PCI functions of the machine.
+    pub sysfs: Sysfs,
+    /// When driver hosts that died are started again.
+    pub restart: RestartPolicy,
+    /// How long driver hosts may take.
+    pub patience: Patience,
+}
+
+/// How long a driver host may take for what it is asked.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// From its start until the driver runs.
+    pub start: Duration,
+    /// Until the driver has stopped and the device is reset; then it is killed.
+    pub stop: Duration,
+    /// Until the driver knows a session.
+    pub session: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self {
+            start: Duration::from_secs(10),
+            stop: Duration::from_secs(5),
+            session: Duration::from_secs(5),
+        }
+    }
+}
+
+/// Why the daemon did not run, or did not end well.
+#[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DaemonError {
+    /// The configuration has a mistake; nothing was touched.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Anything else, for a person.
+    #[error("{}", .0.message)]
+    Failed(Failure),
+}
+
+impl DaemonError {
+    /// The error as it is shown: code, sentence, next step.
+    pub fn failure(&self) -> Failure {
+        match self {
+            DaemonError::Config(err) => Failure::new("config", err.to_string(), &err.next),
+            DaemonError::Failed(failure) => failure.clone(),
+        }
+    }
+}
+
+impl From<Failure> for DaemonError {
+    fn from(failure: Failure) -> Self {
+        DaemonError::Failed(failure)
+    }
+}
+
+/// Runs the daemon until SIGTERM or SIGINT, on the calling thread.
+///
+/// Returns `Ok` when every driver stopped, its device was reset, and everything that was bound
+/// was given back. A second signal meanwhile kills what has not stopped yet.
+pub fn run(options: &Options) -> Result<(), DaemonError> {
+    let (config, file) = read_config(options)?;
+    let plugins = check_plugins(options, &config, &file)?;
+    let directory = RuntimeDirectory::hold(&config.runtime_directory)?;
+    let listener = directory.listen()?;
+
+    let (asker, inbox) = request::pair().map_err(no_resources)?;
+    let mut actor = Actor::new(options, config, plugins, inbox).map_err(no_resources)?;
+    let (stop, stopped) = channel::bounded::<()>(1);
+    let control = thread::Builder::new()
+        .name("control".into())
+        .spawn(move || control_server::serve(listener, asker, stopped))
+        .map_err(no_resources)?;
+
+    info!(socket:% = directory.socket().display(), pid = std::process::id(); "daemon started");
+    let result = actor.run();
+    drop(actor);
+    drop(stop);
+    // It ends because its channel closed, and it holds nothing that a crash of its could spoil.
+    let _ = control.join();
+    info!("daemon stopped");
+    Ok(result?)
+}
+
+fn read_config(options: &Options) -> Result<(Config, PathBuf), ConfigError> {
+    let (mut config, file) = match &options.config {
+        Some(file) => (Config::read(file)?, file.clone()),
+        None if Path::new(DEFAULT_CONFIG).exists() => {
+            (Config::read(Path::new(DEFAULT_CONFIG))?, DEFAULT_CONFIG.into())
+        }
+        None => (Config::empty(), PathBuf::new()),
+    };
+    if let Some(directory) = &options.runtime_directory {
+        config.runtime_directory.clone_from(directory);
+    }
+    if let Some(directory) = &options.driver_directory {
+        config.driver_directory.clone_from(directory);
+    }
+    Ok((config, file))
+}
+
+/// A plugin that the configuration names has to be there, before anything is touched.
+fn check_plugins(options: &Options, config: &Config, file: &Path) -> Result<Plugins, ConfigError> {
+    let in_config = |failure: Failure, line| ConfigError {
+        file: file.to_owned(),
+        line,
+        message: failure.message,
+        next: failure.next,
+    };
+    let plugins = Plugins::scan(&config.driver_directory, options.inspect)
+        .map_err(|failure| in_config(failure, None))?;
+    for device in &config.devices {
+        if let Some(name) = &device.driver {
+            plugins.named(name).map_err(|failure| {
+                let message = format!("device {:?}: {}", device.name, failure.message);
+                in_config(Failure { message, ..failure }, Some(device.line))
+            })?;
+        }
+    }
+    Ok(plugins)
+}
+
+fn no_resources(err: std::io::Error) -> Failure {
+    Failure::new(
+        "no-resources",
+        format!("the daemon cannot be set up: {err}"),
+        "raise its limits of open files and threads",
+    )
+}

@@ -1,0 +1,935 @@
+//! The daemon's one owner of state.
+//!
+//! It sleeps until a request, a signal, a message from a driver host, the end of one, or a
+//! deadline, and deals with each as a whole before the next. Nothing here blocks but sysfs, whose
+//! writes wait for a kernel driver to let go of its device.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read};
+use std::mem;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::TryRecvError;
+use std::time::{Duration, Instant};
+
+use iohost_control::host::{
+    Failure, FromHost, MOST_DESCRIPTORS, OpenSession, QueueSize, Ready, Start, ToHost,
+};
+use iohost_control::plugin::PciIds;
+use iohost_control::varlink::{
+    Bound, Description as Described, Device, DeviceList, Opened, Queue, Status, Unbound,
+};
+use iohost_event::{PacketError, Packets, Poller, Ready as Found};
+use iohost_interface::Description;
+use iohost_pci::{PciAddress, PciError, PciFunction, VFIO_PCI};
+use log::{debug, error, info, warn};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::low_level::pipe;
+
+use crate::Options;
+use crate::config::{Config, DeviceConfig, Location};
+use crate::driver_process::{DriverProcess, Heard};
+use crate::plugins::{Plugin, Plugins};
+use crate::request::{Answer, Inbox, Request, stopping};
+use crate::restart::Decision;
+use crate::service::{Host, LastWords, Opening, Service, Session, State};
+use crate::session::SessionMemory;
+
+const REQUESTS: u64 = 0;
+const SIGNALS: u64 = 1;
+/// Each driver host has two tokens from here on: its messages, then its end.
+const HOSTS: u64 = 2;
+
+/// Messages of one driver host that are dealt with before others get their turn.
+const MESSAGES_PER_TURN: usize = 64;
+
+/// Everything the daemon knows and holds.
+pub(crate) struct Actor {
+    options: Options,
+    config: Config,
+    plugins: Plugins,
+    services: Vec<Service>,
+    inbox: Inbox,
+    signals: UnixStream,
+    poller: Poller,
+    /// Driver hosts that said more than fits into a turn.
+    talkative: BTreeSet<u64>,
+    started: Instant,
+    next_host: u64,
+    next_session: u64,
+    /// Whether the daemon is on its way out, and what went wrong on that way.
+    stopping: bool,
+    trouble: Option<Failure>,
+}
+
+impl Actor {
+    /// Sets everything up that can fail, and starts nothing yet.
+    pub(crate) fn new(
+        options: &Options,
+        config: Config,
+        plugins: Plugins,
+        inbox: Inbox,
+    ) -> io::Result<Self> {
+        let (signals, raised) = UnixStream::pair()?;
+        signals.set_nonblocking(true)?;
+        pipe::register(SIGTERM, raised.try_clone()?)?;
+        pipe::register(SIGINT, raised)?;
+        let poller = Poller::new()?;
+        poller.watch(&*inbox.wake, REQUESTS)?;
+        poller.watch(&signals, SIGNALS)?;
+        let services =
+            config.devices.iter().map(|device| Service::new(device.clone(), false)).collect();
+        Ok(Self {
+            options: options.clone(),
+            config,
+            plugins,
+            services,
+            inbox,
+            signals,
+            poller,
+            talkative: BTreeSet::new(),
+            started: Instant::now(),
+            next_host: 0,
+            next_session: 1,
+            stopping: false,
+            trouble: None,
+        })
+    }
+
+    /// Starts every service, then deals with events until all have stopped after a signal.
+    pub(crate) fn run(&mut self) -> Result<(), Failure> {
+        for at in 0..self.services.len() {
+            self.start(at, Cause::Asked);
+        }
+        let mut found = Found::new(64);
+        while !self.is_finished() {
+            let waited = self.poller.wait(&mut found, self.until_next_deadline());
+            waited.map_err(crate::no_resources)?;
+            for number in mem::take(&mut self.talkative) {
+                self.listen_to(number);
+            }
+            for token in found.tokens() {
+                match token {
+                    REQUESTS => self.answer_requests(),
+                    SIGNALS => self.take_signals(),
+                    _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
+                    _ => self.bury((token - HOSTS) / 2),
+                }
+            }
+            self.check_deadlines(Instant::now());
+        }
+        self.trouble.take().map_or(Ok(()), Err)
+    }
+
+    fn is_finished(&self) -> bool {
+        self.stopping && self.services.iter().all(|service| service.host().is_none())
+    }
+
+    fn until_next_deadline(&self) -> Option<Duration> {
+        if !self.talkative.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let next = self.services.iter().filter_map(Service::deadline).min()?;
+        // A nanosecond late rather than early: epoll rounds down, and early means a busy loop.
+        Some(next.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
+    }
+
+    fn take_signals(&mut self) {
+        let mut bytes = [0; 64];
+        while matches!(self.signals.read(&mut bytes), Ok(1..)) {}
+        if self.stopping {
+            warn!("second signal: killing the driver hosts that have not stopped");
+            for at in 0..self.services.len() {
+                self.condemn(at, Failure::new("killed", "a second signal came", "start again"));
+            }
+            return;
+        }
+        info!("stopping");
+        self.stopping = true;
+        for at in 0..self.services.len() {
+            self.stop(at);
+        }
+    }
+}
+
+/// Requests from the control interface.
+impl Actor {
+    fn answer_requests(&mut self) {
+        self.inbox.wake.take();
+        loop {
+            let request = match self.inbox.requests.try_recv() {
+                Ok(request) => request,
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+            };
+            match request {
+                Request::Devices(answer) => answer.give(self.devices()),
+                Request::Status(answer) => answer.give(Ok(self.status())),
+                Request::Describe { service, answer } => answer.give(self.describe(&service)),
+                Request::Bind { device, answer } => self.bind(&device, answer),
+                Request::Unbind { device, answer } => self.unbind(&device, answer),
+                Request::Open { service, queue_bytes, answer } => {
+                    self.open(&service, queue_bytes, answer);
+                }
+            }
+        }
+    }
+
+    fn devices(&self) -> Result<DeviceList, Failure> {
+        let functions = self.options.sysfs.functions().map_err(from_pci)?;
+        let service_at = |location: &str| {
+            let service = self.services.iter().find(|service| service.is_called(location));
+            service.map(|service| service.device.name.clone())
+        };
+        let pci = functions.iter().map(|function| {
+            let location = function.address.to_string();
+            Device {
+                kind: "vfio".into(),
+                vendor: Some(function.vendor),
+                device: Some(function.device),
+                class: Some(function.class),
+                kernel_driver: function.driver.clone(),
+                iommu_group: function.iommu_group,
+                service: service_at(&location),
+                plugin: self.plugins.best_for(ids(function)).map(|plugin| plugin.info.name.clone()),
+                location,
+            }
+        });
+        let sockets = self.services.iter().filter_map(|service| match &service.device.location {
+            Location::Pci(_) => None,
+            Location::Socket(path) => Some(Device {
+                location: path.display().to_string(),
+                kind: "vfio-user".into(),
+                vendor: None,
+                device: None,
+                class: None,
+                kernel_driver: None,
+                iommu_group: None,
+                service: Some(service.device.name.clone()),
+                plugin: service.device.driver.clone(),
+            }),
+        });
+        Ok(DeviceList { devices: pci.chain(sockets).collect() })
+    }
+
+    fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            services: self.services.iter().map(Service::shown).collect(),
+        }
+    }
+
+    fn describe(&self, word: &str) -> Result<Described, Failure> {
+        let service = &self.services[self.find(word)?];
+        match &service.state {
+            State::Running { ready, .. } => Ok(Described {
+                service: service.device.name.clone(),
+                driver: ready.driver.clone(),
+                interface: ready.interface.clone(),
+            }),
+            _ => Err(not_running(service)),
+        }
+    }
+
+    fn bind(&mut self, word: &str, answer: Answer<Bound>) {
+        if self.stopping {
+            return answer.give(Err(stopping()));
+        }
+        match Plugins::scan(&self.config.driver_directory, self.options.inspect) {
+            Ok(plugins) => self.plugins = plugins,
+            Err(failure) => return answer.give(Err(failure)),
+        }
+        let at = match self.position_called(word) {
+            Some(at) => at,
+            None => match word.parse::<PciAddress>() {
+                Ok(address) => self.add(address),
+                Err(_) => return answer.give(Err(self.no_such_service(word))),
+            },
+        };
+        let service = &mut self.services[at];
+        match &service.state {
+            State::Running { ready, .. } => {
+                let (service, driver) = (service.device.name.clone(), ready.driver.clone());
+                answer.give(Ok(Bound { service, driver }));
+            }
+            State::Starting(_) => service.binds.push(answer),
+            State::Stopping(_) => answer.give(Err(not_running(service))),
+            State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => {
+                // A person who asks has looked: the past does not count, and the device is theirs
+                // to take.
+                service.deaths.forget();
+                service.device.bind = true;
+                service.binds.push(answer);
+                self.start(at, Cause::Asked);
+            }
+        }
+    }
+
+    fn unbind(&mut self, word: &str, answer: Answer<Unbound>) {
+        let Some(at) = self.position_called(word) else {
+            return answer.give(Err(self.no_such_service(word)));
+        };
+        self.services[at].unbinds.push(answer);
+        self.stop(at);
+    }
+
+    fn open(
+        &mut self,
+        word: &str,
+        queue_bytes: Option<Vec<u32>>,
+        answer: Answer<(Opened, Vec<std::os::fd::OwnedFd>)>,
+    ) {
+        let at = match self.find(word) {
+            Ok(at) => at,
+            Err(failure) => return answer.give(Err(failure)),
+        };
+        let number = self.next_session;
+        self.next_session += 1;
+        match self.open_session(at, number, queue_bytes) {
+            Err(failure) => answer.give(Err(failure)),
+            Ok((memory, opened, fds)) => {
+                let State::Running { sessions, .. } = &mut self.services[at].state else {
+                    unreachable!("open_session refuses in every other state");
+                };
+                let deadline = Instant::now() + self.options.patience.session;
+                let opening = Some(Opening { deadline, opened, fds, answer });
+                sessions.insert(number, Session { _memory: memory, opening });
+            }
+        }
+    }
+
+    /// Makes a session's descriptors and tells the driver host of it.
+    fn open_session(
+        &self,
+        at: usize,
+        number: u64,
+        queue_bytes: Option<Vec<u32>>,
+    ) -> Result<(SessionMemory, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
+        let service = &self.services[at];
+        let State::Running { host, ready, interface, sessions } = &service.state else {
+            return Err(not_running(service));
+        };
+        let limits = &self.config.limits;
+        if sessions.len() >= limits.sessions_per_service {
+            return Err(Failure::new(
+                "too-many-sessions",
+                format!("service {:?} has {} sessions already", word(service), sessions.len()),
+                "close one, or raise `sessions_per_service` in the configuration",
+            ));
+        }
+        let declared = interface.queues.len();
+        let bytes = queue_bytes.unwrap_or_else(|| vec![limits.queue_bytes; declared]);
+        if bytes.len() != declared {
+            return Err(Failure::new(
+                "queue-count",
+                format!("{} queue sizes for an interface of {declared} queues", bytes.len()),
+                "give one size for each queue that `describe` shows, or none at all",
+            ));
+        }
+        if let Some(too_large) = bytes.iter().find(|bytes| **bytes > limits.largest_queue_bytes) {
+            return Err(Failure::new(
+                "queue-size",
+                format!(
+                    "a queue of {too_large} bytes, the most is {}",
+                    limits.largest_queue_bytes
+                ),
+                "ask for less, or raise `largest_queue_bytes` in the configuration",
+            ));
+        }
+        let queues: Vec<QueueSize> = bytes.iter().map(|bytes| QueueSize { bytes: *bytes }).collect();
+        let memory = SessionMemory::create(&queues).map_err(|err| err.into_failure())?;
+        let (theirs, drivers) = Packets::pair().map_err(crate::no_resources)?;
+        let message = ToHost::OpenSession(OpenSession { session: number, queues });
+        host.process.send(&message, &memory.beside(&drivers)).map_err(|err| {
+            let why = match err {
+                PacketError::WouldBlock => "it has not read the earlier messages".to_owned(),
+                other => other.to_string(),
+            };
+            Failure::new(
+                "driver-silent",
+                format!("the driver host of {:?} takes no session: {why}", word(service)),
+                "try again; if it stays so, restart the driver: iohost unbind, iohost bind",
+            )
+        })?;
+        let opened = Opened {
+            session: number,
+            service: service.device.name.clone(),
+            interface: ready.interface.clone(),
+            queues: interface
+                .queues
+                .iter()
+                .zip(&bytes)
+                .map(|(queue, bytes)| Queue { name: queue.name.clone(), bytes: *bytes })
+                .collect(),
+        };
+        let fds = memory.duplicates(theirs).map_err(crate::no_resources)?;
+        Ok((memory, opened, fds))
+    }
+
+    /// The service that a word means: a name, a location, or a driver that only one service runs.
+    fn find(&self, word: &str) -> Result<usize, Failure> {
+        if let Some(at) = self.position_called(word) {
+            return Ok(at);
+        }
+        let runs = |service: &Service| {
+            service.driver.as_deref().or(service.device.driver.as_deref()) == Some(word)
+        };
+        let all: Vec<usize> =
+            (0..self.services.len()).filter(|at| runs(&self.services[*at])).collect();
+        match all.as_slice() {
+            [] => Err(self.no_such_service(word)),
+            [only] => Ok(*only),
+            several => {
+                let names: Vec<&str> = several
+                    .iter()
+                    .map(|at| self.services[*at].device.name.as_str())
+                    .collect();
+                Err(Failure::new(
+                    "ambiguous",
+                    format!("{} services run driver {word:?}", several.len()),
+                    format!("name one of them: {}", names.join(", ")),
+                ))
+            }
+        }
+    }
+
+    fn position_called(&self, word: &str) -> Option<usize> {
+        // The short form of an address is as good as the long one.
+        let address = word.parse::<PciAddress>().map(|address| address.to_string());
+        let full = address.as_deref().unwrap_or(word);
+        self.services
+            .iter()
+            .position(|service| service.is_called(word) || service.is_called(full))
+    }
+
+    fn no_such_service(&self, word: &str) -> Failure {
+        let names: Vec<&str> =
+            self.services.iter().map(|service| service.device.name.as_str()).collect();
+        let next = match names.is_empty() {
+            true => "bind a device (iohost bind ADDRESS), or add one to the configuration".into(),
+            false => format!("name one of: {}", names.join(", ")),
+        };
+        Failure::new("no-such-service", format!("there is no service {word:?}"), next)
+    }
+
+    /// A service for a function that the configuration does not have.
+    fn add(&mut self, address: PciAddress) -> usize {
+        let device = DeviceConfig {
+            name: address.to_string(),
+            location: Location::Pci(address),
+            driver: None,
+            interrupts: Vec::new(),
+            bind: true,
+            line: 0,
+        };
+        self.services.push(Service::new(device, true));
+        self.services.len() - 1
+    }
+}
+
+/// Why a driver host is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// The daemon starts, or somebody asked.
+    Asked,
+    /// The one before it died.
+    Death,
+}
+
+/// The life of a service; the numbers are those of the picture at [`State`].
+impl Actor {
+    /// 1 and 5: chooses a plugin, takes the device, starts a driver host.
+    fn start(&mut self, at: usize, cause: Cause) {
+        match self.start_host(at, cause) {
+            Ok(host) => self.services[at].state = State::Starting(host),
+            Err(failure) => self.go_down(at, failure),
+        }
+    }
+
+    fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
+        let plugin = self.choose_plugin(&self.services[at].device)?.clone();
+        self.take_device(at)?;
+        let service = &mut self.services[at];
+        service.driver = Some(plugin.info.name.clone());
+        service.incarnation += 1;
+
+        let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
+        let number = self.next_host;
+        self.next_host += 1;
+        self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
+        self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
+        let start = ToHost::Start(Start {
+            device: service.device.location.for_host(),
+            interrupts: service.device.interrupts.clone(),
+            plugin: Some(plugin.file.to_string_lossy().into_owned()),
+            incarnation: service.incarnation,
+        });
+        info!(
+            device = service.device.name, driver = plugin.info.name, pid = process.pid(),
+            incarnation = service.incarnation; "driver host started"
+        );
+        // A process that is gone already is noticed by its end.
+        let _ = process.send(&start, &[]);
+        Ok(Host {
+            number,
+            process,
+            deadline: Some(Instant::now() + self.options.patience.start),
+            last_words: None,
+            is_retry: cause == Cause::Death,
+            killed: false,
+        })
+    }
+
+    fn choose_plugin(&self, device: &DeviceConfig) -> Result<&Plugin, Failure> {
+        if let Some(name) = &device.driver {
+            return self.plugins.named(name);
+        }
+        let Location::Pci(address) = device.location else {
+            return Err(Failure::new(
+                "no-driver",
+                format!("device {:?} names no driver", device.name),
+                "add the key `driver` to the device in the configuration",
+            ));
+        };
+        let function = self.options.sysfs.function(address).map_err(from_pci)?;
+        self.plugins.best_for(ids(&function)).ok_or_else(|| {
+            let PciFunction { vendor, device, class, .. } = function;
+            Failure::new(
+                "no-driver",
+                format!(
+                    "no plugin in {} is for device {address} ({vendor:04x}:{device:04x}, class \
+                     {class:06x})",
+                    self.config.driver_directory.display()
+                ),
+                "install a plugin for it there",
+            )
+        })
+    }
+
+    /// Makes sure that a PCI function is bound to vfio-pci.
+    fn take_device(&mut self, at: usize) -> Result<(), Failure> {
+        let service = &mut self.services[at];
+        let Location::Pci(address) = service.device.location else { return Ok(()) };
+        let function = self.options.sysfs.function(address).map_err(from_pci)?;
+        if function.driver.as_deref() == Some(VFIO_PCI) {
+            return Ok(());
+        }
+        if !service.device.bind {
+            let has = function.driver.unwrap_or_else(|| "no driver".into());
+            return Err(Failure::new(
+                "not-bound",
+                format!("device {address} is bound to {has}, not to {VFIO_PCI}"),
+                format!(
+                    "take it with `iohost bind {address}`, or set `bind = true` for it in the \
+                     configuration"
+                ),
+            ));
+        }
+        service.former = Some(self.options.sysfs.bind(address).map_err(from_pci)?);
+        Ok(())
+    }
+
+    /// 2: the driver runs.
+    fn became_ready(&mut self, at: usize, ready: Ready) {
+        let interface = match Description::parse(&ready.interface) {
+            Ok(interface) if 1 + 3 * interface.queues.len() <= MOST_DESCRIPTORS => interface,
+            Ok(interface) => {
+                let count = interface.queues.len();
+                return self.condemn(at, protocol(&format!("an interface of {count} queues")));
+            }
+            Err(err) => return self.condemn(at, protocol(&err.to_string())),
+        };
+        let service = &mut self.services[at];
+        let old = mem::replace(&mut service.state, State::Down(stopping()));
+        let State::Starting(mut host) = old else {
+            unreachable!("became_ready is called for a service that starts");
+        };
+        host.deadline = None;
+        info!(
+            device = service.device.name, driver = ready.driver, backend = ready.backend,
+            reset = ready.reset, incarnation = service.incarnation; "driver running"
+        );
+        service.driver = Some(ready.driver.clone());
+        service.reset = Some(ready.reset.clone());
+        for answer in service.binds.drain(..) {
+            let service = service.device.name.clone();
+            answer.give(Ok(Bound { service, driver: ready.driver.clone() }));
+        }
+        service.state = State::Running { host, ready, interface, sessions: BTreeMap::new() };
+    }
+
+    /// 6: asks a driver host to stop; a service without one is stopped already.
+    fn stop(&mut self, at: usize) {
+        let service = &mut self.services[at];
+        let old = mem::replace(&mut service.state, State::Down(stopping()));
+        let mut host = match old {
+            State::Starting(host) | State::Running { host, .. } => host,
+            State::Stopping(host) => {
+                service.state = State::Stopping(host);
+                return;
+            }
+            State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => {
+                return self.stopped(at);
+            }
+        };
+        let sent = host.process.send(&ToHost::Stop, &[]);
+        if !host.killed {
+            host.deadline = Some(Instant::now() + self.options.patience.stop);
+        }
+        service.state = State::Stopping(host);
+        for answer in service.binds.drain(..) {
+            answer.give(Err(Failure::new("stopped", "the device was given back", "bind it again")));
+        }
+        if let Err(PacketError::WouldBlock) = sent {
+            self.condemn(at, protocol("it does not read its messages"));
+        }
+    }
+
+    /// 7: the driver host is gone, as was wanted; gives the device back.
+    fn stopped(&mut self, at: usize) {
+        let service = &mut self.services[at];
+        let given_back = match service.former.take() {
+            Some(former) if !former.was_bound_to_vfio() => {
+                let restored = self.options.sysfs.restore(&former).map_err(from_pci);
+                restored.map(|()| Unbound { kernel_driver: former.driver })
+            }
+            _ => Ok(Unbound { kernel_driver: None }),
+        };
+        if let Err(failure) = &given_back {
+            error!(
+                device = service.device.name, next = failure.next;
+                "device not given back: {}", failure.message
+            );
+            self.trouble.get_or_insert_with(|| failure.clone());
+        }
+        for answer in service.unbinds.drain(..) {
+            answer.give(given_back.clone());
+        }
+        let next = format!("start it again: iohost bind {}", service.device.name);
+        service.state = State::Down(Failure::new("stopped", "it was stopped on request", next));
+        if service.on_request && !self.stopping {
+            self.services.remove(at);
+        }
+    }
+
+    /// 3: it cannot run, and only a request tries again.
+    fn go_down(&mut self, at: usize, failure: Failure) {
+        let service = &mut self.services[at];
+        error!(
+            device = service.device.name, code = failure.code, next = failure.next;
+            "driver not started: {}", failure.message
+        );
+        for answer in service.binds.drain(..) {
+            answer.give(Err(failure.clone()));
+        }
+        service.state = State::Down(failure);
+        if service.on_request {
+            // Nobody asked for it by configuration; what was taken for it goes back.
+            self.stopped(at);
+        }
+    }
+
+    /// A driver host has ended.
+    fn bury(&mut self, number: u64) {
+        // What it said before its end comes first.
+        self.listen_to(number);
+        let Some(at) = self.with_host(number) else { return };
+        let service = &mut self.services[at];
+        let Some(host) = service.host_mut() else { return };
+        let Some(how) = host.process.ended() else { return };
+        let pid = host.process.pid();
+        let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
+        debug!(device = service.device.name, pid, how = how; "driver host ended");
+
+        let unexpected = || {
+            Failure::new(
+                "driver-died",
+                format!("the driver host of {:?} (process {pid}) {how}", service.device.name),
+                "read the log for what it said last; `iohost status` shows when it starts again",
+            )
+        };
+        let old = mem::replace(&mut service.state, State::Down(stopping()));
+        match (old, last_words) {
+            (State::Stopping(_), Some(LastWords::Stopped)) => self.stopped(at),
+            (State::Stopping(_), words) => {
+                let why = match words {
+                    Some(LastWords::Said(failure) | LastWords::Found(failure)) => failure,
+                    _ => unexpected(),
+                };
+                warn!(device = service.device.name; "driver not stopped in order: {}", why.message);
+                self.trouble.get_or_insert(why);
+                self.stopped(at);
+            }
+            (State::Starting(_), Some(LastWords::Said(failure))) if !is_retry => {
+                self.go_down(at, failure);
+            }
+            (State::Starting(_), words) => {
+                let why = why(words).unwrap_or_else(unexpected);
+                self.died(at, why);
+            }
+            (State::Running { sessions, .. }, words) => {
+                let why = why(words).unwrap_or_else(unexpected);
+                for session in sessions.into_values() {
+                    if let Some(opening) = session.opening {
+                        opening.answer.give(Err(why.clone()));
+                    }
+                }
+                self.died(at, why);
+            }
+            (other, _) => service.state = other,
+        }
+    }
+
+    /// 4: decides whether and when the next driver host starts.
+    fn died(&mut self, at: usize, why: Failure) {
+        let now = Instant::now();
+        let service = &mut self.services[at];
+        for answer in service.binds.drain(..) {
+            answer.give(Err(why.clone()));
+        }
+        match service.deaths.add(now, &self.options.restart) {
+            Decision::RestartAfter(pause) => {
+                warn!(
+                    device = service.device.name, pause_ms = pause.as_millis() as u64,
+                    reason = why.message; "driver host died, restarting"
+                );
+                service.state = State::Restarting { at: now + pause, why };
+            }
+            Decision::Quarantine => {
+                error!(
+                    device = service.device.name, reason = why.message;
+                    "driver host died too often, device quarantined"
+                );
+                let next = format!(
+                    "correct the cause, then start it again: iohost bind {}",
+                    service.device.name
+                );
+                service.state = State::Quarantined(Failure { next, ..why });
+            }
+        }
+    }
+
+    /// Kills a driver host for what it did; its end is dealt with when it comes.
+    fn condemn(&mut self, at: usize, failure: Failure) {
+        let patience = self.options.patience.stop;
+        let service = &mut self.services[at];
+        let device = service.device.name.clone();
+        let Some(host) = service.host_mut() else { return };
+        if host.killed {
+            return;
+        }
+        warn!(device, pid = host.process.pid(), reason = failure.message; "killing driver host");
+        host.last_words = Some(LastWords::Found(failure));
+        host.killed = true;
+        host.deadline = Some(Instant::now() + patience);
+        host.process.kill();
+    }
+
+    fn check_deadlines(&mut self, now: Instant) {
+        // From behind: a service that is done can leave the list.
+        for at in (0..self.services.len()).rev() {
+            let service = &mut self.services[at];
+            if let State::Running { host, sessions, .. } = &mut service.state {
+                let late = |session: &Session| {
+                    session.opening.as_ref().is_some_and(|opening| opening.deadline <= now)
+                };
+                for (number, session) in sessions.extract_if(.., |_, session| late(session)) {
+                    let _ = host.process.send(&ToHost::CloseSession { session: number }, &[]);
+                    if let Some(opening) = session.opening {
+                        opening.answer.give(Err(Failure::new(
+                            "driver-silent",
+                            format!(
+                                "the driver did not take the session within {:?}",
+                                self.options.patience.session
+                            ),
+                            "try again; if it stays so, restart it: iohost unbind, iohost bind",
+                        )));
+                    }
+                }
+            }
+            if let State::Restarting { at: due, .. } = service.state {
+                if due <= now && !self.stopping {
+                    self.start(at, Cause::Death);
+                }
+                continue;
+            }
+            let Some(host) = service.host() else { continue };
+            if host.deadline.is_none_or(|deadline| deadline > now) {
+                continue;
+            }
+            if host.killed {
+                self.give_up(at);
+                continue;
+            }
+            let name = &service.device.name;
+            let (what, patience) = match &service.state {
+                State::Starting(_) => ("did not become ready", self.options.patience.start),
+                State::Stopping(_) => ("did not stop", self.options.patience.stop),
+                _ => ("closed its connection but did not end", self.options.patience.stop),
+            };
+            let failure = Failure::new(
+                "driver-hung",
+                format!("the driver host of {name:?} {what} within {patience:?}"),
+                "read the log for what it did last; IOHOST_LOG=debug shows more",
+            );
+            self.condemn(at, failure);
+        }
+    }
+
+    /// A driver host that SIGKILL does not end hangs in the kernel, with its device. Nothing of
+    /// that device is touched again.
+    fn give_up(&mut self, at: usize) {
+        let service = &mut self.services[at];
+        let pid = service.host().map_or(0, |host| host.process.pid());
+        let failure = Failure::new(
+            "driver-unkillable",
+            format!("the driver host of {:?} (process {pid}) does not die", service.device.name),
+            "read the kernel log (dmesg); the device may need a power cycle",
+        );
+        error!(device = service.device.name, pid; "driver host does not die");
+        self.trouble.get_or_insert_with(|| failure.clone());
+        for answer in service.unbinds.drain(..) {
+            answer.give(Err(failure.clone()));
+        }
+        for answer in service.binds.drain(..) {
+            answer.give(Err(failure.clone()));
+        }
+        service.former = None;
+        service.state = State::Down(failure);
+    }
+}
+
+/// What driver hosts say.
+impl Actor {
+    fn with_host(&self, number: u64) -> Option<usize> {
+        let is_it = |service: &Service| service.host().is_some_and(|host| host.number == number);
+        self.services.iter().position(is_it)
+    }
+
+    fn listen_to(&mut self, number: u64) {
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(at) = self.with_host(number) else { return };
+            let Some(host) = self.services[at].host_mut() else { return };
+            match host.process.receive() {
+                Heard::Message(message) => self.hear(at, message),
+                Heard::Nothing => return,
+                Heard::Closed => {
+                    // It ends now, or it is killed.
+                    let soon = Instant::now() + self.options.patience.stop;
+                    host.deadline = Some(host.deadline.map_or(soon, |deadline| deadline.min(soon)));
+                    return;
+                }
+                Heard::Garbage(words) => return self.condemn(at, protocol(&words)),
+            }
+        }
+        self.talkative.insert(number);
+    }
+
+    fn hear(&mut self, at: usize, message: FromHost) {
+        let patience = self.options.patience.stop;
+        let service = &mut self.services[at];
+        match (&mut service.state, message) {
+            (State::Starting(_), FromHost::Ready(ready)) => self.became_ready(at, ready),
+            (
+                State::Starting(host) | State::Running { host, .. } | State::Stopping(host),
+                FromHost::Failed(failure),
+            ) => {
+                if !host.killed {
+                    host.last_words = Some(LastWords::Said(failure));
+                    host.deadline = Some(Instant::now() + patience);
+                }
+            }
+            (State::Stopping(host), FromHost::Stopped) => {
+                if !host.killed {
+                    host.last_words = Some(LastWords::Stopped);
+                    host.deadline = Some(Instant::now() + patience);
+                }
+            }
+            (State::Running { sessions, .. }, FromHost::SessionOpened { session }) => {
+                let opening = sessions.get_mut(&session).and_then(|session| session.opening.take());
+                if let Some(Opening { opened, fds, answer, .. }) = opening {
+                    debug!(device = service.device.name, session; "session opened");
+                    answer.give(Ok((opened, fds)));
+                }
+            }
+            (State::Running { sessions, .. }, FromHost::SessionClosed { session, reason }) => {
+                let opening = sessions.remove(&session).and_then(|session| session.opening);
+                debug!(device = service.device.name, session, reason = reason; "session closed");
+                if let Some(Opening { answer, .. }) = opening {
+                    answer.give(Err(Failure::new(
+                        "session-refused",
+                        format!("the driver refused the session: {reason}"),
+                        "read the driver's documentation for what it takes",
+                    )));
+                }
+            }
+            // Sent before it read that it has to stop.
+            (
+                State::Stopping(_),
+                FromHost::Ready(_)
+                | FromHost::SessionOpened { .. }
+                | FromHost::SessionClosed { .. }
+                | FromHost::Statistics(_),
+            )
+            | (State::Running { .. }, FromHost::Statistics(_)) => {}
+            (_, message) => {
+                let said = format!("an unexpected message: {message:?}");
+                self.condemn(at, protocol(&said));
+            }
+        }
+    }
+}
+
+fn why(words: Option<LastWords>) -> Option<Failure> {
+    match words {
+        Some(LastWords::Said(failure) | LastWords::Found(failure)) => Some(failure),
+        Some(LastWords::Stopped) | None => None,
+    }
+}
+
+fn protocol(words: &str) -> Failure {
+    Failure::new(
+        "driver-protocol",
+        format!("the driver host broke the protocol: {words}"),
+        "install iohost and iohost-driver-host of the same version",
+    )
+}
+
+fn not_running(service: &Service) -> Failure {
+    let shown = service.shown();
+    let why = match shown.reason {
+        Some(reason) => format!(": {}", reason.message),
+        None => String::new(),
+    };
+    let state = format!("{:?}", shown.state).to_lowercase();
+    Failure::new(
+        "not-running",
+        format!("service {:?} is {state}{why}", shown.name),
+        match &service.state {
+            State::Down(reason) | State::Quarantined(reason) => reason.next.clone(),
+            _ => "try again in a moment; `iohost status` shows how it goes".to_owned(),
+        },
+    )
+}
+
+fn word(service: &Service) -> &str {
+    &service.device.name
+}
+
+fn ids(function: &PciFunction) -> PciIds {
+    PciIds { vendor: function.vendor, device: function.device, class: function.class }
+}
+
+fn from_pci(err: PciError) -> Failure {
+    let code = match &err {
+        PciError::NoSuchDevice { .. } => "no-such-device",
+        PciError::NoIommu { .. } => "no-iommu",
+        PciError::DriverNotLoaded { .. } => "no-vfio-pci",
+        PciError::GroupNotViable { .. } => "group-not-viable",
+        PciError::Permission { .. } => "no-permission",
+        PciError::NotBound { .. } => "not-bound",
+        _ => "sysfs",
+    };
+    let source = std::error::Error::source(&err).map(|source| format!(": {source}"));
+    Failure::new(code, format!("{err}{}", source.unwrap_or_default()), err.next_step())
+}

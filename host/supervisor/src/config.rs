@@ -1,0 +1,431 @@
+//! The configuration file.
+//!
+//! ```toml
+//! driver_directory = "/usr/lib/iohost/drivers"
+//! runtime_directory = "/run/iohost"
+//!
+//! [limits]
+//! sessions_per_service = 16       # at the same time
+//! queue_bytes = 1048576           # of a queue, where the client does not say
+//! largest_queue_bytes = 67108864  # the most a client may ask for
+//!
+//! [[device]]
+//! address = "0000:01:00.0"        # a PCI function
+//! driver = "edu"                  # without it: the plugin whose match table fits best
+//! interrupts = ["intx"]           # without it: whatever the device has
+//! bind = true                     # take it from its kernel driver; give it back at the end
+//!
+//! [[device]]
+//! name = "edu0"
+//! socket = "/run/edu.sock"        # a device behind a vfio-user server
+//! driver = "edu"                  # has to be named: the device says what it is too late
+//! ```
+//!
+//! A mistake is reported with file, line and key, before anything is touched.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use iohost_control::host::{DeviceLocation, InterruptChoice};
+use iohost_pci::PciAddress;
+use serde::Deserialize;
+use toml::Spanned;
+
+/// Where the configuration is unless a flag says otherwise.
+pub const DEFAULT_CONFIG: &str = "/etc/iohost/iohost.toml";
+/// Where plugins are unless flag or configuration say otherwise.
+pub const DEFAULT_DRIVER_DIRECTORY: &str = "/usr/lib/iohost/drivers";
+/// Where the control socket is unless flag or configuration say otherwise.
+pub const DEFAULT_RUNTIME_DIRECTORY: &str = "/run/iohost";
+
+/// What the configuration says, checked as far as a file can be.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Where the plugins are.
+    pub driver_directory: PathBuf,
+    /// Where the control socket is made.
+    pub runtime_directory: PathBuf,
+    /// What clients may ask for.
+    pub limits: Limits,
+    /// The devices, in the order of the file; names and locations are unique.
+    pub devices: Vec<DeviceConfig>,
+}
+
+/// What clients may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Sessions of one service at the same time.
+    pub sessions_per_service: usize,
+    /// Bytes of a queue, where the client does not say.
+    pub queue_bytes: u32,
+    /// The most bytes of a queue that a client may ask for.
+    pub largest_queue_bytes: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            sessions_per_service: 16,
+            queue_bytes: 1024 * 1024,
+            largest_queue_bytes: 64 * 1024 * 1024,
+        }
+    }
+}
+
+/// One device.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceConfig {
+    /// The service's name.
+    pub name: String,
+    /// Where the device is.
+    pub location: Location,
+    /// The driver, where it is named.
+    pub driver: Option<String>,
+    /// The kinds of interrupt the driver may use; empty for all.
+    pub interrupts: Vec<InterruptChoice>,
+    /// Whether iohost may take the device from its kernel driver.
+    pub bind: bool,
+    /// The line of the entry.
+    pub line: usize,
+}
+
+/// Where a device is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Location {
+    /// A PCI function of this machine.
+    Pci(PciAddress),
+    /// A vfio-user server.
+    Socket(PathBuf),
+}
+
+impl std::fmt::Display for Location {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Location::Pci(address) => address.fmt(f),
+            Location::Socket(path) => path.display().fmt(f),
+        }
+    }
+}
+
+impl Location {
+    /// The location as a driver host is told it.
+    pub(crate) fn for_host(&self) -> DeviceLocation {
+        match self {
+            Location::Pci(address) => DeviceLocation::Vfio { address: address.to_string() },
+            Location::Socket(path) => {
+                DeviceLocation::VfioUser { socket: path.to_string_lossy().into_owned() }
+            }
+        }
+    }
+}
+
+/// Why the configuration cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}{}: {message}", file.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
+pub struct ConfigError {
+    /// The file.
+    pub file: PathBuf,
+    /// The line, where there is one.
+    pub line: Option<usize>,
+    /// What is wrong, with the key.
+    pub message: String,
+    /// What to do about it.
+    pub next: String,
+}
+
+impl Config {
+    /// Reads the file. A missing file is an error; the caller knows whether it was asked for.
+    pub fn read(file: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(file).map_err(|err| ConfigError {
+            file: file.to_owned(),
+            line: None,
+            message: format!("the configuration cannot be read: {err}"),
+            next: "create the file, or name another one with --config".into(),
+        })?;
+        Self::parse(file, &text)
+    }
+
+    /// What an empty file says.
+    pub fn empty() -> Self {
+        Self::parse(Path::new(""), "").expect("an empty configuration has no mistakes")
+    }
+
+    /// Reads the text of `file`.
+    pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        let source = Source { file, text };
+        let raw: RawConfig = toml::from_str(text).map_err(|err| source.explain(&err))?;
+        let mut devices: Vec<DeviceConfig> = Vec::new();
+        for entry in raw.device {
+            let device = source.check(entry)?;
+            if let Some(other) = devices.iter().find(|other| {
+                other.name == device.name || other.location == device.location
+            }) {
+                let message = format!(
+                    "device {:?} at {} is configured already in line {}",
+                    device.name, device.location, other.line
+                );
+                return Err(source.error(
+                    device.line,
+                    message,
+                    "remove one of the two, or give each its own name and location",
+                ));
+            }
+            devices.push(device);
+        }
+        Ok(Self {
+            driver_directory: raw.driver_directory,
+            runtime_directory: raw.runtime_directory,
+            limits: raw.limits,
+            devices,
+        })
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawConfig {
+    #[serde(default = "default_driver_directory")]
+    driver_directory: PathBuf,
+    #[serde(default = "default_runtime_directory")]
+    runtime_directory: PathBuf,
+    #[serde(default)]
+    limits: Limits,
+    #[serde(default)]
+    device: Vec<Spanned<RawDevice>>,
+}
+
+fn default_driver_directory() -> PathBuf {
+    DEFAULT_DRIVER_DIRECTORY.into()
+}
+
+fn default_runtime_directory() -> PathBuf {
+    DEFAULT_RUNTIME_DIRECTORY.into()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDevice {
+    name: Option<String>,
+    address: Option<Spanned<String>>,
+    socket: Option<PathBuf>,
+    driver: Option<String>,
+    #[serde(default)]
+    interrupts: Vec<InterruptChoice>,
+    #[serde(default)]
+    bind: bool,
+}
+
+/// The file, to find lines in.
+struct Source<'a> {
+    file: &'a Path,
+    text: &'a str,
+}
+
+impl Source<'_> {
+    fn check(&self, entry: Spanned<RawDevice>) -> Result<DeviceConfig, ConfigError> {
+        let line = self.line(&entry.span());
+        let device = entry.into_inner();
+        let location = match (device.address, device.socket) {
+            (Some(address), None) => {
+                Location::Pci(address.get_ref().parse().map_err(|err| {
+                    self.error(
+                        self.line(&address.span()),
+                        format!("key `address`: {err}"),
+                        "list the devices that are there with `iohost devices`",
+                    )
+                })?)
+            }
+            (None, Some(socket)) => {
+                if device.driver.is_none() {
+                    return Err(self.error(
+                        line,
+                        "a device with `socket` has no key `driver`".into(),
+                        "name the driver: a device behind a socket says what it is only to a \
+                         driver host",
+                    ));
+                }
+                Location::Socket(socket)
+            }
+            (Some(_), Some(_)) => {
+                return Err(self.error(
+                    line,
+                    "a device has both `address` and `socket`".into(),
+                    "keep `address` for a PCI function, or `socket` for a vfio-user device",
+                ));
+            }
+            (None, None) => {
+                return Err(self.error(
+                    line,
+                    "a device has neither `address` nor `socket`".into(),
+                    "add `address = \"dddd:bb:dd.f\"` for a PCI function, or `socket` and \
+                     `driver` for a vfio-user device",
+                ));
+            }
+        };
+        let name = device.name.unwrap_or_else(|| location.to_string());
+        if name.is_empty() || name.contains(|c: char| c.is_control() || c.is_whitespace()) {
+            return Err(self.error(
+                line,
+                format!("key `name`: {name:?} is not a name"),
+                "use a word without spaces, such as `edu0`",
+            ));
+        }
+        Ok(DeviceConfig {
+            name,
+            location,
+            driver: device.driver,
+            interrupts: device.interrupts,
+            bind: device.bind,
+            line,
+        })
+    }
+
+    /// Says what is wrong in words of our own where the parser's are about its own inside.
+    fn explain(&self, err: &toml::de::Error) -> ConfigError {
+        let line = err.span().map(|span| self.line(&span));
+        let message = err.message().trim();
+        let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
+        let (message, next) = match quoted.as_slice() {
+            [unknown, known @ ..] if message.starts_with("unknown field") => {
+                let near = nearest(unknown, known);
+                let next = match near {
+                    Some(near) => format!("did you mean `{near}`?"),
+                    None => format!("the keys here are {}", known.join(", ")),
+                };
+                (format!("unknown key `{unknown}`"), next)
+            }
+            [unknown, known @ ..] if message.starts_with("unknown variant") => {
+                let key = self.key_at(err.span());
+                let next = format!("use one of {}", known.join(", "));
+                (format!("key `{key}`: unknown value `{unknown}`"), next)
+            }
+            _ => {
+                let key = self.key_at(err.span());
+                let place = if key.is_empty() { String::new() } else { format!("key `{key}`: ") };
+                (format!("{place}{message}"), "correct that line and start again".to_owned())
+            }
+        };
+        ConfigError { file: self.file.to_owned(), line, message, next }
+    }
+
+    fn error(&self, line: usize, message: String, next: &str) -> ConfigError {
+        ConfigError { file: self.file.to_owned(), line: Some(line), message, next: next.to_owned() }
+    }
+
+    fn line(&self, span: &Range<usize>) -> usize {
+        self.text[..span.start].matches('\n').count() + 1
+    }
+
+    /// The key in the line of a span, for errors about values.
+    fn key_at(&self, span: Option<Range<usize>>) -> &str {
+        let Some(span) = span else { return "" };
+        let line = self.text.lines().nth(self.line(&span) - 1).unwrap_or_default();
+        line.split_once('=').map(|(key, _)| key.trim()).unwrap_or_default()
+    }
+}
+
+/// The known key that was probably meant.
+fn nearest<'a>(unknown: &str, known: &[&'a str]) -> Option<&'a str> {
+    let near = known.iter().map(|key| (strsim::damerau_levenshtein(unknown, key), *key)).min()?;
+    // A third of the letters wrong is a typing error; more is another word.
+    (near.0 <= unknown.len().div_ceil(3)).then_some(near.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("iohost.toml"), text)
+    }
+
+    fn complaint(text: &str) -> String {
+        let err = parse(text).unwrap_err();
+        format!("{err}\n  next: {}", err.next)
+    }
+
+    #[test]
+    fn the_example_in_the_documentation_is_valid() {
+        let source = include_str!("config.rs");
+        let lines = source.lines().skip_while(|line| *line != "//! ```toml").skip(1);
+        let example: Vec<&str> = lines
+            .take_while(|line| *line != "//! ```")
+            .map(|line| line.trim_start_matches("//!"))
+            .collect();
+
+        let config = parse(&example.join("\n")).unwrap();
+
+        assert_eq!(config.limits, Limits::default());
+        assert_eq!(config.devices[0].name, "0000:01:00.0");
+        assert_eq!(config.devices[0].interrupts, [InterruptChoice::IntX]);
+        assert_eq!(config.devices[1].location, Location::Socket("/run/edu.sock".into()));
+    }
+
+    #[test]
+    fn an_unknown_key_is_named_with_its_line_and_its_neighbour() {
+        assert_eq!(
+            complaint("\n[[device]]\nadress = \"0000:01:00.0\"\n"),
+            "iohost.toml:3: unknown key `adress`\n  next: did you mean `address`?"
+        );
+        assert_eq!(
+            complaint("[limits]\ncolour = 1\n"),
+            "iohost.toml:2: unknown key `colour`\n  next: the keys here are \
+             sessions_per_service, queue_bytes, largest_queue_bytes"
+        );
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_type_is_named_with_its_key_and_line() {
+        assert_eq!(
+            complaint("[limits]\n\nqueue_bytes = \"many\"\n"),
+            "iohost.toml:3: key `queue_bytes`: invalid type: string \"many\", expected u32\n  \
+             next: correct that line and start again"
+        );
+        assert_eq!(
+            complaint("[[device]]\naddress = \"01:00.0\"\ninterrupts = [\"irq\"]\n"),
+            "iohost.toml:3: key `interrupts`: unknown value `irq`\n  next: use one of intx, msi, \
+             msix"
+        );
+    }
+
+    #[test]
+    fn a_device_without_a_place_is_refused() {
+        assert_eq!(
+            complaint("[[device]]\ndriver = \"edu\"\n"),
+            "iohost.toml:1: a device has neither `address` nor `socket`\n  next: add `address = \
+             \"dddd:bb:dd.f\"` for a PCI function, or `socket` and `driver` for a vfio-user device"
+        );
+    }
+
+    #[test]
+    fn an_address_that_is_none_is_refused() {
+        assert_eq!(
+            complaint("[[device]]\naddress = \"edu\"\n"),
+            "iohost.toml:2: key `address`: \"edu\" is not a PCI address such as 0000:00:1f.2 or \
+             00:1f.2\n  next: list the devices that are there with `iohost devices`"
+        );
+    }
+
+    #[test]
+    fn a_device_behind_a_socket_has_to_name_its_driver() {
+        let err = parse("[[device]]\nsocket = \"/run/edu.sock\"\n").unwrap_err();
+        assert_eq!(err.message, "a device with `socket` has no key `driver`");
+    }
+
+    #[test]
+    fn the_same_device_twice_is_refused_with_both_lines() {
+        let err = parse("[[device]]\naddress = \"01:00.0\"\n[[device]]\naddress = \"0000:01:00.0\"")
+            .unwrap_err();
+        assert_eq!(
+            err.to_string(),
+            "iohost.toml:3: device \"0000:01:00.0\" at 0000:01:00.0 is configured already in line 1"
+        );
+    }
+
+    #[test]
+    fn broken_syntax_is_named_with_its_line() {
+        let err = parse("driver_directory = \n").unwrap_err();
+        assert_eq!(err.line, Some(1));
+    }
+}

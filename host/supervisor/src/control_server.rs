@@ -1,0 +1,148 @@
+//! The service behind the control socket, on a thread of its own.
+//!
+//! Each connection is a task with its own `zlink` server, so that one that is slow, silent or
+//! hostile holds up nobody: `zlink`'s server of many connections waits for every reply to be
+//! written before it reads the next call of anyone. What a connection asks goes to the actor.
+
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+use std::time::Duration;
+
+use iohost_control::socket::{GuardedSocket, Limits};
+use iohost_control::varlink::{
+    Bound, Description, Device, DeviceList, Error, Opened, Queue, Reason, Service, State, Status,
+    Unbound,
+};
+use log::{debug, warn};
+use smol::{Async, LocalExecutor, Timer, channel, future};
+use zlink::ReadyListener;
+
+use crate::request::{Asker, Request};
+
+/// Connections at the same time; one more is closed at once.
+const MOST_CONNECTIONS: usize = 128;
+
+/// Serves connections until `stop` closes. Calls that wait for an answer then get one, because
+/// the actor answers or ends.
+pub(crate) fn serve(listener: UnixListener, asker: Asker, stop: channel::Receiver<()>) {
+    let executor = Rc::new(LocalExecutor::new());
+    let accepting = accept(listener, asker, executor.clone());
+    let stopped = async {
+        let _ = stop.recv().await;
+    };
+    smol::block_on(executor.run(future::or(accepting, stopped)));
+}
+
+async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor<'static>>) {
+    let listener = match Async::new(listener) {
+        Ok(listener) => listener,
+        Err(err) => return warn!(error:% = err; "no control interface"),
+    };
+    let connections = Rc::new(Cell::new(0));
+    loop {
+        let stream = match listener.accept().await.and_then(|(stream, _)| stream.into_inner()) {
+            Ok(stream) => stream,
+            Err(err) => {
+                // Out of descriptors, most likely: wait for some to come back.
+                warn!(error:% = err; "no connection accepted");
+                Timer::after(Duration::from_secs(1)).await;
+                continue;
+            }
+        };
+        if connections.get() >= MOST_CONNECTIONS {
+            debug!(most = MOST_CONNECTIONS; "one connection too many closed");
+            continue;
+        }
+        let socket = match GuardedSocket::new(stream, Limits::SERVER) {
+            Ok(socket) => socket,
+            Err(err) => {
+                warn!(error:% = err; "no connection set up");
+                continue;
+            }
+        };
+        let counted = Counted::one_more(&connections);
+        let server = zlink::Server::new(ReadyListener::new(socket), Control(asker.clone()));
+        let task = async move {
+            if let Err(err) = server.run().await {
+                debug!(error:% = err; "a connection ended badly");
+            }
+            drop(counted);
+        };
+        executor.spawn(task).detach();
+    }
+}
+
+/// One of the open connections.
+struct Counted(Rc<Cell<usize>>);
+
+impl Counted {
+    fn one_more(count: &Rc<Cell<usize>>) -> Self {
+        count.set(count.get() + 1);
+        Self(count.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+/// The methods of `io.iohost`; documented at `iohost_control::varlink::Daemon`.
+struct Control(Asker);
+
+/// The devices that iohost drives, and sessions with them.
+///
+/// Every refusal is the error Refused: a stable code, a sentence, and what to do next.
+#[zlink::service(
+    interface = "io.iohost",
+    vendor = "iohost",
+    product = "iohost",
+    version = env!("CARGO_PKG_VERSION"),
+    types = [Device, Service, State, Reason, Queue]
+)]
+impl Control {
+    /// The devices the daemon can see.
+    async fn devices(&self) -> Result<DeviceList, Error> {
+        Ok(self.0.ask(Request::Devices).await?)
+    }
+
+    /// The daemon and its services.
+    async fn status(&self) -> Result<Status, Error> {
+        Ok(self.0.ask(Request::Status).await?)
+    }
+
+    /// Takes a device and starts its driver. The address is that of a PCI function, or the name
+    /// of a service that is down or quarantined. Answered once the driver runs.
+    async fn bind(&self, address: String) -> Result<Bound, Error> {
+        Ok(self.0.ask(|answer| Request::Bind { device: address, answer }).await?)
+    }
+
+    /// Stops a device's driver, resets the device, and gives it back to its kernel driver.
+    async fn unbind(&self, address: String) -> Result<Unbound, Error> {
+        Ok(self.0.ask(|answer| Request::Unbind { device: address, answer }).await?)
+    }
+
+    /// The interface that a service serves.
+    async fn describe(&self, service: String) -> Result<Description, Error> {
+        Ok(self.0.ask(|answer| Request::Describe { service, answer }).await?)
+    }
+
+    /// Opens a session. queue_bytes are the bytes of each queue's ring, in the order of the
+    /// interface; absent for the default. Beside the reply: the session's socket, then for each
+    /// queue its memory, its data-available eventfd and its data-serviced eventfd. The session
+    /// ends when its socket closes.
+    #[zlink(return_fds)]
+    async fn open(
+        &self,
+        service: String,
+        queue_bytes: Option<Vec<u32>>,
+    ) -> (Result<Opened, Error>, Vec<OwnedFd>) {
+        match self.0.ask(|answer| Request::Open { service, queue_bytes, answer }).await {
+            Ok((opened, fds)) => (Ok(opened), fds),
+            Err(failure) => (Err(failure.into()), Vec::new()),
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! One driver host process and the conversation with it.
+//!
+//! Nothing here waits for the process: sending and receiving return at once, and its end is
+//! learned from a descriptor that becomes readable.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use iohost_control::host::{Failure, FromHost, LONGEST_MESSAGE, ToHost};
+use iohost_event::{PacketError, Packets, ProcessHandle};
+use nix::sys::signal::Signal;
+
+/// A driver host that has been started. Dropped, it is killed.
+#[derive(Debug)]
+pub(crate) struct DriverProcess {
+    child: Child,
+    handle: ProcessHandle,
+    socket: Packets,
+}
+
+/// What a driver host says next.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    /// A message.
+    Message(FromHost),
+    /// Nothing for now.
+    Nothing,
+    /// It closed its end: it is about to end, or has ended.
+    Closed,
+    /// Something that is no message; in words.
+    Garbage(String),
+}
+
+impl DriverProcess {
+    /// Starts the program. `name` shows in the list of processes.
+    pub(crate) fn spawn(program: &Path, name: &str) -> Result<Self, Failure> {
+        let refused = |err: io::Error| {
+            Failure::new(
+                "driver-host",
+                format!("the driver host {} cannot be started: {err}", program.display()),
+                "install iohost-driver-host beside iohost, or name it with --driver-host",
+            )
+        };
+        let (ours, theirs) = Packets::pair().map_err(refused)?;
+        ours.set_nonblocking().map_err(refused)?;
+        let mut child = Command::new(program)
+            .arg0(format!("iohost-driver-host {name}"))
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            // A signal from the terminal is for the daemon, which then stops its driver hosts.
+            .process_group(0)
+            .spawn()
+            .map_err(refused)?;
+        let handle = ProcessHandle::of_child(&child).map_err(|err| {
+            // Without a handle nobody would notice its end.
+            let _ = child.kill();
+            let _ = child.wait();
+            refused(err)
+        })?;
+        Ok(Self { child, handle, socket: ours })
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Readable when there is a message.
+    pub(crate) fn messages(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+
+    /// Readable when the process has ended.
+    pub(crate) fn end(&self) -> BorrowedFd<'_> {
+        self.handle.as_fd()
+    }
+
+    /// Sends a message. `WouldBlock` means that the driver host has not read the earlier ones.
+    pub(crate) fn send(
+        &self,
+        message: &ToHost,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(), PacketError> {
+        let text = serde_json::to_vec(message).expect("messages have no maps with odd keys");
+        self.socket.send(&text, fds)
+    }
+
+    /// The next message, if there is one.
+    pub(crate) fn receive(&self) -> Heard {
+        let mut buffer = vec![0; LONGEST_MESSAGE];
+        // No message from a driver host carries descriptors.
+        let packet = match self.socket.receive(&mut buffer, 0) {
+            Ok(packet) => packet,
+            Err(PacketError::WouldBlock) => return Heard::Nothing,
+            Err(PacketError::Closed) => return Heard::Closed,
+            Err(err) => return Heard::Garbage(err.to_string()),
+        };
+        match serde_json::from_slice(&buffer[..packet.len]) {
+            Ok(message) => Heard::Message(message),
+            Err(err) => Heard::Garbage(format!("a message that makes no sense: {err}")),
+        }
+    }
+
+    /// Kills the process; its end is reported as any other.
+    pub(crate) fn kill(&self) {
+        // The only failure is that it has ended.
+        let _ = self.handle.signal(Signal::SIGKILL);
+    }
+
+    /// How the process ended, in words; `None` while it runs.
+    pub(crate) fn ended(&mut self) -> Option<String> {
+        match self.child.try_wait() {
+            Ok(None) => None,
+            Ok(Some(status)) => Some(in_words(status)),
+            Err(err) => Some(format!("ended, but how is unknown: {err}")),
+        }
+    }
+}
+
+impl Drop for DriverProcess {
+    fn drop(&mut self) {
+        if self.ended().is_none() {
+            self.kill();
+            // Not waited for: a process that hangs in the kernel must not hang us.
+        }
+    }
+}
+
+fn in_words(status: ExitStatus) -> String {
+    if let Some(number) = status.signal() {
+        let name = Signal::try_from(number).map_or("unknown", Signal::as_str);
+        let dumped = if status.core_dumped() { ", core dumped" } else { "" };
+        return format!("killed by signal {number} ({name}{dumped})");
+    }
+    match status.code() {
+        Some(code) => format!("exited with code {code}"),
+        None => format!("ended with status {status}"),
+    }
+}

@@ -1,0 +1,189 @@
+//! One device that the daemon runs a driver for: what it is doing, and what it may do next.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use iohost_control::host::{Failure, Ready};
+use iohost_control::varlink::{Bound, Opened, State as Shown, Unbound};
+use iohost_interface::Description;
+use iohost_pci::Former;
+
+use crate::config::DeviceConfig;
+use crate::driver_process::DriverProcess;
+use crate::request::Answer;
+use crate::restart::Deaths;
+use crate::session::SessionMemory;
+
+/// A device and everything the daemon holds for it.
+#[derive(Debug)]
+pub(crate) struct Service {
+    pub(crate) device: DeviceConfig,
+    /// Whether it was asked for by `bind` and is forgotten when it is given back.
+    pub(crate) on_request: bool,
+    pub(crate) state: State,
+    /// The plugin that was chosen for the last start.
+    pub(crate) driver: Option<String>,
+    /// The reset that the last driver host reported.
+    pub(crate) reset: Option<String>,
+    pub(crate) incarnation: u64,
+    pub(crate) deaths: Deaths,
+    /// How the device was bound before we took it.
+    pub(crate) former: Option<Former>,
+    pub(crate) binds: Vec<Answer<Bound>>,
+    pub(crate) unbinds: Vec<Answer<Unbound>>,
+}
+
+/// What a service is doing.
+///
+/// ```text
+///           1            2
+///   Down ──────▶ Starting ──────▶ Running
+///    ▲ ▲ 3          │ │ 4            │ 4
+///    │ └────────────┘ └──▶ Restarting ◀┘ ──5──▶ Starting
+///    │                          │ 4
+///    │ 7                        ▼
+///   Stopping ◀──6── any    Quarantined ──1──▶ Starting
+/// ```
+/// 1 `Actor::start`, 2 `Actor::became_ready`, 3 a driver host that says it cannot and never could
+/// (`Actor::died`), 4 any other death (`Actor::died`), 5 `Actor::start` when the pause is over,
+/// 6 `Actor::stop`, 7 `Actor::stopped`.
+#[derive(Debug)]
+pub(crate) enum State {
+    Down(Failure),
+    Starting(Host),
+    Running { host: Host, ready: Ready, interface: Description, sessions: BTreeMap<u64, Session> },
+    Restarting { at: Instant, why: Failure },
+    Stopping(Host),
+    Quarantined(Failure),
+}
+
+/// A driver host and what is expected of it.
+#[derive(Debug)]
+pub(crate) struct Host {
+    /// Numbers what the actor watches; never used again.
+    pub(crate) number: u64,
+    pub(crate) process: DriverProcess,
+    /// When it is killed unless it has done what it was asked.
+    pub(crate) deadline: Option<Instant>,
+    /// What it said, or what we found, that explains its end.
+    pub(crate) last_words: Option<LastWords>,
+    /// Whether it was started because the one before it died, not because somebody asked.
+    pub(crate) is_retry: bool,
+    /// Whether it was killed, so that nothing is left but to wait for its end.
+    pub(crate) killed: bool,
+}
+
+/// Why a driver host ends.
+#[derive(Clone, Debug)]
+pub(crate) enum LastWords {
+    /// It said so itself, in order.
+    Said(Failure),
+    /// We killed it for this.
+    Found(Failure),
+    /// It was asked to stop, and has.
+    Stopped,
+}
+
+/// A session of a running service.
+#[derive(Debug)]
+pub(crate) struct Session {
+    /// Held so that the memory outlives the driver host; handing it to the next one comes later.
+    pub(crate) _memory: SessionMemory,
+    /// Until the driver knows the session.
+    pub(crate) opening: Option<Opening>,
+}
+
+/// A session that the driver does not know yet.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    pub(crate) deadline: Instant,
+    pub(crate) opened: Opened,
+    pub(crate) fds: Vec<OwnedFd>,
+    pub(crate) answer: Answer<(Opened, Vec<OwnedFd>)>,
+}
+
+impl Service {
+    pub(crate) fn new(device: DeviceConfig, on_request: bool) -> Self {
+        let not_yet = Failure::new("not-started", "the device was not started yet", "wait");
+        Self {
+            device,
+            on_request,
+            state: State::Down(not_yet),
+            driver: None,
+            reset: None,
+            incarnation: 0,
+            deaths: Deaths::default(),
+            former: None,
+            binds: Vec::new(),
+            unbinds: Vec::new(),
+        }
+    }
+
+    /// Whether somebody means this service by that word.
+    pub(crate) fn is_called(&self, word: &str) -> bool {
+        self.device.name == word || self.device.location.to_string() == word
+    }
+
+    pub(crate) fn host(&self) -> Option<&Host> {
+        match &self.state {
+            State::Starting(host) | State::Running { host, .. } | State::Stopping(host) => {
+                Some(host)
+            }
+            State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => None,
+        }
+    }
+
+    pub(crate) fn host_mut(&mut self) -> Option<&mut Host> {
+        match &mut self.state {
+            State::Starting(host) | State::Running { host, .. } | State::Stopping(host) => {
+                Some(host)
+            }
+            State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => None,
+        }
+    }
+
+    /// The next moment at which something is due.
+    pub(crate) fn deadline(&self) -> Option<Instant> {
+        let own = match &self.state {
+            State::Restarting { at, .. } => Some(*at),
+            _ => self.host().and_then(|host| host.deadline),
+        };
+        let sessions = match &self.state {
+            State::Running { sessions, .. } => sessions
+                .values()
+                .filter_map(|session| session.opening.as_ref().map(|opening| opening.deadline))
+                .min(),
+            _ => None,
+        };
+        own.into_iter().chain(sessions).min()
+    }
+
+    /// The service as the control interface shows it.
+    pub(crate) fn shown(&self) -> iohost_control::varlink::Service {
+        let (state, reason) = match &self.state {
+            State::Down(why) => (Shown::Down, Some(why)),
+            State::Starting(_) => (Shown::Starting, None),
+            State::Running { .. } => (Shown::Running, None),
+            State::Restarting { why, .. } => (Shown::Restarting, Some(why)),
+            State::Stopping(_) => (Shown::Stopping, None),
+            State::Quarantined(why) => (Shown::Quarantined, Some(why)),
+        };
+        let (backend, sessions) = match &self.state {
+            State::Running { ready, sessions, .. } => (Some(ready.backend.clone()), sessions.len()),
+            _ => (None, 0),
+        };
+        iohost_control::varlink::Service {
+            name: self.device.name.clone(),
+            location: self.device.location.to_string(),
+            driver: self.driver.clone().or_else(|| self.device.driver.clone()),
+            state,
+            reason: reason.cloned().map(Into::into),
+            pid: self.host().map(|host| host.process.pid()),
+            incarnation: self.incarnation,
+            backend,
+            reset: self.reset.clone(),
+            sessions: sessions as u64,
+        }
+    }
+}
