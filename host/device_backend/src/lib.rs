@@ -22,6 +22,7 @@ use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 
 pub use iova::{IovaError, IovaSpace};
+pub use iohost_vfio::VfioError;
 pub use vfio::VfioBackend;
 pub use vfio_user::VfioUserBackend;
 

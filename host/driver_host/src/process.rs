@@ -11,7 +11,7 @@ use iohost_control::host::{
     QueueStatistics, Ready, Start, Statistics, ToHost,
 };
 use iohost_device_backend::{
-    DeviceBackend, DeviceError, InterruptKind, VfioBackend, VfioUserBackend,
+    DeviceBackend, DeviceError, InterruptKind, VfioBackend, VfioError, VfioUserBackend,
 };
 use iohost_dispatch::Engine;
 use iohost_event::{PacketError, Packets};
@@ -215,29 +215,50 @@ impl Running {
 }
 
 fn open_device(location: &DeviceLocation) -> Result<Arc<dyn DeviceBackend>, Failure> {
-    let opened: Result<Arc<dyn DeviceBackend>, DeviceError> = match location {
-        DeviceLocation::Vfio { address } => VfioBackend::open(address).map(|it| Arc::new(it) as _),
-        DeviceLocation::VfioUser { socket } => {
-            VfioUserBackend::connect(Path::new(socket)).map(|it| Arc::new(it) as _)
+    match location {
+        DeviceLocation::Vfio { address } => {
+            let sysfs = Path::new("/sys/bus/pci/devices").join(address);
+            let opened = VfioBackend::open(&sysfs);
+            opened.map(|backend| Arc::new(backend) as _).map_err(|err| Failure {
+                code: vfio_code(&err).to_owned(),
+                message: format!("{address} cannot be opened: {}", with_sources(&err)),
+                next: err.next_step(),
+            })
         }
-    };
-    opened.map_err(|err| device_failure(location, &err))
+        DeviceLocation::VfioUser { socket } => {
+            let opened = VfioUserBackend::open(Path::new(socket));
+            opened.map(|backend| Arc::new(backend) as _).map_err(|err| Failure {
+                code: "device-server".to_owned(),
+                message: format!("{socket} cannot be used: {}", with_sources(&err)),
+                next:
+                    "start the device's vfio-user server, or correct `socket` in the configuration"
+                        .to_owned(),
+            })
+        }
+    }
+}
+
+fn vfio_code(err: &VfioError) -> &'static str {
+    match err {
+        VfioError::NoSuchDevice { .. } => "no-such-device",
+        VfioError::NoIommu { .. } | VfioError::NoIommuDriver => "no-iommu",
+        VfioError::NodeMissing { .. } | VfioError::NotBound { .. } => "device-not-bound",
+        VfioError::Permission { .. } => "vfio-permission",
+        VfioError::Busy { .. } => "device-busy",
+        VfioError::NotViable { .. } => "group-not-viable",
+        VfioError::UnsafeInterrupts { .. } => "no-interrupt-remapping",
+        VfioError::LockedMemory { .. } => "memlock-too-small",
+        _ => "device-open",
+    }
 }
 
 fn device_failure(location: &DeviceLocation, err: &DeviceError) -> Failure {
-    let (name, next) = match location {
-        DeviceLocation::Vfio { address } => {
-            (address, "see the reason above; `iohost devices` shows the device's driver and group")
-        }
-        DeviceLocation::VfioUser { socket } => (
-            socket,
-            "start the device's vfio-user server, or correct `socket` in the configuration",
-        ),
-    };
+    let (DeviceLocation::Vfio { address: name } | DeviceLocation::VfioUser { socket: name }) =
+        location;
     Failure {
-        code: "device-open".to_owned(),
-        message: format!("{name} cannot be used: {}", with_sources(err)),
-        next: next.to_owned(),
+        code: "device-broken".to_owned(),
+        message: format!("{name} cannot be reset: {}", with_sources(err)),
+        next: "the device does not answer as a PCI function should; power-cycle it".to_owned(),
     }
 }
 

@@ -30,9 +30,11 @@ pub(crate) struct Sessions {
     queue: Queue,
     open: Mutex<HashMap<u64, Arc<Session>>>,
     /// Told when a session ends, with its number and the reason in words.
-    on_end: Box<dyn Fn(u64, &str) + Send + Sync>,
+    on_end: OnEnd,
     this: Weak<Sessions>,
 }
+
+type OnEnd = Box<dyn Fn(u64, &str) + Send + Sync>;
 
 struct Session {
     id: u64,
