@@ -211,7 +211,7 @@ fn agree(queue_byte_count: u32, steps: &[Step]) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1500, failure_persistence: None, ..Default::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..Default::default() })]
 
     #[test]
     fn the_ring_and_an_independent_model_agree_on_everything(
