@@ -244,7 +244,7 @@ mod tests {
 
     use super::*;
 
-    const WATCHDOG: Duration = Duration::from_secs(60);
+    const WATCHDOG: Duration = Duration::from_secs(30);
 
     fn deadline() -> Option<Instant> {
         Instant::now().checked_add(WATCHDOG)
@@ -272,7 +272,18 @@ mod tests {
         let bell = Bell::new().unwrap();
         let flags = nix::fcntl::OFlag::empty();
         nix::fcntl::fcntl(&bell, nix::fcntl::FcntlArg::F_SETFL(flags)).unwrap();
-        assert!(!bell.clear().unwrap());
+        let (answer, answered) = std::sync::mpsc::channel();
+        std::thread::spawn(move || answer.send(bell.clear().unwrap()));
+        assert_eq!(answered.recv_timeout(WATCHDOG), Ok(false));
+    }
+
+    #[test]
+    fn a_peer_that_rings_without_end_does_not_keep_a_waiter_past_its_time() {
+        let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+        line.bell.ring().unwrap();
+        assert_eq!(line.wait(deadline()).unwrap(), Wake::Rung, "in time");
+        line.bell.ring().unwrap();
+        assert_eq!(line.wait(Some(Instant::now())).unwrap(), Wake::TimedOut, "too late");
     }
 
     #[test]
