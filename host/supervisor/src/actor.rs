@@ -526,7 +526,7 @@ impl Actor {
     /// 2: the driver runs.
     fn became_ready(&mut self, at: usize, ready: Ready) {
         let interface = match Description::parse(&ready.interface) {
-            Ok(interface) if 1 + 3 * interface.queues.len() <= MOST_DESCRIPTORS => interface,
+            Ok(interface) if 3 * interface.queues.len() < MOST_DESCRIPTORS => interface,
             Ok(interface) => {
                 let count = interface.queues.len();
                 return self.condemn(at, protocol(&format!("an interface of {count} queues")));
