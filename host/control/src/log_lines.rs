@@ -18,18 +18,21 @@ use log::{Level, LevelFilter, Record};
 /// the program (`info,iohost_supervisor=trace`).
 pub const VARIABLE: &str = "IOHOST_LOG";
 
-/// Starts logging at `level` unless [`VARIABLE`] says otherwise. Once per process; a second call
-/// does nothing.
-pub fn start(level: LevelFilter) {
+/// Starts logging at `level` unless [`VARIABLE`] says otherwise. Each line starts with `subject`,
+/// where there is one: a driver host's device. Once per process; a second call does nothing.
+pub fn start(level: LevelFilter, subject: Option<&str>) {
+    let subject = subject.map_or_else(String::new, |subject| format!("{subject}: "));
     let mut builder = Builder::new();
     builder.filter_level(level).parse_env(Env::new().filter(VARIABLE));
     if std::env::var_os("JOURNAL_STREAM").is_some() {
-        builder.format(|out, record| writeln!(out, "<{}>{}", priority(record), Line(record)));
+        builder.format(move |out, record| {
+            writeln!(out, "<{}>{subject}{}", priority(record), Line(record))
+        });
     } else {
-        builder.format(|out, record| {
+        builder.format(move |out, record| {
             let now = Clock::Uptime.now();
             let (seconds, micros) = (now / 1_000_000_000, now / 1000 % 1_000_000);
-            writeln!(out, "[{seconds:5}.{micros:06}] {:5} {}", record.level(), Line(record))
+            writeln!(out, "[{seconds:5}.{micros:06}] {:5} {subject}{}", record.level(), Line(record))
         });
     }
     let _ = builder.try_init();

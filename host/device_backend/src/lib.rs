@@ -6,7 +6,11 @@
 
 #![forbid(unsafe_code)]
 
+mod access;
+pub mod conformance;
 mod iova;
+mod vfio;
+mod vfio_user;
 
 use std::fmt;
 use std::io;
@@ -18,6 +22,9 @@ use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 
 pub use iova::{IovaError, IovaSpace};
+pub use iohost_vfio::VfioError;
+pub use vfio::VfioBackend;
+pub use vfio_user::VfioUserBackend;
 
 /// One PCI function, however it is reached.
 ///
@@ -43,7 +50,7 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
     /// Writes a BAR, 1, 2, 4 or 8 bytes at their natural alignment, as one access.
     fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError>;
 
-    /// Maps one of the ranges that [`BarInfo::mappable`] names.
+    /// Maps part of one of the ranges that [`BarInfo::mappable`] names, from a page on.
     fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError>;
 
     /// How many vectors of this kind the device has; 0 where it has none.
@@ -71,10 +78,12 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
     /// Lets the device reach all of `memory` at `iova`, which is page-aligned.
     fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError>;
 
-    /// Takes back a mapping made by [`dma_map`](Self::dma_map), whole.
+    /// Takes back a mapping made by [`dma_map`](Self::dma_map), whole: `len` is the memory's.
     fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError>;
 
-    /// Brings the device back to its state at power-on. Interrupts have to be enabled anew.
+    /// Stops interrupts and transfers and brings the device back to its state at power-on, as
+    /// far as its own reset does that. Interrupts and bus mastering are off afterwards; memory
+    /// that is mapped stays mapped.
     fn reset(&self) -> Result<(), DeviceError>;
 }
 
@@ -153,6 +162,33 @@ pub enum DeviceError {
         /// Vectors the device has.
         available: u32,
     },
+    /// A mapping for the device would lock more memory than this process may.
+    #[error(
+        "mapping {len:#x} bytes for the device needs {need} bytes of locked memory, \
+         the limit is {have}"
+    )]
+    LockedMemory {
+        /// Bytes of the mapping.
+        len: u64,
+        /// Bytes that would be locked then.
+        need: u64,
+        /// Bytes that may be locked.
+        have: u64,
+    },
+    /// Unmapping what was not mapped like that.
+    #[error("no mapping of {len:#x} bytes starts at iova {iova:#x}")]
+    NotMapped {
+        /// The address given.
+        iova: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The device cannot be reset.
+    #[error("the device cannot be reset: {reason}")]
+    NoReset {
+        /// Why not.
+        reason: String,
+    },
     /// The kernel or the device server refused.
     #[error("{operation}")]
     Refused {
@@ -174,7 +210,16 @@ impl DeviceError {
             DeviceError::Range { .. } => IOReturn::OVERRUN,
             DeviceError::NotMappable { .. } => IOReturn::UNSUPPORTED,
             DeviceError::NoSuchInterrupt { .. } => IOReturn::NO_INTERRUPT,
-            DeviceError::Refused { .. } => IOReturn::IO_ERROR,
+            DeviceError::LockedMemory { .. } => IOReturn::CANNOT_LOCK,
+            DeviceError::NotMapped { .. } => IOReturn::NOT_FOUND,
+            DeviceError::NoReset { .. } => IOReturn::UNSUPPORTED,
+            DeviceError::Refused { source, .. } => match source.kind() {
+                io::ErrorKind::PermissionDenied => IOReturn::NOT_PERMITTED,
+                io::ErrorKind::OutOfMemory => IOReturn::NO_MEMORY,
+                io::ErrorKind::ResourceBusy => IOReturn::BUSY,
+                io::ErrorKind::InvalidInput => IOReturn::BAD_ARGUMENT,
+                _ => IOReturn::IO_ERROR,
+            },
             DeviceError::Gone(_) => IOReturn::OFFLINE,
         }
     }

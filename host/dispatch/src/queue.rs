@@ -124,12 +124,21 @@ impl Queue {
     ///
     /// Errors: `BAD_ARGUMENT` for a name of more than 255 bytes or with a NUL in it.
     pub fn create(engine: &Engine, name: &str) -> Result<Self, IOReturn> {
+        Self::on(engine.shared(), name)
+    }
+
+    /// Makes a queue on the engine that runs this one. Errors: as [`create`](Self::create).
+    pub fn create_beside(&self, name: &str) -> Result<Self, IOReturn> {
+        Self::on(&self.core.engine, name)
+    }
+
+    fn on(engine: &Arc<Shared>, name: &str) -> Result<Self, IOReturn> {
         if name.len() > LONGEST_NAME || name.contains('\0') {
             return Err(IOReturn::BAD_ARGUMENT);
         }
         let core = Arc::new(QueueCore {
             name: name.to_owned(),
-            engine: engine.shared().clone(),
+            engine: engine.clone(),
             state: Mutex::new(State {
                 stage: Stage::Idle,
                 inbox: VecDeque::new(),
@@ -141,7 +150,7 @@ impl Queue {
             dropped: AtomicU64::new(0),
             longest_ns: AtomicU64::new(0),
         });
-        engine.shared().remember(&core);
+        engine.remember(&core);
         Ok(Self { core })
     }
 
@@ -184,6 +193,11 @@ impl Queue {
     /// `done` too, after the first.
     pub fn cancel(&self, done: impl FnOnce() + Send + 'static) {
         self.core.cancel(Box::new(done));
+    }
+
+    /// The time on a clock as this queue's timers see it, in nanoseconds.
+    pub fn now(&self, clock: Clock) -> u64 {
+        self.core.engine.deadlines.now(clock)
     }
 
     /// The queue's numbers now. Reading them takes no lock.

@@ -1,1 +1,21 @@
 //! The process that runs one driver for one device.
+//!
+//! From the inside out: [`device`] is a device as its driver sees it, over any backend;
+//! [`plugin`] is the host's end of the C ABI; [`Driver`] is a started driver with its queue;
+//! [`session`] carries the calls of clients to it; [`process`] is the conversation with the
+//! daemon. [`plugin_file`] reads a plugin's descriptor from its file, without running it.
+//!
+//! The testkit uses the same [`Driver`], with a device that is a Rust value.
+
+#![deny(unsafe_code)]
+
+mod device;
+mod driver;
+mod plugin;
+pub mod plugin_file;
+pub mod process;
+mod session;
+
+pub use device::Device;
+pub use driver::{Driver, StartError};
+pub use plugin::{LoadedPlugin, Plugin};

@@ -18,7 +18,8 @@ iohost_interface::interface! {
     }
 
     queues {
-        /// Entries of up to [`LONGEST_ENTRY`] bytes, each sent through the device.
+        /// Entries of 1 to [`LONGEST_ENTRY`] bytes, each sent through the device. One of any other
+        /// length comes back empty.
         0 => UPLOAD: ToDriver;
 
         /// The same entries, in the same order, on their way back.

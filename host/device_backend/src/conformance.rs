@@ -1,0 +1,371 @@
+//! What every backend must do, shown on an `edu` device.
+//!
+//! Each function is one test that any [`DeviceBackend`] with QEMU's `edu` behind it has to pass;
+//! [`all`] runs them in order. A backend's own tests call them, and so does a guest with the real
+//! device. They panic with what was wrong, as tests do, and leave the device quiet.
+//!
+//! Source for the device: QEMU, `docs/specs/edu.rst`, and `hw/misc/edu.c` where that is silent.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use iohost_memory::SharedMemory;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use crate::access::{BUS_MASTER, COMMAND, MEMORY_SPACE, change_command};
+use crate::{DeviceBackend, DeviceError, InterruptKind, IovaSpace};
+
+/// One test. Panics when the backend does not pass it.
+pub type Test = fn(&dyn DeviceBackend);
+
+/// Every test with its name.
+pub const TESTS: &[(&str, Test)] = &[
+    ("configuration_space_names_the_device", configuration_space_names_the_device),
+    ("a_bad_configuration_access_is_refused", a_bad_configuration_access_is_refused),
+    ("bar_0_is_the_only_one_and_has_its_size", bar_0_is_the_only_one_and_has_its_size),
+    ("registers_answer_in_their_width", registers_answer_in_their_width),
+    ("a_bad_register_access_is_refused", a_bad_register_access_is_refused),
+    ("a_mapping_shows_the_same_registers", a_mapping_shows_the_same_registers),
+    ("vectors_are_counted_and_limited", vectors_are_counted_and_limited),
+    ("msi_signals_until_it_is_disabled", msi_signals_until_it_is_disabled),
+    ("intx_is_masked_until_it_is_unmasked", intx_is_masked_until_it_is_unmasked),
+    ("one_kind_of_interrupt_replaces_another", one_kind_of_interrupt_replaces_another),
+    ("dma_goes_both_ways", dma_goes_both_ways),
+    ("a_bad_dma_mapping_is_refused", a_bad_dma_mapping_is_refused),
+    ("a_reset_leaves_the_device_quiet", a_reset_leaves_the_device_quiet),
+];
+
+/// Runs every test. Panics at the first that fails.
+pub fn all(device: &dyn DeviceBackend) {
+    for (_, test) in TESTS {
+        test(device);
+    }
+}
+
+// Registers of BAR 0.
+const ID: u64 = 0x00;
+const LIVENESS: u64 = 0x04;
+const IRQ_STATUS: u64 = 0x24;
+const IRQ_RAISE: u64 = 0x60;
+const IRQ_ACK: u64 = 0x64;
+const DMA_SOURCE: u64 = 0x80;
+const DMA_TARGET: u64 = 0x88;
+const DMA_COUNT: u64 = 0x90;
+const DMA_COMMAND: u64 = 0x98;
+
+const BAR_SIZE: u64 = 0x10_0000;
+const ONBOARD: u64 = 0x4_0000;
+const ADDRESS_BITS: u8 = 28;
+const DMA_START: u64 = 0x01;
+const DMA_FROM_DEVICE: u64 = 0x02;
+const DMA_INTERRUPT: u64 = 0x04;
+
+/// A transfer that every version of QEMU makes: 7.2 stops the machine at one of 4096 bytes.
+const TRANSFER: usize = 1024;
+const PAGE: usize = 4096;
+
+/// How long an interrupt may take before it counts as lost. A transfer takes 100 ms.
+const DEADLINE_MS: u16 = 20_000;
+
+/// Vendor 1234, device 11e8.
+pub fn configuration_space_names_the_device(device: &dyn DeviceBackend) {
+    let mut whole = [0; 4];
+    device.config_read(0, &mut whole).unwrap();
+    let mut half = [0; 2];
+    device.config_read(2, &mut half).unwrap();
+    assert_eq!(whole, [0x34, 0x12, 0xe8, 0x11]);
+    assert_eq!(half, [0xe8, 0x11]);
+}
+
+/// Three bytes, off the natural alignment, eight bytes, past the end.
+pub fn a_bad_configuration_access_is_refused(device: &dyn DeviceBackend) {
+    for (offset, len) in [(0, 3), (2, 4), (0, 8), (0, 0), (0x1000, 4), (0xfffc, 4)] {
+        let err = device.config_read(offset, &mut [0; 8][..len]).unwrap_err();
+        assert!(matches!(err, DeviceError::Range { .. }), "{len} bytes at {offset:#x}: {err}");
+        let err = device.config_write(offset, &[0; 8][..len]).unwrap_err();
+        assert!(matches!(err, DeviceError::Range { .. }), "{len} bytes at {offset:#x}: {err}");
+    }
+}
+
+/// 1 MiB of memory, 32 bit, not prefetchable; no other BAR, no ROM.
+pub fn bar_0_is_the_only_one_and_has_its_size(device: &dyn DeviceBackend) {
+    let bar = device.bar(0).expect("edu has a BAR 0");
+    assert_eq!((bar.size, bar.kind), (BAR_SIZE, 0x00));
+    for index in (1..=6).chain([7, 255]) {
+        assert_eq!(device.bar(index), None, "BAR {index}");
+    }
+}
+
+/// The liveness register answers the inverse; the DMA registers are 64 bits wide.
+pub fn registers_answer_in_their_width(device: &dyn DeviceBackend) {
+    wake(device);
+    assert_eq!(read32(device, ID), 0x0100_00ed);
+    write32(device, LIVENESS, 0x1234_5678);
+    assert_eq!(read32(device, LIVENESS), !0x1234_5678);
+    // Two halves instead of one access would lose the upper one.
+    write64(device, DMA_SOURCE, 0x0123_4567_89ab_cdef);
+    assert_eq!(read64(device, DMA_SOURCE), 0x0123_4567_89ab_cdef);
+}
+
+/// A BAR that is not there, an offset past the end, off the natural alignment, a strange width.
+pub fn a_bad_register_access_is_refused(device: &dyn DeviceBackend) {
+    for index in [1, 7, 255] {
+        let err = device.bar_read(index, 0, &mut [0; 4]).unwrap_err();
+        assert!(matches!(err, DeviceError::NoSuchBar { .. }), "BAR {index}: {err}");
+    }
+    for (offset, len) in [(BAR_SIZE, 4), (BAR_SIZE - 4, 8), (2, 4), (0, 3), (u64::MAX - 3, 4)] {
+        let err = device.bar_read(0, offset, &mut [0; 8][..len]).unwrap_err();
+        assert!(matches!(err, DeviceError::Range { .. }), "{len} bytes at {offset:#x}: {err}");
+        let err = device.bar_write(0, offset, &[0; 8][..len]).unwrap_err();
+        assert!(matches!(err, DeviceError::Range { .. }), "{len} bytes at {offset:#x}: {err}");
+    }
+}
+
+/// Whatever can be mapped shows what calls show, and nothing else can be mapped.
+pub fn a_mapping_shows_the_same_registers(device: &dyn DeviceBackend) {
+    wake(device);
+    let mappable = device.bar(0).expect("edu has a BAR 0").mappable.clone();
+    for range in &mappable {
+        let region = device.map_bar(0, range.clone()).unwrap();
+        assert_eq!(region.len() as u64, range.end - range.start);
+        if range.start == 0 {
+            write32(device, LIVENESS, 0xa5a5_0000);
+            assert_eq!(region.read::<u32>(ID as usize), Some(0x0100_00ed));
+            assert_eq!(region.read::<u32>(LIVENESS as usize), Some(!0xa5a5_0000));
+        }
+    }
+    for bad in [0..BAR_SIZE + PAGE as u64, BAR_SIZE..BAR_SIZE + 4096, 1..PAGE as u64, 0..0] {
+        let err = device.map_bar(0, bad.clone()).unwrap_err();
+        assert!(matches!(err, DeviceError::NotMappable { .. }), "{bad:x?}: {err}");
+    }
+    let err = device.map_bar(1, 0..4096).unwrap_err();
+    assert!(matches!(err, DeviceError::NoSuchBar { index: 1 }), "{err}");
+}
+
+/// One INTx, one MSI, no MSI-X; nothing beyond that can be enabled.
+pub fn vectors_are_counted_and_limited(device: &dyn DeviceBackend) {
+    let count = |kind| device.interrupt_count(kind);
+    assert_eq!(count(InterruptKind::IntX), 1);
+    assert_eq!(count(InterruptKind::Msi), 1);
+    assert_eq!(count(InterruptKind::MsiX), 0);
+
+    let trigger = Trigger::new();
+    let two = [trigger.fd(), trigger.fd()];
+    let too_many = device.enable_interrupts(InterruptKind::Msi, &two).unwrap_err();
+    assert_eq!(too_many.to_string(), "2 MSI vectors of a device that has 1");
+    let none = device.enable_interrupts(InterruptKind::MsiX, &two[..1]).unwrap_err();
+    assert_eq!(none.to_string(), "1 MSI-X vectors of a device that has 0");
+    let empty = device.enable_interrupts(InterruptKind::Msi, &[]).unwrap_err();
+    assert!(matches!(empty, DeviceError::NoSuchInterrupt { asked: 0, .. }), "{empty}");
+}
+
+/// Each interrupt signals once; a disabled one does not.
+pub fn msi_signals_until_it_is_disabled(device: &dyn DeviceBackend) {
+    wake(device);
+    let trigger = Trigger::new();
+    device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
+    for cause in [0x8, 0x10] {
+        write32(device, IRQ_RAISE, cause);
+        trigger.wait("MSI");
+        assert_eq!(read32(device, IRQ_STATUS), cause);
+        acknowledge(device);
+    }
+
+    device.disable_interrupts(InterruptKind::Msi).unwrap();
+    write32(device, IRQ_RAISE, 0x20);
+    assert!(!trigger.is_signalled_after_a_round_trip(device), "signalled though disabled");
+    acknowledge(device);
+    device.disable_interrupts(InterruptKind::Msi).unwrap();
+}
+
+/// The line is silent from its interrupt until it is unmasked, and then speaks if it still has
+/// something to say.
+pub fn intx_is_masked_until_it_is_unmasked(device: &dyn DeviceBackend) {
+    wake(device);
+    let trigger = Trigger::new();
+    device.enable_interrupts(InterruptKind::IntX, &[trigger.fd()]).unwrap();
+
+    write32(device, IRQ_RAISE, 0x1);
+    trigger.wait("INTx");
+    write32(device, IRQ_RAISE, 0x2);
+    assert!(!trigger.is_signalled_after_a_round_trip(device), "signalled though masked");
+
+    device.unmask_intx().unwrap();
+    trigger.wait("INTx that is still asserted");
+
+    acknowledge(device);
+    device.unmask_intx().unwrap();
+    assert!(!trigger.is_signalled_after_a_round_trip(device), "signalled with nothing to say");
+
+    write32(device, IRQ_RAISE, 0x4);
+    trigger.wait("INTx after it was acknowledged and unmasked");
+    acknowledge(device);
+    device.disable_interrupts(InterruptKind::IntX).unwrap();
+}
+
+/// Enabling MSI while INTx is enabled, and back, leaves the last one.
+pub fn one_kind_of_interrupt_replaces_another(device: &dyn DeviceBackend) {
+    wake(device);
+    let (line, message) = (Trigger::new(), Trigger::new());
+    device.enable_interrupts(InterruptKind::IntX, &[line.fd()]).unwrap();
+    device.enable_interrupts(InterruptKind::Msi, &[message.fd()]).unwrap();
+    // Not the kind that is enabled: nothing happens.
+    device.disable_interrupts(InterruptKind::IntX).unwrap();
+    write32(device, IRQ_RAISE, 0x1);
+    message.wait("MSI after INTx");
+    assert!(!line.is_signalled_after_a_round_trip(device), "INTx signalled though replaced");
+    acknowledge(device);
+
+    device.enable_interrupts(InterruptKind::IntX, &[line.fd()]).unwrap();
+    write32(device, IRQ_RAISE, 0x1);
+    line.wait("INTx after MSI");
+    acknowledge(device);
+    device.disable_interrupts(InterruptKind::IntX).unwrap();
+}
+
+/// Bytes go from one page to the device and from there to another page.
+pub fn dma_goes_both_ways(device: &dyn DeviceBackend) {
+    wake(device);
+    let memory = SharedMemory::create(c"conformance", 2 * PAGE).unwrap();
+    let sent: Vec<u8> = (0..TRANSFER).map(|index| (index * 7) as u8).collect();
+    memory.write_at(0, &sent);
+    let iova = IovaSpace::new(device.iova_ranges())
+        .allocate(memory.len() as u64, ADDRESS_BITS, 1)
+        .expect("a device without mappings has room");
+    device.dma_map(iova, &memory).unwrap();
+    let trigger = Trigger::new();
+    device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
+
+    transfer(device, &trigger, iova, ONBOARD, 0);
+    transfer(device, &trigger, ONBOARD, iova + PAGE as u64, DMA_FROM_DEVICE);
+
+    let mut received = vec![0; TRANSFER];
+    memory.read_at(PAGE, &mut received);
+    assert_eq!(received, sent);
+    device.disable_interrupts(InterruptKind::Msi).unwrap();
+    device.dma_unmap(iova, memory.len() as u64).unwrap();
+}
+
+/// Twice at one address, a part, something that is not mapped.
+pub fn a_bad_dma_mapping_is_refused(device: &dyn DeviceBackend) {
+    let memory = SharedMemory::create(c"conformance", 2 * PAGE).unwrap();
+    let len = memory.len() as u64;
+    let iova = IovaSpace::new(device.iova_ranges()).allocate(len, ADDRESS_BITS, 1).unwrap();
+    device.dma_map(iova, &memory).unwrap();
+
+    let twice = device.dma_map(iova, &memory).unwrap_err();
+    assert!(matches!(twice, DeviceError::Refused { .. }), "{twice}");
+    let partly = device.dma_unmap(iova, PAGE as u64).unwrap_err();
+    assert!(matches!(partly, DeviceError::NotMapped { .. }), "{partly}");
+    device.dma_unmap(iova, len).unwrap();
+    let again = device.dma_unmap(iova, len).unwrap_err();
+    assert!(matches!(again, DeviceError::NotMapped { .. }), "{again}");
+    // The first refusal left nothing behind.
+    device.dma_map(iova, &memory).unwrap();
+    device.dma_unmap(iova, len).unwrap();
+}
+
+/// Interrupts and bus mastering are off, memory stays mapped, the device answers again.
+pub fn a_reset_leaves_the_device_quiet(device: &dyn DeviceBackend) {
+    wake(device);
+    let memory = SharedMemory::create(c"conformance", PAGE).unwrap();
+    let len = memory.len() as u64;
+    let iova = IovaSpace::new(device.iova_ranges()).allocate(len, ADDRESS_BITS, 1).unwrap();
+    device.dma_map(iova, &memory).unwrap();
+    let trigger = Trigger::new();
+    device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
+
+    device.reset().unwrap();
+
+    let mut command = [0; 2];
+    device.config_read(COMMAND, &mut command).unwrap();
+    assert_eq!(u16::from_le_bytes(command) & BUS_MASTER, 0, "bus mastering is on");
+    wake(device);
+    assert_eq!(read32(device, ID), 0x0100_00ed);
+    write32(device, IRQ_RAISE, 0x1);
+    assert!(!trigger.is_signalled_after_a_round_trip(device), "signalled after the reset");
+    acknowledge(device);
+
+    device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
+    write32(device, IRQ_RAISE, 0x2);
+    trigger.wait("MSI enabled anew after the reset");
+    acknowledge(device);
+    device.disable_interrupts(InterruptKind::Msi).unwrap();
+    device.dma_unmap(iova, len).unwrap();
+}
+
+/// One transfer of `TRANSFER` bytes, awaited by its interrupt.
+fn transfer(device: &dyn DeviceBackend, done: &Trigger, from: u64, to: u64, direction: u64) {
+    write64(device, DMA_SOURCE, from);
+    write64(device, DMA_TARGET, to);
+    write64(device, DMA_COUNT, TRANSFER as u64);
+    write64(device, DMA_COMMAND, DMA_START | direction | DMA_INTERRUPT);
+    done.wait("the end of a transfer");
+    assert_eq!(read32(device, IRQ_STATUS), 0x100);
+    acknowledge(device);
+}
+
+/// Lets the device answer and start transfers, and takes back what it may have to say.
+fn wake(device: &dyn DeviceBackend) {
+    change_command(device, MEMORY_SPACE | BUS_MASTER, 0).unwrap();
+    acknowledge(device);
+}
+
+fn acknowledge(device: &dyn DeviceBackend) {
+    let cause = read32(device, IRQ_STATUS);
+    write32(device, IRQ_ACK, cause);
+    assert_eq!(read32(device, IRQ_STATUS), 0);
+}
+
+fn read32(device: &dyn DeviceBackend, offset: u64) -> u32 {
+    let mut data = [0; 4];
+    device.bar_read(0, offset, &mut data).unwrap();
+    u32::from_le_bytes(data)
+}
+
+fn write32(device: &dyn DeviceBackend, offset: u64, value: u32) {
+    device.bar_write(0, offset, &value.to_le_bytes()).unwrap();
+}
+
+fn read64(device: &dyn DeviceBackend, offset: u64) -> u64 {
+    let mut data = [0; 8];
+    device.bar_read(0, offset, &mut data).unwrap();
+    u64::from_le_bytes(data)
+}
+
+fn write64(device: &dyn DeviceBackend, offset: u64, value: u64) {
+    device.bar_write(0, offset, &value.to_le_bytes()).unwrap();
+}
+
+/// An eventfd that a device signals.
+struct Trigger(EventFd);
+
+impl Trigger {
+    fn new() -> Self {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        Self(EventFd::from_flags(flags).expect("an eventfd can be made"))
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    /// Waits for a signal and takes it. Panics when none comes.
+    fn wait(&self, what: &str) {
+        assert!(self.poll(DEADLINE_MS.into()), "waited {DEADLINE_MS} ms for {what}");
+        let count = self.0.read().expect("a readable eventfd can be read");
+        assert_eq!(count, 1, "one signal for {what}");
+    }
+
+    /// Whether there is a signal once the device has answered a read, which no interrupt that it
+    /// sent before can be behind.
+    fn is_signalled_after_a_round_trip(&self, device: &dyn DeviceBackend) -> bool {
+        read32(device, ID);
+        self.poll(PollTimeout::ZERO)
+    }
+
+    fn poll(&self, timeout: PollTimeout) -> bool {
+        let mut fds = [PollFd::new(self.fd(), PollFlags::POLLIN)];
+        poll(&mut fds, timeout).expect("an eventfd can be polled") == 1
+    }
+}

@@ -1,0 +1,328 @@
+//! A device as its driver sees it: interrupts by index, memory by address.
+
+use std::collections::{BTreeMap, HashSet};
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex};
+
+use iohost_device_backend::{DeviceBackend, DeviceError, InterruptKind, IovaError, IovaSpace};
+use iohost_dispatch::{InterruptLine, Signal};
+use iohost_interface::IOReturn;
+use iohost_memory::SharedMemory;
+use iohost_registers::MappedRegion;
+use log::warn;
+
+/// Why the device's locks are never poisoned.
+const NO_PANIC: &str = "no foreign code runs under a device lock";
+
+/// Why an address can be freed.
+const ALLOCATED: &str = "allocated by `prepare`";
+
+/// Offsets and bits of configuration space (PCI Local Bus 3.0, section 6.2).
+const COMMAND: u16 = 0x04;
+const MEMORY_SPACE: u16 = 0x002;
+const BUS_MASTER: u16 = 0x004;
+
+/// One device and everything its driver has of it. What is left when the driver is gone is taken
+/// back on drop: interrupts, mappings, bus mastering.
+#[derive(Debug)]
+pub struct Device {
+    backend: Arc<dyn DeviceBackend>,
+    allowed: Vec<InterruptKind>,
+    interrupts: Mutex<Interrupts>,
+    dma: Mutex<Dma>,
+    /// BARs that are mapped, for as long as the device is there: a driver may hold addresses.
+    mapped: Mutex<BTreeMap<u8, MappedRegion>>,
+}
+
+#[derive(Debug, Default)]
+struct Interrupts {
+    /// What the driver chose, with the number of vectors.
+    chosen: Option<(InterruptKind, u32)>,
+    /// One eventfd per vector of the kind that is enabled.
+    signals: Vec<Arc<Signal>>,
+    enabled: Option<InterruptKind>,
+    /// Vectors that have a source.
+    taken: HashSet<u32>,
+}
+
+#[derive(Debug)]
+struct Dma {
+    space: IovaSpace,
+    /// What is mapped, by address.
+    prepared: BTreeMap<u64, Arc<SharedMemory>>,
+}
+
+/// An interrupt that has been taken for a source.
+pub(crate) struct TakenInterrupt {
+    pub(crate) signal: Arc<Signal>,
+    pub(crate) line: InterruptLine,
+    pub(crate) vector: u32,
+}
+
+impl Device {
+    /// Takes a device over from whoever had it last: stops its DMA and resets it. Returns with
+    /// it what became of the reset, in words.
+    pub fn take_over(
+        backend: Arc<dyn DeviceBackend>,
+        allowed: Vec<InterruptKind>,
+    ) -> Result<(Arc<Self>, String), DeviceError> {
+        let quieted = change_command(&*backend, 0, BUS_MASTER);
+        let reset = match backend.reset() {
+            Ok(()) => "done".to_owned(),
+            Err(err) => {
+                // Only a device that could not even be quieted is not fit to be used.
+                quieted?;
+                warn!(reason = with_sources(&err); "the device was not reset");
+                with_sources(&err)
+            }
+        };
+        change_command(&*backend, MEMORY_SPACE, BUS_MASTER)?;
+        let space = IovaSpace::new(backend.iova_ranges());
+        let device = Self {
+            allowed,
+            interrupts: Mutex::default(),
+            dma: Mutex::new(Dma { space, prepared: BTreeMap::new() }),
+            mapped: Mutex::default(),
+            backend,
+        };
+        Ok((Arc::new(device), reset))
+    }
+
+    /// How the device is reached.
+    pub fn backend(&self) -> &dyn DeviceBackend {
+        &*self.backend
+    }
+
+    /// Leaves the device as quiet as it was found: no interrupts, no DMA, reset.
+    pub fn give_back(&self) -> Result<(), DeviceError> {
+        self.disable_interrupts();
+        let quieted = change_command(&*self.backend, 0, BUS_MASTER);
+        let reset = self.backend.reset();
+        self.unmap_all();
+        quieted.and(reset)
+    }
+
+    /// Maps the start of a BAR; `UNSUPPORTED` unless the backend offers those bytes.
+    pub(crate) fn map_bar(&self, bar: u8, len: u64) -> Result<*mut u8, IOReturn> {
+        let info = self.backend.bar(bar).ok_or(IOReturn::NOT_FOUND)?;
+        let range = info.mappable.iter().find(|range| range.start == 0 && range.end >= len);
+        let range = range.ok_or(IOReturn::UNSUPPORTED)?.clone();
+        let mut mapped = self.mapped.lock().expect(NO_PANIC);
+        if let Some(region) = mapped.get(&bar) {
+            return Ok(region.address());
+        }
+        let region = self.backend.map_bar(bar, range).map_err(|err| refused(&err))?;
+        Ok(mapped.entry(bar).or_insert(region).address())
+    }
+
+    /// Chooses a kind of interrupt. See `IOPCIDevice::configure_interrupts` for the rules.
+    pub(crate) fn configure_interrupts(
+        &self,
+        kind: InterruptKind,
+        required: u32,
+        requested: u32,
+    ) -> Result<(), IOReturn> {
+        if required == 0 || required > requested {
+            return Err(IOReturn::BAD_ARGUMENT);
+        }
+        let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
+        if let Some((chosen, count)) = interrupts.chosen {
+            let same = chosen == kind && count >= required;
+            return if same { Ok(()) } else { Err(IOReturn::UNSUPPORTED) };
+        }
+        let available = self.count(kind);
+        if available == 0 {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        if available < required {
+            return Err(IOReturn::NO_SPACE);
+        }
+        interrupts.chosen = Some((kind, requested.min(available)));
+        Ok(())
+    }
+
+    /// The kind of the interrupt at `index`.
+    pub(crate) fn interrupt_kind(&self, index: u32) -> Result<InterruptKind, IOReturn> {
+        let interrupts = self.interrupts.lock().expect(NO_PANIC);
+        self.resolve(&interrupts, index).map(|(kind, _)| kind)
+    }
+
+    /// Takes the interrupt at `index` for a source.
+    pub(crate) fn take_interrupt(self: &Arc<Self>, index: u32) -> Result<TakenInterrupt, IOReturn> {
+        let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
+        let (kind, vector) = self.resolve(&interrupts, index)?;
+        if interrupts.enabled.is_some_and(|enabled| enabled != kind)
+            || interrupts.taken.contains(&vector)
+        {
+            return Err(IOReturn::NO_RESOURCES);
+        }
+        if interrupts.enabled.is_none() {
+            self.enable(&mut interrupts, kind)?;
+        }
+        interrupts.taken.insert(vector);
+        let device = Arc::downgrade(self);
+        let line = match kind {
+            InterruptKind::IntX => InterruptLine::Level(Box::new(move || {
+                let Some(device) = device.upgrade() else { return };
+                if let Err(err) = device.backend.unmask_intx() {
+                    warn!(reason = with_sources(&err); "the interrupt line stays masked");
+                }
+            })),
+            InterruptKind::Msi | InterruptKind::MsiX => InterruptLine::Edge,
+        };
+        Ok(TakenInterrupt { signal: interrupts.signals[vector as usize].clone(), line, vector })
+    }
+
+    /// Gives an interrupt back. With the last one, the device's interrupts are disabled.
+    pub(crate) fn give_back_interrupt(&self, vector: u32) {
+        let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
+        interrupts.taken.remove(&vector);
+        if interrupts.taken.is_empty() {
+            drop(interrupts);
+            self.disable_interrupts();
+        }
+    }
+
+    /// Resets the device for its driver, which has to set it up anew; interrupts that are in use
+    /// work again afterwards.
+    pub(crate) fn reset(&self) -> Result<(), IOReturn> {
+        let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
+        self.backend.reset().map_err(|err| refused(&err))?;
+        change_command(&*self.backend, MEMORY_SPACE, 0).map_err(|err| refused(&err))?;
+        if let Some(kind) = interrupts.enabled.take() {
+            self.enable(&mut interrupts, kind)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the device reach memory, at an address below `2^bits`.
+    pub(crate) fn prepare(&self, memory: Arc<SharedMemory>, bits: u8) -> Result<u64, IOReturn> {
+        let bits = if bits == 0 { 64 } else { bits };
+        let mut dma = self.dma.lock().expect(NO_PANIC);
+        let address =
+            dma.space.allocate(memory.len() as u64, bits, 1).map_err(|err| no_room(&err))?;
+        if let Err(err) = self.backend.dma_map(address, &memory) {
+            dma.space.free(address).expect(ALLOCATED);
+            return Err(refused(&err));
+        }
+        dma.prepared.insert(address, memory);
+        Ok(address)
+    }
+
+    /// Takes memory back from the device. On an error it stays where it is: the device may
+    /// still reach it.
+    pub(crate) fn complete(&self, address: u64) -> Result<(), IOReturn> {
+        let mut dma = self.dma.lock().expect(NO_PANIC);
+        let memory = dma.prepared.get(&address).ok_or(IOReturn::NOT_READY)?;
+        let len = memory.len() as u64;
+        self.backend.dma_unmap(address, len).map_err(|err| refused(&err))?;
+        dma.prepared.remove(&address);
+        dma.space.free(address).expect(ALLOCATED);
+        Ok(())
+    }
+
+    fn count(&self, kind: InterruptKind) -> u32 {
+        if self.allowed.contains(&kind) { self.backend.interrupt_count(kind) } else { 0 }
+    }
+
+    /// Which vector of which kind an index means.
+    fn resolve(
+        &self,
+        interrupts: &Interrupts,
+        index: u32,
+    ) -> Result<(InterruptKind, u32), IOReturn> {
+        let found = match interrupts.chosen {
+            Some((kind, count)) => (index < count).then_some((kind, index)),
+            // Not configured: the line first, then one MSI vector.
+            None => {
+                let lines = self.count(InterruptKind::IntX).min(1);
+                let messages = self.count(InterruptKind::Msi).min(1);
+                if index < lines {
+                    Some((InterruptKind::IntX, 0))
+                } else {
+                    (index - lines < messages).then_some((InterruptKind::Msi, index - lines))
+                }
+            }
+        };
+        found.ok_or(IOReturn::NO_INTERRUPT)
+    }
+
+    fn enable(&self, interrupts: &mut Interrupts, kind: InterruptKind) -> Result<(), IOReturn> {
+        let count = match interrupts.chosen {
+            Some((_, count)) => count,
+            None => 1,
+        };
+        if interrupts.signals.is_empty() {
+            let signals = (0..count).map(|_| Signal::new().map(Arc::new));
+            interrupts.signals =
+                signals.collect::<Result<_, _>>().map_err(|_| IOReturn::NO_RESOURCES)?;
+        }
+        let triggers: Vec<_> = interrupts.signals.iter().map(|signal| signal.as_fd()).collect();
+        if kind != InterruptKind::IntX {
+            // A message is a write of the device: it needs to be bus master for it.
+            change_command(&*self.backend, BUS_MASTER, 0).map_err(|err| refused(&err))?;
+        }
+        self.backend.enable_interrupts(kind, &triggers).map_err(|err| refused(&err))?;
+        interrupts.enabled = Some(kind);
+        Ok(())
+    }
+
+    fn disable_interrupts(&self) {
+        let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
+        if let Some(kind) = interrupts.enabled.take()
+            && let Err(err) = self.backend.disable_interrupts(kind)
+        {
+            warn!(reason = with_sources(&err); "interrupts stay enabled");
+        }
+        interrupts.signals.clear();
+    }
+
+    fn unmap_all(&self) {
+        let mut dma = self.dma.lock().expect(NO_PANIC);
+        for (address, memory) in std::mem::take(&mut dma.prepared) {
+            if let Err(err) = self.backend.dma_unmap(address, memory.len() as u64) {
+                warn!(address, reason = with_sources(&err); "a DMA mapping stays");
+                // The device may still reach it: better lost than used for something else.
+                std::mem::forget(memory);
+            }
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.disable_interrupts();
+        let _ = change_command(&*self.backend, 0, BUS_MASTER);
+        self.unmap_all();
+    }
+}
+
+/// Sets and clears bits of the command register.
+fn change_command(backend: &dyn DeviceBackend, set: u16, clear: u16) -> Result<(), DeviceError> {
+    let mut command = [0; 2];
+    backend.config_read(COMMAND, &mut command)?;
+    let command = (u16::from_le_bytes(command) | set) & !clear;
+    backend.config_write(COMMAND, &command.to_le_bytes())
+}
+
+/// A refusal of the backend, logged, as the status a driver sees.
+pub(crate) fn refused(err: &DeviceError) -> IOReturn {
+    warn!(reason = with_sources(err); "the device refused");
+    err.code()
+}
+
+fn no_room(err: &IovaError) -> IOReturn {
+    warn!(reason = with_sources(err); "no DMA address");
+    IOReturn::NO_SPACE
+}
+
+/// An error with everything it was caused by, on one line.
+pub(crate) fn with_sources(err: &dyn std::error::Error) -> String {
+    let mut text = err.to_string();
+    let mut cause = err.source();
+    while let Some(err) = cause {
+        text = format!("{text}: {err}");
+        cause = err.source();
+    }
+    text
+}

@@ -1,0 +1,132 @@
+//! A driver that runs: its instance, its default queue, its device.
+
+use std::sync::{Arc, Mutex};
+
+use iohost_dispatch::{Engine, Queue};
+use iohost_interface::{Arguments, IOReturn, ReplySink};
+
+use crate::Device;
+use crate::plugin::{Failure, Instance, Plugin, SessionQueue};
+
+/// A started driver. Dropping it stops the driver first.
+///
+/// Everything the driver does runs on its default queue; the methods here wait for their turn
+/// there, so none of them may be called from it.
+pub struct Driver {
+    plugin: Plugin,
+    instance: Mutex<Option<Instance>>,
+    queue: Queue,
+    failure: Failure,
+}
+
+/// Why a driver did not start.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", match message { Some(message) => message.clone(), None => status.to_string() })]
+pub struct StartError {
+    /// What `start` returned.
+    pub status: IOReturn,
+    /// What the driver said, if it said something.
+    pub message: Option<String>,
+}
+
+impl Driver {
+    /// Starts a driver on a device, on a new queue of `engine`.
+    pub fn start(engine: &Engine, plugin: Plugin, device: Arc<Device>) -> Result<Self, StartError> {
+        let failed = |status, message| StartError { status, message };
+        let queue = Queue::create(engine, "default").map_err(|status| failed(status, None))?;
+        let failure = Failure::default();
+        let started = queue.dispatch_sync(|| plugin.start(&queue, &failure, device));
+        match started.flatten() {
+            Ok(instance) => {
+                Ok(Self { plugin, instance: Mutex::new(Some(instance)), queue, failure })
+            }
+            Err(status) => {
+                let message = failure.lock().expect(NO_PANIC).take();
+                Err(failed(status, message))
+            }
+        }
+    }
+
+    /// The plugin's name.
+    pub fn name(&self) -> String {
+        self.plugin.name()
+    }
+
+    /// The interface's description; empty when the driver serves none.
+    pub fn description(&self) -> String {
+        self.plugin.describe()
+    }
+
+    /// The driver's default queue.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// Hands a call to the driver, later, on its queue. Once the driver has stopped, the sink
+    /// gets `NOT_READY`.
+    pub fn call(
+        self: &Arc<Self>,
+        session: u64,
+        selector: u64,
+        arguments: Arguments,
+        sink: Box<dyn ReplySink>,
+    ) {
+        let driver = self.clone();
+        self.queue.dispatch_async(move || match &*driver.instance.lock().expect(NO_PANIC) {
+            Some(instance) => instance.call(session, selector, &arguments, sink),
+            None => sink.deliver(Err(IOReturn::NOT_READY)),
+        });
+    }
+
+    /// Tells the driver of a session. Its answer, or `NOT_READY` once it has stopped.
+    pub fn session_opened(&self, session: u64, queues: Vec<SessionQueue>) -> Result<(), IOReturn> {
+        let opened = self.queue.dispatch_sync(|| {
+            let instance = self.instance.lock().expect(NO_PANIC);
+            let instance = instance.as_ref().ok_or(IOReturn::NOT_READY)?;
+            instance.session_opened(session, queues)
+        });
+        opened.flatten()
+    }
+
+    /// Tells the driver, later, on its queue, that a session it accepted is over.
+    pub fn session_closed(self: &Arc<Self>, session: u64) {
+        let driver = self.clone();
+        self.queue.dispatch_async(move || {
+            if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC) {
+                instance.session_closed(session);
+            }
+        });
+    }
+
+    /// What the driver failed of, if it failed: the first panic in one of its handlers.
+    pub fn failure(&self) -> Option<String> {
+        self.failure.lock().expect(NO_PANIC).clone()
+    }
+
+    /// Stops the driver and frees it. A second call does nothing.
+    pub fn stop(&self) {
+        let stopped = self.queue.dispatch_sync(|| {
+            let instance = self.instance.lock().expect(NO_PANIC).take();
+            if let Some(instance) = &instance {
+                instance.stop();
+            }
+            instance
+        });
+        drop(stopped);
+    }
+}
+
+/// Why the driver's locks are never poisoned.
+const NO_PANIC: &str = "no panic crosses the plugin ABI";
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl std::fmt::Debug for Driver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Driver").field("name", &self.name()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,157 @@
+//! Plugin files, read without running them.
+
+use std::path::Path;
+
+use iohost_control::host::Failure;
+use iohost_control::plugin::{ClassMatch, Personality, PluginInfo};
+use iohost_driver_abi::{
+    ABI_VERSION, DescriptorHeader, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SYMBOL,
+};
+use object::read::elf::ElfFile64;
+use object::{Architecture, Endianness, Object, ObjectKind, ObjectSection, ObjectSymbol};
+
+/// Reads a plugin's descriptor from its file, and says why where there is none that this host
+/// can use. Nothing of the file is run.
+pub fn inspect(path: &Path) -> Result<PluginInfo, Failure> {
+    let refused = |code: &str, message: String, next: &str| Failure {
+        code: code.to_owned(),
+        message: format!("{}: {message}", path.display()),
+        next: next.to_owned(),
+    };
+    let file = std::fs::read(path).map_err(|err| {
+        refused("plugin-unreadable", err.to_string(), "check the path and its permissions")
+    })?;
+    let elf = ElfFile64::<Endianness>::parse(&*file).map_err(|_| {
+        refused(
+            "plugin-not-a-library",
+            "is not a 64-bit ELF file".to_owned(),
+            "give the shared object (.so) that `cargo build` made of a `cdylib`",
+        )
+    })?;
+    if elf.kind() != ObjectKind::Dynamic || elf.architecture() != HOST_ARCHITECTURE {
+        return Err(refused(
+            "plugin-not-a-library",
+            format!("is a {:?} file for {:?}", elf.kind(), elf.architecture()),
+            "build the driver as a `cdylib` for this machine",
+        ));
+    }
+    let header = descriptor_bytes(&elf).ok_or_else(|| {
+        refused(
+            "plugin-no-driver",
+            format!("exports no driver (no data symbol `{SYMBOL}`)"),
+            "add `iohost_driver::export_driver!` to the driver's crate",
+        )
+    })?;
+    let header = Header::read(&header);
+    if header.magic != MAGIC {
+        return Err(refused(
+            "plugin-no-driver",
+            format!("its symbol `{SYMBOL}` is no driver descriptor"),
+            "build the driver with `iohost_driver::export_driver!`",
+        ));
+    }
+    if header.abi_version != ABI_VERSION {
+        return Err(refused(
+            "plugin-abi",
+            format!(
+                "was built by {} for plugin ABI {}, this host has ABI {ABI_VERSION}",
+                header.built_with, header.abi_version
+            ),
+            "build the driver against this host's version of iohost_driver",
+        ));
+    }
+    let personalities = header.personalities.iter().map(personality).collect::<Option<_>>();
+    let personalities = personalities.ok_or_else(|| {
+        refused(
+            "plugin-personality",
+            "has a personality that this host cannot match".to_owned(),
+            "match by vendor and device id or by class code",
+        )
+    })?;
+    Ok(PluginInfo { name: header.name, personalities })
+}
+
+const HOST_ARCHITECTURE: Architecture =
+    if cfg!(target_arch = "aarch64") { Architecture::Aarch64 } else { Architecture::X86_64 };
+
+/// The bytes of the descriptor's header. It holds no pointers, so no relocation changes them.
+fn descriptor_bytes(
+    elf: &ElfFile64<'_, Endianness>,
+) -> Option<[u8; size_of::<DescriptorHeader>()]> {
+    let symbol = elf
+        .dynamic_symbols()
+        .find(|symbol| symbol.is_definition() && symbol.name() == Ok(SYMBOL))?;
+    let section = elf.section_by_index(symbol.section_index()?).ok()?;
+    let data =
+        section.data_range(symbol.address(), size_of::<DescriptorHeader>() as u64).ok()??;
+    data.try_into().ok()
+}
+
+/// A `DescriptorHeader`, field by field.
+struct Header {
+    magic: [u8; 8],
+    abi_version: u32,
+    name: String,
+    built_with: String,
+    personalities: Vec<iohost_driver_abi::Personality>,
+}
+
+impl Header {
+    fn read(bytes: &[u8; size_of::<DescriptorHeader>()]) -> Self {
+        let mut fields = Fields(bytes);
+        let magic = *fields.take();
+        let abi_version = fields.number();
+        let _size = fields.number();
+        let name = fields.text();
+        let built_with = fields.text();
+        let count = fields.number() as usize;
+        let _reserved = fields.number();
+        let personalities = std::iter::repeat_with(|| iohost_driver_abi::Personality {
+            primary: fields.number(),
+            primary_mask: fields.number(),
+            subsystem: fields.number(),
+            subsystem_mask: fields.number(),
+            class: fields.number(),
+            class_mask: fields.number(),
+        });
+        let personalities = personalities.take(count.min(MOST_PERSONALITIES)).collect();
+        Self { magic, abi_version, name, built_with, personalities }
+    }
+}
+
+/// The fields that are left, in the order of the `repr(C)` structure, which has no padding.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn take<const N: usize>(&mut self) -> &'a [u8; N] {
+        let (field, rest) = self.0.split_first_chunk().expect("the header has these fields");
+        self.0 = rest;
+        field
+    }
+
+    fn number(&mut self) -> u32 {
+        u32::from_ne_bytes(*self.take())
+    }
+
+    fn text(&mut self) -> String {
+        let text = self.take::<NAME_BYTES>();
+        let len = text.iter().position(|byte| *byte == 0).unwrap_or(NAME_BYTES);
+        String::from_utf8_lossy(&text[..len]).into_owned()
+    }
+}
+
+/// The match as the supervisor makes it; `None` for one that it cannot make.
+fn personality(raw: &iohost_driver_abi::Personality) -> Option<Personality> {
+    let whole = |mask: u32, half: u32| match (mask >> half) as u16 {
+        0 => Some(false),
+        u16::MAX => Some(true),
+        _ => None,
+    };
+    if raw.subsystem_mask != 0 || raw.class_mask & 0xff != 0 {
+        return None;
+    }
+    let vendor = whole(raw.primary_mask, 0)?.then_some(raw.primary as u16);
+    let device = whole(raw.primary_mask, 16)?.then_some((raw.primary >> 16) as u16);
+    let class = ClassMatch { code: raw.class >> 8, mask: raw.class_mask >> 8 };
+    Some(Personality { vendor, device, class: (class.mask != 0).then_some(class) })
+}

@@ -1,0 +1,286 @@
+//! The conversation with the daemon, from the first message to the exit.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use iohost_control::host::Failure;
+use iohost_control::host::{
+    DeviceLocation, FromHost, InterruptChoice, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession,
+    QueueStatistics, Ready, Start, Statistics, ToHost,
+};
+use iohost_device_backend::{
+    DeviceBackend, DeviceError, InterruptKind, VfioBackend, VfioError, VfioUserBackend,
+};
+use iohost_dispatch::Engine;
+use iohost_event::{PacketError, Packets};
+use log::{debug, info, warn};
+
+use crate::device::with_sources;
+use crate::plugin::{LoadedPlugin, SessionQueue};
+use crate::session::Sessions;
+use crate::{Device, Driver, plugin_file};
+
+/// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
+pub fn run(daemon: Packets) -> Result<()> {
+    let daemon = Arc::new(daemon);
+    let conversation = Conversation { daemon: daemon.clone() };
+    let (message, _) = conversation.receive()?.context("the daemon left before the start")?;
+    let ToHost::Start(start) = message else {
+        bail!("expected `start`, the daemon sent {message:?}")
+    };
+    let running = match Running::start(start, &daemon) {
+        Ok(running) => running,
+        Err(failure) => {
+            conversation.send(&FromHost::Failed(failure.clone()))?;
+            return Err(failure.into());
+        }
+    };
+    conversation.send(&FromHost::Ready(running.ready.clone()))?;
+    // Without the daemon there is nobody to be a driver for.
+    let told = conversation.serve(&running);
+    running.stop();
+    if told? {
+        conversation.send(&FromHost::Stopped)?;
+    }
+    Ok(())
+}
+
+/// The daemon's socket, with messages for packets.
+struct Conversation {
+    daemon: Arc<Packets>,
+}
+
+impl Conversation {
+    /// Answers the daemon until it says `stop` (`true`) or goes (`false`).
+    fn serve(&self, running: &Running) -> Result<bool> {
+        while let Some((message, fds)) = self.receive()? {
+            match message {
+                ToHost::Start(_) => bail!("the daemon sent a second `start`"),
+                ToHost::OpenSession(open) => self.open_session(running, open, fds)?,
+                ToHost::CloseSession { session } => {
+                    if let Some(sessions) = &running.sessions {
+                        sessions.close(session);
+                    }
+                }
+                ToHost::Query => self.send(&FromHost::Statistics(running.statistics()))?,
+                ToHost::Stop => return Ok(true),
+            }
+        }
+        warn!("the daemon is gone, stopping");
+        Ok(false)
+    }
+
+    fn open_session(&self, running: &Running, open: OpenSession, fds: Vec<OwnedFd>) -> Result<()> {
+        let session = open.session;
+        let opened = match &running.sessions {
+            Some(sessions) => session_parts(&open, fds)
+                .and_then(|(socket, queues)| sessions.open(session, socket, queues)),
+            None => Err("there is no driver".to_owned()),
+        };
+        self.send(&match opened {
+            Ok(()) => FromHost::SessionOpened { session },
+            Err(reason) => FromHost::SessionClosed { session, reason },
+        })
+    }
+
+    fn send(&self, message: &FromHost) -> Result<()> {
+        send(&self.daemon, message)
+    }
+
+    /// The next message with its descriptors; `None` once the daemon is gone.
+    fn receive(&self) -> Result<Option<(ToHost, Vec<OwnedFd>)>> {
+        let mut buffer = vec![0; LONGEST_MESSAGE];
+        let packet = match self.daemon.receive(&mut buffer, MOST_DESCRIPTORS) {
+            Ok(packet) => packet,
+            Err(PacketError::Closed) => return Ok(None),
+            Err(err) => return Err(err).context("reading from the daemon"),
+        };
+        let message =
+            serde_json::from_slice(&buffer[..packet.len]).context("understanding the daemon")?;
+        debug!("the daemon says {message:?}");
+        Ok(Some((message, packet.fds)))
+    }
+}
+
+fn send(daemon: &Packets, message: &FromHost) -> Result<()> {
+    let text = serde_json::to_vec(message).context("a message has a text form")?;
+    match daemon.send(&text, &[]) {
+        // Noticed, and acted on, by the next receive.
+        Ok(()) | Err(PacketError::Closed) => Ok(()),
+        Err(err) => Err(err).context("writing to the daemon"),
+    }
+}
+
+/// The socket and the queues of a session, from its descriptors in the order of `OpenSession`.
+fn session_parts(
+    open: &OpenSession,
+    fds: Vec<OwnedFd>,
+) -> Result<(Packets, Vec<SessionQueue>), String> {
+    let expected = 1 + 3 * open.queues.len();
+    if fds.len() != expected {
+        return Err(format!("{} descriptors for a session that has {expected}", fds.len()));
+    }
+    let mut fds = fds.into_iter();
+    let mut next = || fds.next().expect("counted above");
+    let socket = Packets::from(next());
+    let queues = open.queues.iter().map(|queue| SessionQueue {
+        bytes: queue.bytes,
+        memory: next(),
+        available: next(),
+        serviced: next(),
+    });
+    Ok((socket, queues.collect()))
+}
+
+/// A device that is open, with its driver.
+struct Running {
+    // In the order in which they have to go: sessions, driver, device, engine.
+    sessions: Option<Arc<Sessions>>,
+    driver: Option<Arc<Driver>>,
+    device: Arc<Device>,
+    engine: Engine,
+    ready: Ready,
+}
+
+impl Running {
+    fn start(start: Start, daemon: &Arc<Packets>) -> Result<Self, Failure> {
+        let engine = Engine::start()
+            .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
+        let backend = open_device(&start.device)?;
+        let (device, reset) = Device::take_over(backend, allowed(&start.interrupts))
+            .map_err(|err| device_failure(&start.device, &err))?;
+        let mut ready = Ready {
+            driver: String::new(),
+            backend: device.backend().kind().to_owned(),
+            reset,
+            interface: String::new(),
+        };
+        let Some(plugin) = start.plugin else {
+            return Ok(Self { sessions: None, driver: None, device, engine, ready });
+        };
+        let path = Path::new(&plugin);
+        plugin_file::inspect(path)?;
+        let plugin = LoadedPlugin::load(path).map_err(|err| Failure {
+            code: "plugin-load".to_owned(),
+            message: format!("{plugin} cannot be loaded: {}", with_sources(&err)),
+            next: "run `ldd` on it: a library it needs may be missing".to_owned(),
+        })?;
+        let driver = Driver::start(&engine, plugin, device.clone()).map_err(|err| Failure {
+            code: "driver-start".to_owned(),
+            message: format!("the driver did not start: {err}"),
+            next: "see the driver's own log lines; the device may be another one than it expects"
+                .to_owned(),
+        })?;
+        ready.driver = driver.name();
+        ready.interface = driver.description();
+        let driver = Arc::new(driver);
+        let teller = daemon.clone();
+        let sessions = Sessions::new(driver.clone(), move |session, reason| {
+            let reason = reason.to_owned();
+            // The daemon gone: its side of the session went with it.
+            let _ = send(&teller, &FromHost::SessionClosed { session, reason });
+        });
+        let sessions =
+            sessions.map_err(|status| internal(format!("no session queue: {status}")))?;
+        info!(incarnation = start.incarnation, driver = ready.driver.as_str(); "driver started");
+        Ok(Self { sessions: Some(sessions), driver: Some(driver), device, engine, ready })
+    }
+
+    fn statistics(&self) -> Statistics {
+        let queues = self.engine.numbers().into_iter().map(|queue| QueueStatistics {
+            name: queue.name,
+            depth: queue.depth,
+            executed: queue.executed,
+            dropped: queue.dropped,
+            longest_ns: queue.longest_ns,
+        });
+        Statistics {
+            sessions: self.sessions.as_ref().map_or(0, |sessions| sessions.count() as u64),
+            queues: queues.collect(),
+        }
+    }
+
+    /// Stops the driver and leaves the device reset.
+    fn stop(self) {
+        if let Some(driver) = &self.driver {
+            driver.stop();
+        }
+        if let Err(err) = self.device.give_back() {
+            warn!(reason = with_sources(&err); "the device was not left reset");
+        }
+        info!("driver stopped");
+    }
+}
+
+fn open_device(location: &DeviceLocation) -> Result<Arc<dyn DeviceBackend>, Failure> {
+    match location {
+        DeviceLocation::Vfio { address } => {
+            let sysfs = Path::new("/sys/bus/pci/devices").join(address);
+            let opened = VfioBackend::open(&sysfs);
+            opened.map(|backend| Arc::new(backend) as _).map_err(|err| Failure {
+                code: vfio_code(&err).to_owned(),
+                message: format!("{address} cannot be opened: {}", with_sources(&err)),
+                next: err.next_step(),
+            })
+        }
+        DeviceLocation::VfioUser { socket } => {
+            let opened = VfioUserBackend::open(Path::new(socket));
+            opened.map(|backend| Arc::new(backend) as _).map_err(|err| Failure {
+                code: "device-server".to_owned(),
+                message: format!("{socket} cannot be used: {}", with_sources(&err)),
+                next:
+                    "start the device's vfio-user server, or correct `socket` in the configuration"
+                        .to_owned(),
+            })
+        }
+    }
+}
+
+fn vfio_code(err: &VfioError) -> &'static str {
+    match err {
+        VfioError::NoSuchDevice { .. } => "no-such-device",
+        VfioError::NoIommu { .. } | VfioError::NoIommuDriver => "no-iommu",
+        VfioError::NodeMissing { .. } | VfioError::NotBound { .. } => "device-not-bound",
+        VfioError::Permission { .. } => "vfio-permission",
+        VfioError::Busy { .. } => "device-busy",
+        VfioError::NotViable { .. } => "group-not-viable",
+        VfioError::UnsafeInterrupts { .. } => "no-interrupt-remapping",
+        VfioError::LockedMemory { .. } => "memlock-too-small",
+        _ => "device-open",
+    }
+}
+
+fn device_failure(location: &DeviceLocation, err: &DeviceError) -> Failure {
+    let (DeviceLocation::Vfio { address: name } | DeviceLocation::VfioUser { socket: name }) =
+        location;
+    Failure {
+        code: "device-broken".to_owned(),
+        message: format!("{name} cannot be reset: {}", with_sources(err)),
+        next: "the device does not answer as a PCI function should; power-cycle it".to_owned(),
+    }
+}
+
+fn internal(message: String) -> Failure {
+    let next = "this is no fault of the device or the driver; check the limits of the process";
+    Failure { code: "driver-host".to_owned(), message, next: next.to_owned() }
+}
+
+fn allowed(choices: &[InterruptChoice]) -> Vec<InterruptKind> {
+    if choices.is_empty() {
+        return vec![InterruptKind::IntX, InterruptKind::Msi, InterruptKind::MsiX];
+    }
+    let kind = |choice: &InterruptChoice| match choice {
+        InterruptChoice::IntX => InterruptKind::IntX,
+        InterruptChoice::Msi => InterruptKind::Msi,
+        InterruptChoice::MsiX => InterruptKind::MsiX,
+    };
+    choices.iter().map(kind).collect()
+}
+
+/// The daemon's socket, as a driver host is given it: its standard input.
+pub fn inherited() -> Result<Packets> {
+    let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
+    Ok(Packets::from(socket))
+}
