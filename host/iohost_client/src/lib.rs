@@ -1,1 +1,45 @@
 //! The library for programs that use a driver.
+//!
+//! ```no_run
+//! # iohost_interface::interface! {
+//! #     pub interface adder;
+//! #     methods { 0 => fn add(a: u32, b: u32) -> u32; }
+//! #     queues { 0 => UPLOAD: ToDriver; }
+//! # }
+//! # mod adder_api { pub use super::{Client, UPLOAD}; }
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use iohost_client::{DEFAULT_SOCKET, Daemon};
+//!
+//! let mut daemon = Daemon::connect(DEFAULT_SOCKET)?;
+//! let session = daemon.open("adder")?;
+//!
+//! let adder = session.client::<adder_api::Client>()?;
+//! assert_eq!(adder.add(1, 2).wait()?, 3);
+//!
+//! let mut upload = session.producer(adder_api::UPLOAD)?;
+//! upload.send(b"an entry")?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`Daemon`] is a connection to the daemon; every method of it blocks until it is answered.
+//! [`Session`] is a conversation with one driver: typed calls over a socket, entries through rings
+//! in shared memory. The daemon is not in between. When the driver's process ends, for whatever
+//! reason, every call that waits and every wait on a ring ends too, with `OFFLINE`; then open
+//! another session.
+
+#![forbid(unsafe_code)]
+
+mod calls;
+mod daemon;
+mod error;
+mod queue;
+mod session;
+
+pub use daemon::{DEFAULT_SOCKET, Daemon};
+pub use error::ClientError;
+pub use iohost_control::host::Failure;
+pub use iohost_control::varlink;
+pub use iohost_memory::ring::{Entry, QueueError, WaitError};
+pub use queue::{QueueConsumer, QueueProducer};
+pub use session::Session;

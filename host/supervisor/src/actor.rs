@@ -329,14 +329,12 @@ impl Actor {
         if let Some(too_large) = bytes.iter().find(|bytes| **bytes > limits.largest_queue_bytes) {
             return Err(Failure::new(
                 "queue-size",
-                format!(
-                    "a queue of {too_large} bytes, the most is {}",
-                    limits.largest_queue_bytes
-                ),
+                format!("a queue of {too_large} bytes, the most is {}", limits.largest_queue_bytes),
                 "ask for less, or raise `largest_queue_bytes` in the configuration",
             ));
         }
-        let queues: Vec<QueueSize> = bytes.iter().map(|bytes| QueueSize { bytes: *bytes }).collect();
+        let queues: Vec<QueueSize> =
+            bytes.iter().map(|bytes| QueueSize { bytes: *bytes }).collect();
         let memory = SessionMemory::create(&queues).map_err(|err| err.into_failure())?;
         let (theirs, drivers) = Packets::pair().map_err(crate::no_resources)?;
         let message = ToHost::OpenSession(OpenSession { session: number, queues });
@@ -380,10 +378,8 @@ impl Actor {
             [] => Err(self.no_such_service(word)),
             [only] => Ok(*only),
             several => {
-                let names: Vec<&str> = several
-                    .iter()
-                    .map(|at| self.services[*at].device.name.as_str())
-                    .collect();
+                let names: Vec<&str> =
+                    several.iter().map(|at| self.services[*at].device.name.as_str()).collect();
                 Err(Failure::new(
                     "ambiguous",
                     format!("{} services run driver {word:?}", several.len()),
@@ -397,9 +393,7 @@ impl Actor {
         // The short form of an address is as good as the long one.
         let address = word.parse::<PciAddress>().map(|address| address.to_string());
         let full = address.as_deref().unwrap_or(word);
-        self.services
-            .iter()
-            .position(|service| service.is_called(word) || service.is_called(full))
+        self.services.iter().position(|service| service.is_called(word) || service.is_called(full))
     }
 
     fn no_such_service(&self, word: &str) -> Failure {
@@ -532,7 +526,7 @@ impl Actor {
     /// 2: the driver runs.
     fn became_ready(&mut self, at: usize, ready: Ready) {
         let interface = match Description::parse(&ready.interface) {
-            Ok(interface) if 1 + 3 * interface.queues.len() <= MOST_DESCRIPTORS => interface,
+            Ok(interface) if 3 * interface.queues.len() < MOST_DESCRIPTORS => interface,
             Ok(interface) => {
                 let count = interface.queues.len();
                 return self.condemn(at, protocol(&format!("an interface of {count} queues")));

@@ -158,9 +158,10 @@ impl Config {
         let mut devices: Vec<DeviceConfig> = Vec::new();
         for entry in raw.device {
             let device = source.check(entry)?;
-            if let Some(other) = devices.iter().find(|other| {
-                other.name == device.name || other.location == device.location
-            }) {
+            if let Some(other) = devices
+                .iter()
+                .find(|other| other.name == device.name || other.location == device.location)
+            {
                 let message = format!(
                     "device {:?} at {} is configured already in line {}",
                     device.name, device.location, other.line
@@ -227,15 +228,13 @@ impl Source<'_> {
         let line = self.line(&entry.span());
         let device = entry.into_inner();
         let location = match (device.address, device.socket) {
-            (Some(address), None) => {
-                Location::Pci(address.get_ref().parse().map_err(|err| {
-                    self.error(
-                        self.line(&address.span()),
-                        format!("key `address`: {err}"),
-                        "list the devices that are there with `iohost devices`",
-                    )
-                })?)
-            }
+            (Some(address), None) => Location::Pci(address.get_ref().parse().map_err(|err| {
+                self.error(
+                    self.line(&address.span()),
+                    format!("key `address`: {err}"),
+                    "list the devices that are there with `iohost devices`",
+                )
+            })?),
             (None, Some(socket)) => {
                 if device.driver.is_none() {
                     return Err(self.error(
@@ -415,8 +414,9 @@ mod tests {
 
     #[test]
     fn the_same_device_twice_is_refused_with_both_lines() {
-        let err = parse("[[device]]\naddress = \"01:00.0\"\n[[device]]\naddress = \"0000:01:00.0\"")
-            .unwrap_err();
+        let err =
+            parse("[[device]]\naddress = \"01:00.0\"\n[[device]]\naddress = \"0000:01:00.0\"")
+                .unwrap_err();
         assert_eq!(
             err.to_string(),
             "iohost.toml:3: device \"0000:01:00.0\" at 0000:01:00.0 is configured already in line 1"

@@ -77,11 +77,7 @@ impl DriverProcess {
     }
 
     /// Sends a message. `WouldBlock` means that the driver host has not read the earlier ones.
-    pub(crate) fn send(
-        &self,
-        message: &ToHost,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(), PacketError> {
+    pub(crate) fn send(&self, message: &ToHost, fds: &[BorrowedFd<'_>]) -> Result<(), PacketError> {
         let text = serde_json::to_vec(message).expect("messages have no maps with odd keys");
         self.socket.send(&text, fds)
     }

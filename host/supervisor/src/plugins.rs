@@ -71,8 +71,7 @@ impl Plugins {
         if let Some((_, failure)) = meant {
             return Err(failure.clone());
         }
-        let names: Vec<&str> =
-            self.usable.iter().map(|plugin| plugin.info.name.as_str()).collect();
+        let names: Vec<&str> = self.usable.iter().map(|plugin| plugin.info.name.as_str()).collect();
         let there = match names.is_empty() {
             true => "there are no plugins at all".to_owned(),
             false => format!("there are: {}", names.join(", ")),

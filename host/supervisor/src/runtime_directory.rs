@@ -138,9 +138,9 @@ mod tests {
 
     #[test]
     fn a_path_no_socket_can_have_is_refused_with_both_lengths() {
-        let failure = RuntimeDirectory::hold(Path::new(&format!("/tmp/{}", "x".repeat(120))))
-            .unwrap_err();
+        let failure =
+            RuntimeDirectory::hold(Path::new(&format!("/tmp/{}", "x".repeat(120)))).unwrap_err();
         assert_eq!(failure.code, "path-too-long");
-        assert!(failure.message.contains("has 134 bytes, a socket's can have 107"), "{failure}");
+        assert!(failure.message.contains("has 135 bytes, a socket's can have 107"), "{failure}");
     }
 }

@@ -1,1 +1,166 @@
-fn main() {}
+//! A driver host that does what the name of its plugin says, for tests of the daemon; and, with
+//! the argument `daemon`, the daemon itself with short patience and such driver hosts.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
+
+use iohost_control::host::{
+    Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession, Ready, ToHost,
+};
+use iohost_control::plugin::{Personality, PluginInfo};
+use iohost_event::Packets;
+use iohost_interface::packet::{self, Call, ReplyPacket};
+use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, Ring};
+use iohost_pci::Sysfs;
+use iohost_supervisor::{DaemonError, Options, Patience, RestartPolicy};
+
+const INTERFACE: &str = "interface scripted\nmethod 0 echo(u32) -> (u32)\nmethod 1 exit() -> ()\n\
+                         queue 0 upload ToDriver\nqueue 1 download ToClient\n";
+
+fn main() {
+    if let Some(config) = std::env::args().nth(2) {
+        return daemon(config.into());
+    }
+    let daemon = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
+    let daemon = Arc::new(Packets::from(daemon));
+    let Some((ToHost::Start(start), _)) = receive(&daemon) else { panic!("no Start") };
+    let plugin = start.plugin.expect("a plugin");
+    let script = std::path::Path::new(&plugin).file_stem().unwrap().to_str().unwrap().to_owned();
+    let later = start.incarnation > 1;
+    match script.as_str() {
+        "hang" => sleep(),
+        "exit" => std::process::exit(3),
+        "garbage" => daemon.send(b"{\"ready\":", &[]).unwrap(),
+        "long" => drop(daemon.send(&vec![b' '; LONGEST_MESSAGE + 1], &[])),
+        "refuse" => {
+            let failure = Failure::new("no-device", "there is no device", "plug it in");
+            return send(&daemon, &FromHost::Failed(failure));
+        }
+        "unasked" => send(&daemon, &FromHost::Stopped),
+        "recover" if !later => std::process::exit(4),
+        _ => {}
+    }
+    send(
+        &daemon,
+        &FromHost::Ready(Ready {
+            driver: script.clone(),
+            backend: "scripted".into(),
+            reset: "done".into(),
+            interface: INTERFACE.into(),
+        }),
+    );
+    while let Some((message, fds)) = receive(&daemon) {
+        match message {
+            ToHost::OpenSession(_) if script == "deaf" => {}
+            ToHost::OpenSession(open) => {
+                let daemon = daemon.clone();
+                thread::spawn(move || serve(&daemon, &open, fds));
+            }
+            ToHost::Stop if script == "stubborn" => sleep(),
+            ToHost::Stop => return send(&daemon, &FromHost::Stopped),
+            ToHost::Start(_) | ToHost::CloseSession { .. } | ToHost::Query => {}
+        }
+    }
+}
+
+fn daemon(config: PathBuf) {
+    iohost_control::log_lines::start(log::LevelFilter::Debug);
+    let moment = Duration::from_millis(300);
+    let options = Options {
+        config: Some(config.clone()),
+        runtime_directory: None,
+        driver_directory: None,
+        driver_host: std::env::current_exe().unwrap(),
+        inspect,
+        sysfs: Sysfs::at(config.with_file_name("sys")),
+        restart: RestartPolicy {
+            most: 2,
+            pause: Duration::from_millis(1),
+            ..RestartPolicy::default()
+        },
+        patience: Patience { start: moment, stop: moment, session: moment },
+    };
+    if let Err(err) = iohost_supervisor::run(&options) {
+        let Failure { code, message, next } = err.failure();
+        eprintln!("{code}: {message}\n  next: {next}");
+        std::process::exit(if matches!(err, DaemonError::Config(_)) { 2 } else { 1 });
+    }
+}
+
+/// A plugin is a file with anything but "broken" in it, named as the file is.
+fn inspect(file: &Path) -> Result<PluginInfo, Failure> {
+    if std::fs::read(file).unwrap() == b"broken" {
+        return Err(Failure::new("plugin-abi", "this plugin is for another iohost", "rebuild it"));
+    }
+    let name = file.file_stem().unwrap().to_str().unwrap().to_owned();
+    let edu = Personality { vendor: Some(0x1234), device: Some(0x11e8), class: None };
+    let personalities = if name == "edu" { vec![edu] } else { Vec::new() };
+    Ok(PluginInfo { name, personalities })
+}
+
+fn sleep() -> ! {
+    loop {
+        thread::park_timeout(Duration::from_secs(3600));
+    }
+}
+
+/// Answers calls, and sends what comes through the first queue back through the second.
+fn serve(daemon: &Packets, open: &OpenSession, fds: Vec<OwnedFd>) {
+    let mut fds = fds.into_iter();
+    let socket = Packets::from(fds.next().unwrap());
+    let hang_up = socket.as_fd().try_clone_to_owned().unwrap();
+    let rings: Vec<(Ring, Bell, Bell)> = open
+        .queues
+        .iter()
+        .map(|queue| {
+            let ring = Ring::attach(fds.next().unwrap(), u64::from(queue.bytes)).unwrap();
+            (ring, fds.next().unwrap().into(), fds.next().unwrap().into())
+        })
+        .collect();
+    thread::spawn(move || echo(rings, hang_up));
+    send(daemon, &FromHost::SessionOpened { session: open.session });
+
+    let mut buffer = vec![0; packet::LONGEST];
+    while let Ok(packet) = socket.receive(&mut buffer, 0) {
+        let call = Call::decode(&buffer[..packet.len]).unwrap();
+        if call.selector == 1 {
+            std::process::exit(5);
+        }
+        let reply = ReplyPacket { id: call.id, answer: Ok(call.arguments) };
+        socket.send(&reply.encode(), &[]).unwrap();
+    }
+    send(daemon, &FromHost::SessionClosed { session: open.session, reason: String::new() });
+}
+
+fn echo(rings: Vec<(Ring, Bell, Bell)>, hang_up: OwnedFd) {
+    let [(up, up_available, up_serviced), (down, down_available, down_serviced)] =
+        <[_; 2]>::try_from(rings).unwrap();
+    let peer = || Some(Peer::Connection(hang_up.try_clone().unwrap()));
+    let available = Doorway { bell: up_available, peer: peer() };
+    let serviced = Doorway { bell: down_serviced, peer: peer() };
+    let mut upload = Consumer::new(up, up_serviced).unwrap();
+    let mut download = Producer::new(down, down_available).unwrap();
+    let mut entry = Vec::new();
+    while upload.wait(&available, Duration::MAX).is_ok() {
+        while upload.dequeue(&mut entry).is_ok() {
+            while download.enqueue(&entry).is_err() {
+                if download.wait_for_room(entry.len(), &serviced, Duration::MAX).is_err() {
+                    return;
+                }
+            }
+        }
+    }
+}
+
+fn send(daemon: &Packets, message: &FromHost) {
+    daemon.send(&serde_json::to_vec(message).unwrap(), &[]).unwrap();
+}
+
+fn receive(daemon: &Packets) -> Option<(ToHost, Vec<OwnedFd>)> {
+    let mut buffer = vec![0; LONGEST_MESSAGE];
+    let packet = daemon.receive(&mut buffer, MOST_DESCRIPTORS).ok()?;
+    Some((serde_json::from_slice(&buffer[..packet.len]).unwrap(), packet.fds))
+}

@@ -1,0 +1,143 @@
+//! Why the daemon or a driver did not do what a client asked.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use iohost_control::host::Failure;
+use iohost_memory::ring::{QueueError, RingError};
+
+/// Why something could not be done, with the values that matter.
+///
+/// [`failure`](Self::failure) has the same as code, sentence and next step.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ClientError {
+    /// Nobody listens on the control socket.
+    #[error("no daemon listens on {}", socket.display())]
+    NotRunning {
+        /// The control socket.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// This user may not use the control socket.
+    #[error("no permission to use {}", socket.display())]
+    NoPermission {
+        /// The control socket.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The control socket cannot be connected to.
+    #[error("connecting to {}", socket.display())]
+    Connect {
+        /// The control socket.
+        socket: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The daemon said no.
+    #[error("{}", .0.message)]
+    Refused(Failure),
+    /// The daemon went away, or said something that makes no sense; ask again over a new
+    /// connection.
+    #[error("the conversation with the daemon broke off: {0}")]
+    Broken(String),
+    /// The daemon did not answer.
+    #[error("no answer from the daemon within {waited:?}")]
+    Silent {
+        /// How long it was given.
+        waited: Duration,
+    },
+    /// The driver serves another interface than the client speaks.
+    #[error("service {service:?} serves the interface {found:?}, not {expected:?}")]
+    WrongInterface {
+        /// The service.
+        service: String,
+        /// What it serves.
+        found: String,
+        /// What the client speaks.
+        expected: &'static str,
+    },
+    /// The interface has no such queue, or it goes the other way.
+    #[error("service {service:?} has no queue {place} in that direction")]
+    NoSuchQueue {
+        /// The service.
+        service: String,
+        /// The queue's place.
+        place: usize,
+    },
+    /// The queue's end was taken before; a ring has one at a time.
+    #[error("queue {place} is in use already")]
+    QueueInUse {
+        /// The queue's place.
+        place: usize,
+    },
+    /// The memory that came for a queue is not usable.
+    #[error("attaching queue {place}")]
+    Ring {
+        /// The queue's place.
+        place: usize,
+        /// What is wrong with it.
+        source: RingError,
+    },
+    /// The memory that came for a queue has impossible contents.
+    #[error("attaching queue {place}")]
+    Queue {
+        /// The queue's place.
+        place: usize,
+        /// What is wrong with it.
+        source: QueueError,
+    },
+    /// This process lacks descriptors or threads.
+    #[error("setting up a session")]
+    Resources(#[from] io::Error),
+}
+
+impl ClientError {
+    /// Code, sentence and next step.
+    pub fn failure(&self) -> Failure {
+        let (code, next) = match self {
+            ClientError::Refused(failure) => return failure.clone(),
+            ClientError::NotRunning { .. } => (
+                "not-running",
+                "start the daemon: iohost daemon; or name its socket: --socket PATH".to_owned(),
+            ),
+            ClientError::NoPermission { socket, .. } => (
+                "no-permission",
+                format!("run as root, or join the group that owns {}", socket.display()),
+            ),
+            ClientError::Connect { .. } => {
+                ("connect", "check the path; --socket names another".to_owned())
+            }
+            ClientError::Broken(_) => {
+                ("broken", "check with `iohost status` that the daemon runs, and try again".into())
+            }
+            ClientError::Silent { .. } => ("silent", "read the daemon's log".to_owned()),
+            ClientError::WrongInterface { .. } => {
+                ("wrong-interface", "name a service of that interface: iohost status".to_owned())
+            }
+            ClientError::NoSuchQueue { service, .. } => {
+                ("no-such-queue", format!("see its queues with `iohost call {service}`"))
+            }
+            ClientError::QueueInUse { .. } => {
+                ("queue-in-use", "use that end, or open another session".to_owned())
+            }
+            ClientError::Ring { .. } | ClientError::Queue { .. } => {
+                ("bad-queue", "install iohost and this program of the same version".to_owned())
+            }
+            ClientError::Resources(_) => {
+                ("no-resources", "raise this process's limit of open files".to_owned())
+            }
+        };
+        let source = std::error::Error::source(self).map(|source| format!(": {source}"));
+        Failure::new(code, format!("{self}{}", source.unwrap_or_default()), next)
+    }
+}
+
+impl From<Failure> for ClientError {
+    fn from(failure: Failure) -> Self {
+        ClientError::Refused(failure)
+    }
+}

@@ -1,0 +1,155 @@
+//! A daemon in a directory of its own.
+
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread;
+use std::time::Duration;
+
+use iohost_client::Daemon;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// After this a test that waits has failed; nothing in a test takes this long.
+const WATCHDOG: Duration = Duration::from_secs(60);
+
+pub(crate) struct Rig {
+    directory: Option<TempDir>,
+    path: PathBuf,
+    daemon: Child,
+    lines: Receiver<String>,
+}
+
+impl Rig {
+    /// A daemon with one device per script, each named as its script is.
+    pub(crate) fn start(scripts: &[&str]) -> Self {
+        let device = |script: &&str| {
+            format!("[[device]]\nname = {script:?}\nsocket = \"/{script}\"\ndriver = {script:?}\n")
+        };
+        let config: String = scripts.iter().map(device).collect();
+        let directory = directory(&config);
+        for script in scripts {
+            let plugin = directory.path().join("drivers").join(script).with_extension("so");
+            std::fs::write(plugin, "").unwrap();
+        }
+        let mut rig = Self::run(directory);
+        rig.wait_for("daemon started");
+        rig
+    }
+
+    /// A daemon without plugins, which may not get far.
+    pub(crate) fn with_config(config: &str) -> Self {
+        Self::run(directory(config))
+    }
+
+    /// Another daemon in the same directory.
+    pub(crate) fn second_daemon(&self) -> Self {
+        let (daemon, lines) = spawn(&self.path);
+        Self { directory: None, path: self.path.clone(), daemon, lines }
+    }
+
+    fn run(directory: TempDir) -> Self {
+        let path = directory.path().to_owned();
+        let (daemon, lines) = spawn(&path);
+        Self { directory: Some(directory), path, daemon, lines }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path("run/io.iohost")
+    }
+
+    pub(crate) fn connect(&self) -> Daemon {
+        Daemon::connect(self.socket()).unwrap()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.daemon.id()
+    }
+
+    /// Waits until the daemon says something, in a line that no earlier wait has passed.
+    pub(crate) fn wait_for(&mut self, words: &str) {
+        let mut said = Vec::new();
+        loop {
+            match self.lines.recv_timeout(WATCHDOG) {
+                Ok(line) if line.contains(words) => return,
+                Ok(line) => said.push(line),
+                Err(err) => panic!("{words:?} was not said ({err}), but:\n{}", said.join("\n")),
+            }
+        }
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(self.daemon.id(), signal);
+    }
+
+    pub(crate) fn exit_code(&mut self) -> i32 {
+        self.daemon.wait().unwrap().code().unwrap()
+    }
+
+    /// A function in the daemon's sysfs, behind no IOMMU.
+    pub(crate) fn add_pci(&self, address: &str, vendor: &str, device: &str) {
+        let directory = self.path("sys/bus/pci/devices").join(address);
+        std::fs::create_dir_all(&directory).unwrap();
+        for (name, text) in [
+            ("vendor", vendor),
+            ("device", device),
+            ("subsystem_vendor", "0x1af4"),
+            ("subsystem_device", "0x1100"),
+            ("class", "0x00ff00"),
+            ("revision", "0x10"),
+            ("driver_override", "(null)"),
+        ] {
+            std::fs::write(directory.join(name), format!("{text}\n")).unwrap();
+        }
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+        drop(self.directory.take());
+    }
+}
+
+pub(crate) fn kill(pid: u32, signal: Signal) {
+    nix::sys::signal::kill(Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
+}
+
+fn directory(config: &str) -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["drivers", "sys/bus/pci/devices"] {
+        std::fs::create_dir_all(directory.path().join(name)).unwrap();
+    }
+    let path = directory.path().display();
+    let text = format!(
+        "driver_directory = \"{path}/drivers\"\nruntime_directory = \"{path}/run\"\n{config}"
+    );
+    std::fs::write(directory.path().join("iohost.toml"), text).unwrap();
+    directory
+}
+
+fn spawn(directory: &Path) -> (Child, Receiver<String>) {
+    let mut daemon = Command::new(env!("CARGO_BIN_EXE_scripted-driver-host"))
+        .arg("daemon")
+        .arg(directory.join("iohost.toml"))
+        .env_remove("JOURNAL_STREAM")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stderr = BufReader::new(daemon.stderr.take().unwrap());
+    let (sender, lines) = channel();
+    thread::spawn(move || {
+        for line in stderr.lines().map_while(Result::ok) {
+            // Nobody listens any more once the test is over.
+            let _ = sender.send(line);
+        }
+    });
+    (daemon, lines)
+}
