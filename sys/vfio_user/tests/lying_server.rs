@@ -722,12 +722,13 @@ fn requests_outside_a_mapping_are_refused_and_touch_nothing() {
 
 #[test]
 fn malformed_and_unknown_requests_of_the_server_are_refused_and_the_call_goes_on() {
-    let memory = SharedMemory::create(c"dma", 0x2000).unwrap();
+    let memory = SharedMemory::create(c"dma", 2 << 20).unwrap();
     let (_server, client) = with_mapped(&memory, |peer| {
         let cases = [
             ("read without a count", DMA_READ, longs(&[0x10000])),
             ("read with data", DMA_READ, longs(&[0x10000, 8, 0])),
             ("read of more than we allow", DMA_READ, longs(&[0x10000, (1 << 20) + 1])),
+            ("read of more than there can be", DMA_READ, longs(&[0x10000, u64::MAX])),
             ("write of less than announced", DMA_WRITE, longs(&[0x10000, 16, 0])),
             ("write of more than announced", DMA_WRITE, longs(&[0x10000, 4, 0])),
             ("nothing at all", DMA_WRITE, Vec::new()),
