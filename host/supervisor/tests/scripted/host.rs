@@ -67,7 +67,7 @@ fn main() {
 }
 
 fn daemon(config: PathBuf) {
-    iohost_control::log_lines::start(log::LevelFilter::Debug);
+    iohost_control::log_lines::start(log::LevelFilter::Debug, None);
     let moment = Duration::from_millis(300);
     let options = Options {
         config: Some(config.clone()),
