@@ -357,6 +357,7 @@ fn messages_take_the_place_of_the_line() {
 
     rig.function.set_irqs(InterruptKind::Msi, &[]).unwrap();
     assert_eq!(rig.config(MSI_CONTROL), 0x0080);
+    assert_eq!(count(&line), 0, "and a cause from before does not bring it back");
     rig.write(RAISE, 2);
     assert_eq!((count(&line), count(&message)), (1, 0));
 }
@@ -400,6 +401,19 @@ fn a_reset_resets_configuration_space_and_interrupts_but_no_register() {
     rig.memory.write_at(0, b"kept");
     rig.dma(IOVA, BUFFER, 4, TO_DEVICE);
     assert_eq!(rig.function.blocked_dma(), 0, "mappings stay");
+}
+
+#[test]
+fn a_reset_lets_go_of_the_triggers() {
+    let rig = rig(Timing::Immediate);
+    for kind in [InterruptKind::IntX, InterruptKind::Msi] {
+        // A pipe tells when the last descriptor of its writing end is closed.
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        rig.function.set_irqs(kind, &[std::os::fd::AsFd::as_fd(&writer)]).unwrap();
+        drop(writer);
+        rig.function.reset();
+        assert_eq!(std::io::Read::read(&mut reader, &mut [0]).unwrap(), 0, "{kind}");
+    }
 }
 
 #[test]

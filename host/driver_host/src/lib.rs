@@ -18,4 +18,4 @@ mod session;
 
 pub use device::Device;
 pub use driver::{Driver, StartError};
-pub use plugin::{LoadedPlugin, Plugin};
+pub use plugin::{LoadedPlugin, Plugin, SessionQueue};

@@ -97,8 +97,8 @@ mod tests {
 
     #[test]
     fn a_count_beyond_the_message_ends_with_the_message() {
-        let message = message(uapi::VFIO_REGION_INFO_CAP_SPARSE_MMAP, u32::MAX, &[(0, 1)]);
-        assert_eq!(sparse_areas(&message, 32).unwrap().len(), 1);
+        let message = message(uapi::VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, 3, &[(0, 1)]);
+        assert_eq!(iova_ranges(&message, 32).unwrap(), [0..=1]);
     }
 
     #[test]

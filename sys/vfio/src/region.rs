@@ -114,7 +114,10 @@ pub(crate) fn regions(device: &DeviceFile) -> Result<Vec<Region>, VfioError> {
     for index in 0..REGIONS {
         regions.push(region(device, index)?);
     }
-    keep_off_msix_table(device, &mut regions)?;
+    let mut header = [0; 256];
+    let read = device.file().read_at(&mut header, regions[CONFIG_REGION as usize].offset);
+    access_done(read, CONFIG_REGION, 0, header.len())?;
+    keep_off_msix_table(&header, &mut regions);
     Ok(regions)
 }
 
@@ -153,23 +156,13 @@ fn describe(info: &Message) -> Region {
 
 /// Takes the pages of the MSI-X table out of what can be mapped, unless the kernel says that the
 /// table may be mapped too. Linux before 4.16 refuses a mapping that touches it.
-fn keep_off_msix_table(device: &DeviceFile, regions: &mut [Region]) -> Result<(), VfioError> {
-    let config = regions[CONFIG_REGION as usize].offset;
-    let mut header = [0; 256];
-    let read = device.file().read_at(&mut header, config);
-    read.map_err(|source| VfioError::Access {
-        index: CONFIG_REGION,
-        offset: 0,
-        len: header.len(),
-        source,
-    })?;
-    if let Some((bar, table)) = msix_table(&header)
+fn keep_off_msix_table(header: &[u8; 256], regions: &mut [Region]) {
+    if let Some((bar, table)) = msix_table(header)
         && let Some(region) = regions.get_mut(bar)
         && !region.msix_mappable
     {
         region.mappable = without(&region.mappable, &table);
     }
-    Ok(())
 }
 
 /// The BAR of the MSI-X table and the bytes of it that the table takes.
@@ -241,14 +234,33 @@ mod tests {
         assert!(region.mappable.is_empty());
     }
 
-    #[test]
-    fn the_msix_table_is_found_behind_other_capabilities() {
+    /// 65 vectors, their table in BAR 4 from 0x2000, behind an MSI capability.
+    fn header_with_msix() -> [u8; 256] {
         let mut header = [0; 256];
         header[0x06] = 0x10;
         header[0x34] = 0x40;
         header[0x40..0x42].copy_from_slice(&[0x05, 0x60]); // MSI
         header[0x60..0x68].copy_from_slice(&[0x11, 0, 0x40, 0, 0x04, 0x20, 0, 0]);
-        assert_eq!(msix_table(&header), Some((4, 0x2000..0x2000 + 65 * 16)));
+        header
+    }
+
+    #[test]
+    fn the_msix_table_is_found_behind_other_capabilities() {
+        assert_eq!(msix_table(&header_with_msix()), Some((4, 0x2000..0x2000 + 65 * 16)));
+    }
+
+    #[test]
+    fn the_msix_table_is_mapped_only_where_the_kernel_says_so() {
+        let mut region = describe(&info(uapi::VFIO_REGION_INFO_FLAG_MMAP, 0x4000));
+        let mut regions = vec![region.clone(); 5];
+        keep_off_msix_table(&header_with_msix(), &mut regions);
+        assert_eq!(regions[4].mappable, [0..0x2000, 0x3000..0x4000]);
+        assert_eq!(regions[3], region);
+
+        region.msix_mappable = true;
+        let mut regions = vec![region.clone(); 5];
+        keep_off_msix_table(&header_with_msix(), &mut regions);
+        assert_eq!(regions[4], region);
     }
 
     #[test]

@@ -235,3 +235,96 @@ impl Wait for Doorway {
         }
     }
 }
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use std::os::fd::FromRawFd;
+    use std::os::unix::net::UnixStream;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    const WATCHDOG: Duration = Duration::from_secs(30);
+
+    fn deadline() -> Option<Instant> {
+        Instant::now().checked_add(WATCHDOG)
+    }
+
+    #[test]
+    fn ringing_twice_leaves_one_notification() {
+        let bell = Bell::new().unwrap();
+        bell.ring().unwrap();
+        bell.ring().unwrap();
+        assert!(bell.clear().unwrap());
+        assert!(!bell.clear().unwrap());
+    }
+
+    #[test]
+    fn ringing_a_bell_whose_counter_is_full_neither_fails_nor_blocks() {
+        let bell = Bell::new().unwrap();
+        nix::unistd::write(&bell, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        bell.ring().unwrap();
+        assert!(bell.clear().unwrap());
+    }
+
+    #[test]
+    fn taking_a_notification_does_not_block_even_if_the_peer_made_the_bell_blocking() {
+        let bell = Bell::new().unwrap();
+        let flags = nix::fcntl::OFlag::empty();
+        nix::fcntl::fcntl(&bell, nix::fcntl::FcntlArg::F_SETFL(flags)).unwrap();
+        let (answer, answered) = std::sync::mpsc::channel();
+        std::thread::spawn(move || answer.send(bell.clear().unwrap()));
+        assert_eq!(answered.recv_timeout(WATCHDOG), Ok(false));
+    }
+
+    #[test]
+    fn a_peer_that_rings_without_end_does_not_keep_a_waiter_past_its_time() {
+        let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+        line.bell.ring().unwrap();
+        assert_eq!(line.wait(deadline()).unwrap(), Wake::Rung, "in time");
+        line.bell.ring().unwrap();
+        assert_eq!(line.wait(Some(Instant::now())).unwrap(), Wake::TimedOut, "too late");
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_eventfd_is_an_error_and_not_a_notification() {
+        let (read, write) = nix::unistd::pipe().unwrap();
+        drop(write);
+        assert!(Bell::from(read).clear().is_err());
+    }
+
+    #[test]
+    fn a_notification_comes_before_a_hang_up() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let peer = Some(Peer::Connection(ours.into()));
+        let line = Doorway { bell: Bell::new().unwrap(), peer };
+        line.bell.ring().unwrap();
+        drop(theirs);
+        assert_eq!(line.wait(deadline()).unwrap(), Wake::Rung);
+        assert_eq!(line.wait(deadline()).unwrap(), Wake::HungUp);
+    }
+
+    #[test]
+    fn traffic_on_the_connection_is_no_hang_up() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        io::Write::write_all(&mut theirs, b"unrelated").unwrap();
+        let peer = Some(Peer::Connection(ours.into()));
+        let line = Doorway { bell: Bell::new().unwrap(), peer };
+        assert_eq!(line.wait(Some(Instant::now())).unwrap(), Wake::TimedOut);
+    }
+
+    #[test]
+    fn a_process_that_ends_is_a_hang_up() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        // SAFETY: takes two integers, and returns a descriptor or an error.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
+        let fd = Errno::result(fd).unwrap() as i32;
+        // SAFETY: the kernel has just made it, and nobody else knows it.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let line = Doorway { bell: Bell::new().unwrap(), peer: Some(Peer::Process(fd)) };
+        assert_eq!(line.wait(Some(Instant::now())).unwrap(), Wake::TimedOut, "still there");
+        drop(child.stdin.take());
+        assert_eq!(line.wait(deadline()).unwrap(), Wake::HungUp);
+        child.wait().unwrap();
+    }
+}

@@ -51,7 +51,7 @@ type Consume = fn(Consumer<Arc<Bell>>, &Bell, u32);
 /// Lets `count` entries of 4 bytes pass through a ring of `capacity` bytes, in every possible way.
 fn explore(left_out: Option<Step>, capacity: u32, count: u32, produce: Produce, consume: Consume) {
     let mut builder = loom::model::Builder::new();
-    // Every bug of this kind that we know needs two preemptions; one more than that is explored.
+    // Bounded to keep the run short. Every mutant below is found within this bound.
     builder.preemption_bound = Some(3);
     builder.check(move || {
         let ring = Ring { cells: Cells::new(capacity), capacity, left_out };

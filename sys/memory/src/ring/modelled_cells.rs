@@ -1,4 +1,4 @@
-//! The words and bytes of a ring, as loom sees them.
+//! The words and bytes of a ring, as loom sees them. Made by the tests of `loom_model` alone.
 //!
 //! Each word is one of loom's atomics, payload included. Payload is copied with relaxed accesses, so
 //! that an index published without its ordering shows as a payload of yesterday.
@@ -20,6 +20,7 @@ struct Words {
 }
 
 impl Cells {
+    #[cfg(test)]
     pub(super) fn new(capacity: u32) -> Self {
         Self(Arc::new(Words {
             head: AtomicU32::new(0),

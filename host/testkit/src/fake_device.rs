@@ -1,0 +1,129 @@
+//! An emulated function behind the product's own seam.
+
+use std::fmt;
+use std::io;
+use std::ops::{Range, RangeInclusive};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use iohost_device_models::{DeviceModel, DmaMemory, Function, FunctionError};
+use iohost_memory::SharedMemory;
+use iohost_registers::MappedRegion;
+
+/// A [`DeviceBackend`] over a [`Function`] in this process. No BAR of it can be mapped: every
+/// access is a call, which the model sees.
+pub struct FakeDevice<M: DeviceModel> {
+    function: Arc<Function<M>>,
+    bars: Vec<Option<BarInfo>>,
+}
+
+impl<M: DeviceModel> FakeDevice<M> {
+    /// The device that `function` is.
+    pub fn new(function: Arc<Function<M>>) -> Self {
+        let info = |size| BarInfo { size: u64::from(size), kind: 0, mappable: Vec::new() };
+        let bars = function.identity().bars.iter().map(|bar| bar.map(|bar| info(bar.size)));
+        Self { bars: bars.collect(), function }
+    }
+}
+
+impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
+    fn kind(&self) -> &'static str {
+        "fake"
+    }
+
+    fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
+        self.function.config_read(offset, data).map_err(refusal)
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
+        self.function.config_write(offset, data).map_err(refusal)
+    }
+
+    fn bar(&self, index: u8) -> Option<&BarInfo> {
+        self.bars.get(usize::from(index))?.as_ref()
+    }
+
+    fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
+        self.function.bar_read(index, offset, data).map_err(refusal)
+    }
+
+    fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.function.bar_write(index, offset, data).map_err(refusal)
+    }
+
+    fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError> {
+        Err(DeviceError::NotMappable { index, start: range.start, end: range.end })
+    }
+
+    fn interrupt_count(&self, kind: InterruptKind) -> u32 {
+        model_kind(kind).map_or(0, |kind| self.function.interrupt_count(kind))
+    }
+
+    fn enable_interrupts(
+        &self,
+        kind: InterruptKind,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        let asked = triggers.len() as u32;
+        let none = DeviceError::NoSuchInterrupt { kind, asked, available: 0 };
+        self.function.set_irqs(model_kind(kind).ok_or(none)?, triggers).map_err(refusal)
+    }
+
+    fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
+        self.enable_interrupts(kind, &[])
+    }
+
+    fn unmask_intx(&self) -> Result<(), DeviceError> {
+        self.function.unmask_intx();
+        Ok(())
+    }
+
+    fn iova_ranges(&self) -> &[RangeInclusive<u64>] {
+        &[0..=u64::MAX]
+    }
+
+    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
+        let memory = DmaMemory::try_from(memory).map_err(|source| DeviceError::Refused {
+            operation: "sharing memory with the model".to_owned(),
+            source,
+        })?;
+        self.function.dma_map(iova, memory).map_err(refusal)
+    }
+
+    fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError> {
+        self.function.dma_unmap(iova, len).map_err(refusal)
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        self.function.reset();
+        Ok(())
+    }
+}
+
+fn model_kind(kind: InterruptKind) -> Option<iohost_device_models::InterruptKind> {
+    match kind {
+        InterruptKind::IntX => Some(iohost_device_models::InterruptKind::IntX),
+        InterruptKind::Msi => Some(iohost_device_models::InterruptKind::Msi),
+        InterruptKind::MsiX => None,
+    }
+}
+
+fn refusal(err: FunctionError) -> DeviceError {
+    match err {
+        FunctionError::NoSuchBar { index } => DeviceError::NoSuchBar { index },
+        FunctionError::Range { region, offset, len, size } => {
+            DeviceError::Range { region, offset, len, size }
+        }
+        other => DeviceError::Refused {
+            operation: "the emulated function".to_owned(),
+            source: io::Error::other(other),
+        },
+    }
+}
+
+impl<M: DeviceModel> fmt::Debug for FakeDevice<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("FakeDevice").field(self.function.identity()).finish()
+    }
+}

@@ -1,0 +1,210 @@
+//! A driver, an emulated device, and a test that moves both.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use iohost_device_backend::InterruptKind;
+use iohost_device_models::{Bus, DeviceModel, Function};
+use iohost_dispatch::{Engine, EngineClock};
+use iohost_driver::{Exported, IOReturn, ToClient, ToDriver};
+use iohost_driver_host::{Device, Driver, Plugin, SessionQueue, StartError};
+use iohost_interface::{
+    Arguments, Caller, Description, InterfaceClient, PendingAnswer, answer_pair,
+};
+use iohost_memory::ring::{Bell, Consumer, Producer, Ring};
+
+use crate::FakeDevice;
+
+/// Driver `D` on a device that model `M` emulates.
+///
+/// Dropping it stops the driver, as the end of its process would.
+pub struct Rig<D: Exported, M: DeviceModel> {
+    engine: Arc<Engine>,
+    function: Arc<Function<M>>,
+    driver: Option<Arc<Driver>>,
+    next_session: u64,
+    kind: PhantomData<fn() -> D>,
+}
+
+impl<D: Exported, M: DeviceModel> Rig<D, M> {
+    /// Starts the driver on a device that may use all its kinds of interrupt.
+    pub fn start(model: M) -> Result<Self, StartError> {
+        Self::start_with(model, &[InterruptKind::IntX, InterruptKind::Msi, InterruptKind::MsiX])
+    }
+
+    /// Starts the driver on a device that may interrupt in these ways only.
+    pub fn start_with(model: M, interrupts: &[InterruptKind]) -> Result<Self, StartError> {
+        Self::start_on(Arc::new(Function::new(model)), interrupts)
+    }
+
+    /// Starts the driver on a device with a past, as a restarted driver finds it.
+    pub fn start_on(
+        function: Arc<Function<M>>,
+        interrupts: &[InterruptKind],
+    ) -> Result<Self, StartError> {
+        let engine = Engine::manual(EngineClock::Virtual).expect("the machine has eventfds");
+        let backend = Arc::new(FakeDevice::new(function.clone()));
+        let (device, _) = Device::take_over(backend, interrupts.to_vec())
+            .expect("an emulated function can be reset");
+        let driver = Driver::start(&engine, Plugin::linked(D::descriptor()), device)?;
+        let driver = Some(Arc::new(driver));
+        Ok(Self { engine: Arc::new(engine), function, driver, next_session: 1, kind: PhantomData })
+    }
+
+    /// Runs everything that can run now: handlers of interrupts that came, of timers that are
+    /// due, work they sent, until nothing is left.
+    pub fn settle(&self) {
+        self.engine.settle();
+    }
+
+    /// Moves virtual time, then [`settle`](Self::settle)s.
+    pub fn advance(&self, by: Duration) {
+        self.engine.advance(by);
+        self.settle();
+    }
+
+    /// Reaches the device's model, between accesses of the driver.
+    pub fn model<R>(&self, look: impl FnOnce(&mut M, &mut Bus<'_>) -> R) -> R {
+        self.function.with_model(look)
+    }
+
+    /// The device, to start another driver on later.
+    pub fn function(&self) -> Arc<Function<M>> {
+        self.function.clone()
+    }
+
+    /// A client's calls to the driver; answers are there after [`settle`](Self::settle).
+    pub fn client<C: InterfaceClient>(&self) -> C {
+        C::new(Arc::new(DirectCalls { driver: self.driver().clone() }))
+    }
+
+    /// Opens a session whose data queues have `queue_byte_count` bytes each.
+    pub fn open_session(&mut self, queue_byte_count: u32) -> Result<RigSession, IOReturn> {
+        let description = D::description().unwrap_or_default();
+        let description = Description::parse(&description).expect("made by `interface!`");
+        let parts: Vec<_> =
+            description.queues.iter().map(|_| QueueParts::new(queue_byte_count)).collect();
+        let number = self.next_session;
+        self.next_session += 1;
+        let given = parts.iter().map(QueueParts::for_driver).collect();
+        self.driver().session_opened(number, given)?;
+        Ok(RigSession { number, queues: parts.into_iter().map(Some).collect() })
+    }
+
+    /// Tells the driver that a session is over; it hears of it at [`settle`](Self::settle).
+    pub fn close_session(&self, session: RigSession) {
+        self.driver().session_closed(session.number);
+    }
+
+    /// Stops the driver. What it owed its callers they have been told.
+    pub fn stop(&mut self) {
+        if let Some(driver) = &self.driver {
+            driver.stop();
+        }
+    }
+
+    /// What the driver failed of: the first panic in one of its handlers.
+    pub fn failure(&self) -> Option<String> {
+        self.driver().failure()
+    }
+
+    fn driver(&self) -> &Arc<Driver> {
+        self.driver.as_ref().expect("taken by the drop only")
+    }
+}
+
+impl<D: Exported, M: DeviceModel> Drop for Rig<D, M> {
+    fn drop(&mut self) {
+        self.stop();
+        // The engine is needed for the end of the driver, and this order says so.
+        self.driver = None;
+    }
+}
+
+impl<D: Exported, M: DeviceModel> fmt::Debug for Rig<D, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rig").field("driver", &self.driver).finish_non_exhaustive()
+    }
+}
+
+/// A client's side of a session with a driver in a [`Rig`].
+pub struct RigSession {
+    number: u64,
+    queues: Vec<Option<QueueParts>>,
+}
+
+impl RigSession {
+    /// The session's number, as the driver knows it.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The client's end of a queue to the driver. Once; panics when it was taken.
+    pub fn producer(&mut self, queue: ToDriver) -> Producer {
+        let parts = self.take(queue.0);
+        Producer::new(parts.ring, parts.available).expect("the ring is new")
+    }
+
+    /// The client's end of a queue from the driver. Once; panics when it was taken.
+    pub fn consumer(&mut self, queue: ToClient) -> Consumer {
+        let parts = self.take(queue.0);
+        Consumer::new(parts.ring, parts.serviced).expect("the ring is new")
+    }
+
+    fn take(&mut self, place: usize) -> QueueParts {
+        let parts = self.queues.get_mut(place).and_then(Option::take);
+        parts.expect("the interface has the queue, and its end was not taken yet")
+    }
+}
+
+impl fmt::Debug for RigSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RigSession").field("number", &self.number).finish_non_exhaustive()
+    }
+}
+
+struct QueueParts {
+    ring: Ring,
+    available: Bell,
+    serviced: Bell,
+}
+
+/// Why making a queue for a test cannot fail.
+const RESOURCES: &str = "the machine has memory and descriptors for a test";
+
+impl QueueParts {
+    fn new(queue_byte_count: u32) -> Self {
+        Self {
+            ring: Ring::create(c"rig-queue", u64::from(queue_byte_count)).expect(RESOURCES),
+            available: Bell::new().expect(RESOURCES),
+            serviced: Bell::new().expect(RESOURCES),
+        }
+    }
+
+    fn for_driver(&self) -> SessionQueue {
+        use std::os::fd::AsFd;
+        let copy = |fd: &dyn AsFd| -> OwnedFd { fd.as_fd().try_clone_to_owned().expect(RESOURCES) };
+        SessionQueue {
+            bytes: self.ring.queue_byte_count(),
+            memory: copy(&**self.ring.memory()),
+            available: copy(&self.available),
+            serviced: copy(&self.serviced),
+        }
+    }
+}
+
+/// Calls that go straight to the driver's queue.
+struct DirectCalls {
+    driver: Arc<Driver>,
+}
+
+impl Caller for DirectCalls {
+    fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
+        let (sink, pending) = answer_pair();
+        self.driver.call(0, selector, arguments, sink);
+        pending
+    }
+}
