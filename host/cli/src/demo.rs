@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const FACTORIALS: std::ops::RangeInclusive<u32> = 0..=12;
 
 /// Bytes of the DMA round trip.
-const ROUND_TRIP: usize = 4096;
+const ROUND_TRIP: usize = edu_api::LONGEST_ENTRY;
 
 /// What the demo did, for programs.
 #[derive(Debug, Serialize)]
