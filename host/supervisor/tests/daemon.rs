@@ -169,6 +169,16 @@ fn sigterm_stops_every_driver_and_leaves_nothing_behind() {
 }
 
 #[test]
+fn a_driver_host_that_cannot_start_does_not_spoil_the_stop() {
+    for _ in 0..10 {
+        let mut rig = Rig::start(&["refuse"]);
+        // Before, while or after the driver host says so.
+        rig.signal(SIGTERM);
+        assert_eq!(rig.exit_code(), 0);
+    }
+}
+
+#[test]
 fn a_driver_that_does_not_stop_is_killed_and_the_exit_code_says_so() {
     let mut rig = Rig::start(&["stubborn"]);
     rig.connect().bind("stubborn").unwrap();
