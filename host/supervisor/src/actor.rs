@@ -647,7 +647,7 @@ impl Actor {
         let old = mem::replace(&mut service.state, State::Down(stopping()));
         match (old, last_words) {
             (State::Stopping(_), Some(LastWords::Stopped)) => self.stopped(at),
-            // It never got as far as touching the device; there is nothing to stop.
+            // Its driver never ran, and it said why; there is nothing to stop.
             (State::Stopping(host), Some(LastWords::Said(_))) if !host.was_ready => {
                 self.stopped(at);
             }
