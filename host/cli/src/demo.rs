@@ -115,11 +115,11 @@ fn wait_until_running(daemon: &mut Daemon, word: &str) -> Result<Service, Comman
         };
         Ok(daemon.status()?.services.into_iter().find(is_it))
     };
-    if let Some(service) = find(daemon)? {
-        if matches!(service.state, State::Starting | State::Restarting) {
-            // Answered once the driver runs.
-            daemon.bind(&service.name)?;
-        }
+    if let Some(service) = find(daemon)?
+        && matches!(service.state, State::Starting | State::Restarting)
+    {
+        // Answered once the driver runs.
+        daemon.bind(&service.name)?;
     }
     // Opening refuses, in words, what does not run or is not there.
     drop(daemon.open(word)?);

@@ -2,7 +2,7 @@
 //!
 //! `main` parses, runs one command, and turns its error into words and an exit code: 0 done,
 //! 1 refused or failed, 2 wrong usage or configuration. Every command has a module, which says
-//! what it did to an [`Output`](output::Output), for people or as JSON.
+//! what it did to an [`Output`], for people or as JSON.
 
 #![forbid(unsafe_code)]
 

@@ -127,7 +127,7 @@ fn in_words(status: ExitStatus) -> String {
     if let Some(number) = status.signal() {
         let name = Signal::try_from(number).map_or("unknown", Signal::as_str);
         let dumped = if status.core_dumped() { ", core dumped" } else { "" };
-        return format!("killed by signal {number} ({name}{dumped})");
+        return format!("was killed by signal {number} ({name}{dumped})");
     }
     match status.code() {
         Some(code) => format!("exited with code {code}"),
