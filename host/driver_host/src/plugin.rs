@@ -29,7 +29,8 @@ use std::sync::{Arc, Mutex};
 
 use iohost_device_backend::InterruptKind;
 use iohost_dispatch::{
-    Block, Clock, DescriptorSource, InterruptEvent, InterruptSource, Queue, TimerSource,
+    Block, Clock, DescriptorSource, InterruptEvent, InterruptSource, Queue, QueueOptions,
+    TimerSource,
 };
 use iohost_driver_abi::{
     ABI_VERSION, CallArguments, DEVICE, DISPATCH, DeviceBar, DeviceTable, DispatchTable,
@@ -503,7 +504,7 @@ unsafe extern "C" fn queue_create(
     let sibling = unsafe { object::<QueueObject>(sibling) };
     // SAFETY: contract 4.
     let name = unsafe { text_of(name, name_len) };
-    let made = sibling.queue.create_beside(&name);
+    let made = sibling.queue.create_beside(&name, QueueOptions::default());
     let failure = sibling.failure.clone();
     // SAFETY: contract 4.
     unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure }))) }
