@@ -131,6 +131,7 @@ pub struct CpuTime {
     ours: f64,
     /// By everybody, the hypervisor's other guests included.
     everybody: f64,
+    processors: usize,
 }
 
 impl CpuTime {
@@ -142,16 +143,18 @@ impl CpuTime {
             ours += time.num_microseconds() as f64 / 1e6;
         }
         let stat = fs::read_to_string("/proc/stat")?;
-        Ok(Self { at: Instant::now(), ours, everybody: busy_ticks(&stat)? as f64 / TICKS })
+        let everybody = busy_ticks(&stat)? as f64 / TICKS;
+        // One line is for all of them.
+        let processors = stat.lines().filter(|line| line.starts_with("cpu")).count() - 1;
+        Ok(Self { at: Instant::now(), ours, everybody, processors })
     }
 
     /// The part of all processors' time since `before` that others used, roughly: the kernel counts
     /// everybody's time in ticks.
     pub fn foreign_since(&self, before: &Self) -> f64 {
-        let processors = thread::available_parallelism().map_or(1, usize::from) as f64;
-        let all = (self.at - before.at).as_secs_f64() * processors;
+        let all = (self.at - before.at).as_secs_f64() * self.processors as f64;
         let foreign = (self.everybody - before.everybody) - (self.ours - before.ours);
-        (foreign / all).max(0.0)
+        (foreign / all).clamp(0.0, 1.0)
     }
 }
 
