@@ -66,7 +66,7 @@ pub fn keep_awake() -> Option<File> {
     let held = open.and_then(|mut file| file.write_all(&0_i32.to_ne_bytes()).map(|()| file));
     match held {
         Ok(file) => {
-            eprintln!("{path} is held at 0");
+            eprintln!("{path} is held at 0{}", if heeds_latency() { "" } else { NOT_HEEDED });
             Some(file)
         }
         Err(err) => {
@@ -74,6 +74,16 @@ pub fn keep_awake() -> Option<File> {
             None
         }
     }
+}
+
+const NOT_HEEDED: &str =
+    ", to no effect: no cpuidle driver; the wake-up of a halted core is part of the figures";
+
+/// Whether there is anybody to heed the file: without a cpuidle driver, as in many virtual
+/// machines, an idle core halts whatever it says.
+fn heeds_latency() -> bool {
+    let driver = fs::read_to_string("/sys/devices/system/cpu/cpuidle/current_driver");
+    driver.is_ok_and(|driver| driver.trim() != "none")
 }
 
 /// The watchdog of a contender: a wake-up that got lost ends it.
