@@ -5,22 +5,22 @@
 //! variable, where waking one costs less: they take what threads dispatch.
 
 use std::cell::Cell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use iohost_closure::Closure;
-use iohost_event::{Clock, Poller, Ready, Signal};
+use iohost_event::{Clock, Poller, Ready, Signal, TickScale};
 
 use crate::baton::{Baton, Turn};
 use crate::deadlines::Deadlines;
 use crate::queue::QueueCore;
 use crate::source::Watched;
+use crate::watchlist::Watchlist;
 use crate::{NO_PANIC, QueueNumbers};
 
 /// Runs queues. Dropping it stops the workers after the handlers in progress; work that waits
@@ -47,11 +47,11 @@ pub(crate) struct Shared {
     ready: Mutex<ReadyList>,
     /// Where the workers that do not poll are parked.
     parking: Condvar,
-    watched: RwLock<HashMap<u64, Weak<dyn Watched>>>,
-    next_token: AtomicU64,
+    watched: RwLock<Watchlist>,
     pub(crate) deadlines: Deadlines,
     queues: Mutex<Vec<Weak<QueueCore>>>,
     on_panic: OnceLock<PanicHook>,
+    pub(crate) scale: TickScale,
     this: Weak<Shared>,
 }
 
@@ -86,8 +86,7 @@ enum Runnable {
     Block(Closure),
 }
 
-/// Tokens below this are the engine's own.
-const FIRST_SOURCE: u64 = 8;
+/// The bell's token; those of the deadlines follow, all below the watchlist's.
 const BELL: u64 = 0;
 
 /// Workers that wait for events when there is nothing to do.
@@ -219,11 +218,11 @@ impl Shared {
             bell,
             ready: Mutex::new(ReadyList { manual, ..ReadyList::default() }),
             parking: Condvar::new(),
-            watched: RwLock::new(HashMap::new()),
-            next_token: AtomicU64::new(FIRST_SOURCE),
+            watched: RwLock::default(),
             deadlines,
             queues: Mutex::new(Vec::new()),
             on_panic: OnceLock::new(),
+            scale: TickScale::start(),
             this: this.clone(),
         }))
     }
@@ -299,11 +298,11 @@ impl Shared {
             if token == BELL {
                 continue;
             }
-            if token < FIRST_SOURCE {
+            if token < Watchlist::FIRST_TOKEN {
                 self.deadlines.expire(token);
                 continue;
             }
-            let source = self.watched.read().expect(NO_PANIC).get(&token).and_then(Weak::upgrade);
+            let source = self.watched.read().expect(NO_PANIC).get(token).and_then(Weak::upgrade);
             if let Some(source) = source {
                 source.became_ready();
             }
@@ -396,10 +395,9 @@ impl Shared {
 
     /// Watches a descriptor for a source. Returns the token to forget it by.
     pub(crate) fn watch(&self, fd: impl AsFd, source: Weak<dyn Watched>) -> io::Result<u64> {
-        let token = self.next_token.fetch_add(1, Relaxed);
-        self.watched.write().expect(NO_PANIC).insert(token, source);
+        let token = self.watched.write().expect(NO_PANIC).add(source);
         if let Err(err) = self.poller.watch(fd, token) {
-            self.watched.write().expect(NO_PANIC).remove(&token);
+            self.watched.write().expect(NO_PANIC).remove(token);
             return Err(err);
         }
         Ok(token)
@@ -407,7 +405,7 @@ impl Shared {
 
     /// Stops watching. An event that was under way finds no source and is dropped.
     pub(crate) fn forget(&self, fd: impl AsFd, token: u64) {
-        if self.watched.write().expect(NO_PANIC).remove(&token).is_some() {
+        if self.watched.write().expect(NO_PANIC).remove(token) {
             // The descriptor is open: its source still owns it.
             let _ = self.poller.forget(fd);
         }

@@ -29,6 +29,7 @@ mod queue;
 mod sleepers;
 mod source;
 mod timer;
+mod watchlist;
 
 pub use engine::{Engine, EngineClock};
 pub use interrupt::{InterruptEvent, InterruptLine, InterruptSource};

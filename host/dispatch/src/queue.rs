@@ -35,6 +35,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 use iohost_closure::Closure;
+use iohost_event::ticks;
 use iohost_interface::IOReturn;
 use log::error;
 
@@ -84,7 +85,7 @@ pub(crate) struct QueueCore {
     turn: Mutex<TurnState>,
     pub(crate) sleepers: Sleepers,
     numbers: Numbers,
-    /// When the queue was put on the ready list, in nanoseconds of [`Clock::Uptime`].
+    /// When the queue was put on the ready list, in ticks.
     scheduled_at: AtomicU64,
 }
 
@@ -203,10 +204,10 @@ impl Queue {
         if self.on_queue() {
             return Ok(block());
         }
-        self.core.acquire()?;
+        let at_once = self.core.acquire()?;
         let _held = Holding::of(&self.core);
         let result = block();
-        self.core.numbers.count_one();
+        self.core.numbers.note_synchronous(at_once);
         Ok(result)
     }
 
@@ -349,21 +350,22 @@ impl QueueCore {
     }
 
     fn become_ready(self: &Arc<Self>) {
-        self.scheduled_at.store(Clock::Uptime.now(), Relaxed);
+        self.scheduled_at.store(ticks(), Relaxed);
         self.engine.make_ready(self.clone());
     }
 
-    /// Becomes the running thread of the queue, waiting for its turn.
-    fn acquire(self: &Arc<Self>) -> Result<(), IOReturn> {
+    /// Becomes the running thread of the queue, waiting for its turn. `true` when there was
+    /// nothing to wait for.
+    fn acquire(self: &Arc<Self>) -> Result<bool, IOReturn> {
         // Idle, and not one flag set.
         if self.word.compare_exchange(IDLE, RUNNING, Acquire, Relaxed).is_ok() {
-            return Ok(());
+            return Ok(true);
         }
         let baton = Arc::new(Baton::for_this_thread());
         self.push(Item::Baton(baton.clone()));
         self.engine.wait_for(&baton);
         match baton.turn() {
-            Turn::Granted => Ok(()),
+            Turn::Granted => Ok(false),
             _ => Err(IOReturn::ABORTED),
         }
     }
@@ -377,7 +379,7 @@ impl QueueCore {
     }
 
     fn run_items(self: &Arc<Self>, held: &Holding<'_>) {
-        let mut now = Clock::Uptime.now();
+        let mut now = ticks();
         self.numbers.note_wait(now.saturating_sub(self.scheduled_at.load(Relaxed)));
         // A block of a reentrant queue can give it up and others then run what is left: there it
         // stays in the turn. On a plain queue this thread keeps it to itself.
@@ -406,8 +408,8 @@ impl QueueCore {
                 // The block slept, and the queue was cancelled meanwhile: somebody else has it.
                 return;
             }
-            now = Clock::Uptime.now();
-            self.numbers.note_run(now - start);
+            now = ticks();
+            self.numbers.note_run(now.saturating_sub(start));
         }
         self.leave(mine);
     }
@@ -455,12 +457,12 @@ impl QueueCore {
         let core = self.clone();
         self.engine.run_soon(Closure::new(move || {
             let core = &core;
-            let start = Clock::Uptime.now();
+            let start = ticks();
             core.pick_up(core.address() | BESIDE);
             core.guarded(|| block.run());
             core.lay_down();
             let mut turn = core.turn.lock().expect(NO_PANIC);
-            core.numbers.note_run(Clock::Uptime.now() - start);
+            core.numbers.note_run(ticks().saturating_sub(start));
             turn.concurrent -= 1;
             if turn.concurrent == 0 {
                 core.word.fetch_and(!SHARED, AcqRel);
@@ -564,7 +566,8 @@ impl QueueCore {
 
     pub(crate) fn numbers(&self) -> QueueNumbers {
         let inbox = self.inbox.lock().expect(NO_PANIC);
-        self.numbers.read(&self.name, inbox.pushed, inbox.dropped)
+        let depth = inbox.pushed.saturating_sub(inbox.dropped + self.numbers.taken());
+        self.numbers.read(&self.name, depth, inbox.dropped, &self.engine.scale)
     }
 }
 

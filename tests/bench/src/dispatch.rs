@@ -44,7 +44,7 @@ fn on_the_engine(effort: Effort) -> Result<Vec<f64>> {
     cores.pin_consumer()?;
     let engine = Engine::start()?;
     cores.pin_producer()?;
-    let queue = Queue::create(&engine, "bench")?;
+    let queue = Queue::create(&engine, "bench", Default::default())?;
     rate(
         effort,
         |number| queue.dispatch_async(move || run_operation(number)),

@@ -36,7 +36,7 @@ fn interrupt_source(effort: Effort) -> Result<Vec<f64>> {
     cores.pin_consumer()?;
     let engine = Engine::start()?;
     cores.pin_producer()?;
-    let queue = Queue::create(&engine, "bench")?;
+    let queue = Queue::create(&engine, "bench", Default::default())?;
     let (signal, handled) = (Arc::new(Signal::new()?), Arc::new(AtomicU64::new(0)));
     let source = InterruptSource::create(&queue, signal.clone(), InterruptLine::Edge, CLOCK, {
         let handled = handled.clone();
