@@ -33,7 +33,7 @@ impl Driver {
     /// Starts a driver on a device, on a new queue of `engine`.
     pub fn start(engine: &Engine, plugin: Plugin, device: Arc<Device>) -> Result<Self, StartError> {
         let failed = |status, message| StartError { status, message };
-        let queue = Queue::create(engine, "default").map_err(|status| failed(status, None))?;
+        let queue = Queue::create(engine, "Default").map_err(|status| failed(status, None))?;
         let failure = Failure::default();
         let started = queue.dispatch_sync(|| plugin.start(&queue, &failure, device));
         match started.flatten() {
