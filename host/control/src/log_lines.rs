@@ -32,7 +32,12 @@ pub fn start(level: LevelFilter, subject: Option<&str>) {
         builder.format(move |out, record| {
             let now = Clock::Uptime.now();
             let (seconds, micros) = (now / 1_000_000_000, now / 1000 % 1_000_000);
-            writeln!(out, "[{seconds:5}.{micros:06}] {:5} {subject}{}", record.level(), Line(record))
+            writeln!(
+                out,
+                "[{seconds:5}.{micros:06}] {:5} {subject}{}",
+                record.level(),
+                Line(record)
+            )
         });
     }
     let _ = builder.try_init();

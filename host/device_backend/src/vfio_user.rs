@@ -193,3 +193,28 @@ impl From<VfioUserError> for DeviceError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use iohost_vfio_user::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_server_that_closed_the_connection_is_a_device_that_is_gone() {
+        let err = DeviceError::from(VfioUserError::Closed { command: Command::RegionRead });
+        assert!(matches!(err, DeviceError::Gone(_)), "{err:?}");
+        let later = DeviceError::from(VfioUserError::Gone { reason: "closed".to_owned() });
+        assert!(matches!(later, DeviceError::Gone(_)), "{later:?}");
+    }
+
+    #[test]
+    fn a_refusal_keeps_what_the_server_said() {
+        let source = io::Error::from_raw_os_error(22);
+        let err = VfioUserError::Refused { command: Command::DmaMap, source };
+        let DeviceError::Refused { source, .. } = err.into() else { panic!("not a refusal") };
+        assert_eq!(source.raw_os_error(), Some(22));
+    }
+}

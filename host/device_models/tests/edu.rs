@@ -4,6 +4,7 @@ mod rig;
 
 use iohost_device_models::edu::Timing;
 use iohost_device_models::{Function, FunctionError, InterruptKind};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use rig::*;
 use std::time::Duration;
 
@@ -409,6 +410,7 @@ fn a_reset_lets_go_of_the_triggers() {
     for kind in [InterruptKind::IntX, InterruptKind::Msi] {
         // A pipe tells when the last descriptor of its writing end is closed.
         let (mut reader, writer) = std::io::pipe().unwrap();
+        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).unwrap();
         rig.function.set_irqs(kind, &[std::os::fd::AsFd::as_fd(&writer)]).unwrap();
         drop(writer);
         rig.function.reset();

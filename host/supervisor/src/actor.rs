@@ -469,6 +469,7 @@ impl Actor {
             process,
             deadline: Some(Instant::now() + self.options.patience.start),
             last_words: None,
+            was_ready: false,
             is_retry: cause == Cause::Death,
             killed: false,
         })
@@ -539,6 +540,7 @@ impl Actor {
             unreachable!("became_ready is called for a service that starts");
         };
         host.deadline = None;
+        host.was_ready = true;
         info!(
             device = service.device.name, driver = ready.driver, backend = ready.backend,
             reset = ready.reset, incarnation = service.incarnation; "driver running"
@@ -645,6 +647,10 @@ impl Actor {
         let old = mem::replace(&mut service.state, State::Down(stopping()));
         match (old, last_words) {
             (State::Stopping(_), Some(LastWords::Stopped)) => self.stopped(at),
+            // Its driver never ran, and it said why; there is nothing to stop.
+            (State::Stopping(host), Some(LastWords::Said(_))) if !host.was_ready => {
+                self.stopped(at);
+            }
             (State::Stopping(_), words) => {
                 let why = match words {
                     Some(LastWords::Said(failure) | LastWords::Found(failure)) => failure,

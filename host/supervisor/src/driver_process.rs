@@ -35,7 +35,7 @@ pub(crate) enum Heard {
 }
 
 impl DriverProcess {
-    /// Starts the program. `name` shows in the list of processes.
+    /// Starts the program. `name` is the service's, for its log lines and the list of processes.
     pub(crate) fn spawn(program: &Path, name: &str) -> Result<Self, Failure> {
         let refused = |err: io::Error| {
             Failure::new(
@@ -47,7 +47,7 @@ impl DriverProcess {
         let (ours, theirs) = Packets::pair().map_err(refused)?;
         ours.set_nonblocking().map_err(refused)?;
         let mut child = Command::new(program)
-            .arg0(format!("iohost-driver-host {name}"))
+            .args(["--device", name])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             // A signal from the terminal is for the daemon, which then stops its driver hosts.
             .process_group(0)
@@ -127,7 +127,7 @@ fn in_words(status: ExitStatus) -> String {
     if let Some(number) = status.signal() {
         let name = Signal::try_from(number).map_or("unknown", Signal::as_str);
         let dumped = if status.core_dumped() { ", core dumped" } else { "" };
-        return format!("killed by signal {number} ({name}{dumped})");
+        return format!("was killed by signal {number} ({name}{dumped})");
     }
     match status.code() {
         Some(code) => format!("exited with code {code}"),

@@ -68,6 +68,8 @@ pub(crate) struct Host {
     pub(crate) deadline: Option<Instant>,
     /// What it said, or what we found, that explains its end.
     pub(crate) last_words: Option<LastWords>,
+    /// Whether its driver runs or ran.
+    pub(crate) was_ready: bool,
     /// Whether it was started because the one before it died, not because somebody asked.
     pub(crate) is_retry: bool,
     /// Whether it was killed, so that nothing is left but to wait for its end.

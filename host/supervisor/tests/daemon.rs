@@ -11,7 +11,7 @@ use iohost_client::{ClientError, Daemon, Failure};
 use iohost_event::Packets;
 use iohost_interface::{Arguments, IOReturn, ToClient, ToDriver};
 use nix::sys::signal::Signal::{SIGKILL, SIGTERM};
-use rig::Rig;
+use rig::{Rig, WATCHDOG};
 
 fn number(scalar: u64) -> Arguments {
     Arguments { scalars: vec![scalar], structure: Vec::new() }
@@ -35,11 +35,11 @@ fn a_session_carries_calls_and_entries() {
     let mut upload = session.producer(ToDriver(0)).unwrap();
     let mut download = session.consumer(ToClient(1)).unwrap();
 
-    assert_eq!(session.call(0, number(7)).wait(None), Ok(number(7)));
+    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Ok(number(7)));
     let mut entry = Vec::new();
     for round in 0..100_u32 {
-        upload.send(&round.to_le_bytes().repeat(200)).unwrap();
-        download.receive(&mut entry).unwrap();
+        upload.send_within(&round.to_le_bytes().repeat(200), WATCHDOG).unwrap();
+        download.receive_within(&mut entry, WATCHDOG).unwrap();
         assert_eq!(entry, round.to_le_bytes().repeat(200));
     }
     assert!(matches!(session.producer(ToDriver(0)), Err(ClientError::QueueInUse { place: 0 })));
@@ -67,13 +67,13 @@ fn a_driver_host_that_is_killed_is_replaced_and_its_clients_are_told() {
 
     rig::kill(before.pid.unwrap(), SIGKILL);
 
-    let err = download.receive(&mut Vec::new()).unwrap_err();
+    let err = download.receive_within(&mut Vec::new(), WATCHDOG).unwrap_err();
     assert!(err.to_string().contains("gone"), "{err}");
-    assert_eq!(session.call(0, number(7)).wait(None), Err(IOReturn::OFFLINE));
+    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Err(IOReturn::OFFLINE));
     rig.wait_for("driver host died, restarting device=good");
     rig.wait_for("driver running device=good");
     let session = daemon.open("good").unwrap();
-    assert_eq!(session.call(0, number(7)).wait(None), Ok(number(7)));
+    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Ok(number(7)));
     let after = &daemon.status().unwrap().services[0];
     assert_eq!((before.incarnation, after.incarnation), (1, 2));
     assert_ne!(before.pid, after.pid);
@@ -85,7 +85,7 @@ fn the_reason_of_a_death_is_said_in_words() {
     let mut daemon = rig.connect();
     daemon.bind("good").unwrap();
     let session = daemon.open("good").unwrap();
-    assert_eq!(session.call(1, Arguments::default()).wait(None), Err(IOReturn::OFFLINE));
+    assert_eq!(session.call(1, Arguments::default()).wait(Some(WATCHDOG)), Err(IOReturn::OFFLINE));
     rig.wait_for("exited with code 5");
     daemon.bind("good").unwrap();
     rig::kill(daemon.status().unwrap().services[0].pid.unwrap(), SIGKILL);
@@ -166,6 +166,16 @@ fn sigterm_stops_every_driver_and_leaves_nothing_behind() {
     rig.signal(SIGTERM);
     assert_eq!(rig.exit_code(), 0);
     assert!(!rig.socket().exists());
+}
+
+#[test]
+fn a_driver_host_that_cannot_start_does_not_spoil_the_stop() {
+    for _ in 0..10 {
+        let mut rig = Rig::start(&["refuse"]);
+        // Before, while or after the driver host says so.
+        rig.signal(SIGTERM);
+        assert_eq!(rig.exit_code(), 0);
+    }
 }
 
 #[test]
@@ -283,7 +293,7 @@ fn a_hostile_client_loses_its_own_connection_and_nobody_elses() {
 
     assert_eq!(honest.status().unwrap().services[0].state, State::Running);
     assert_eq!(rig.connect().status().unwrap().services[0].sessions, 1);
-    assert_eq!(session.call(0, number(7)).wait(None), Ok(number(7)));
+    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Ok(number(7)));
     drop(hostile);
     assert_eq!(Daemon::connect(rig.socket()).unwrap().status().unwrap().services.len(), 1);
 }

@@ -10,7 +10,7 @@ iohost_interface::interface! {
         /// Computes `n!` on the device, modulo 2^32.
         0 => fn factorial(n: u32) -> u32;
 
-        /// Sends up to 4096 bytes through the device's own memory, by DMA both ways.
+        /// Sends 1 to [`LONGEST_ENTRY`] bytes through the device's own memory, by DMA both ways.
         1 => fn dma_round_trip(data: Vec<u8>) -> Vec<u8>;
 
         /// Ticks of the driver's 10 ms timer since it started.

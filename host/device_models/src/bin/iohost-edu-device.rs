@@ -31,7 +31,9 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    // The protocol crate reports each handshake at `info`; ours is one line per client.
+    let logged = env_logger::Env::default().default_filter_or("info,vfio_user=warn");
+    env_logger::Builder::from_env(logged).init();
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => {

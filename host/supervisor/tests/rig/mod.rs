@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// After this a test that waits has failed; nothing in a test takes this long.
-const WATCHDOG: Duration = Duration::from_secs(60);
+pub(crate) const WATCHDOG: Duration = Duration::from_secs(60);
 
 pub(crate) struct Rig {
     directory: Option<TempDir>,

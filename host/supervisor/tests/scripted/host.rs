@@ -21,8 +21,9 @@ const INTERFACE: &str = "interface scripted\nmethod 0 echo(u32) -> (u32)\nmethod
                          queue 0 upload ToDriver\nqueue 1 download ToClient\n";
 
 fn main() {
-    if let Some(config) = std::env::args().nth(2) {
-        return daemon(config.into());
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments[0] == "daemon" {
+        return daemon(PathBuf::from(&arguments[1]));
     }
     let daemon = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     let daemon = Arc::new(Packets::from(daemon));
@@ -67,7 +68,7 @@ fn main() {
 }
 
 fn daemon(config: PathBuf) {
-    iohost_control::log_lines::start(log::LevelFilter::Debug);
+    iohost_control::log_lines::start(log::LevelFilter::Debug, None);
     let moment = Duration::from_millis(300);
     let options = Options {
         config: Some(config.clone()),

@@ -1,0 +1,166 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use iohost_client::{ClientError, Daemon};
+use iohost_control::varlink::INTERFACE;
+use iohost_supervisor::DEFAULT_RUNTIME_DIRECTORY;
+
+/// Runs device drivers as ordinary Linux processes.
+#[derive(Debug, Parser)]
+#[command(
+    name = "iohost",
+    version,
+    propagate_version = true,
+    disable_help_subcommand = true,
+    after_help = "\
+Examples:
+  iohost devices                          what is there, and which driver would take it
+  iohost daemon                           run the daemon with /etc/iohost/iohost.toml
+  iohost bind 0000:01:00.0                take a device and start its driver
+  iohost call edu factorial 5             call a method of a driver
+  iohost status --json | jq .services     what runs, for a program
+
+Exit codes: 0 done, 1 refused or failed, 2 wrong usage or configuration."
+)]
+pub(crate) struct Options {
+    /// Print JSON: results on standard output, errors on standard error.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+
+    /// The daemon's control socket [default: io.iohost in the runtime directory].
+    #[arg(long, global = true, value_name = "PATH", conflicts_with = "runtime_dir")]
+    socket: Option<PathBuf>,
+
+    /// The daemon's runtime directory [default: /run/iohost].
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) runtime_dir: Option<PathBuf>,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the daemon until SIGTERM or SIGINT.
+    #[command(after_help = "\
+Examples:
+  iohost daemon
+  iohost --runtime-dir /tmp/iohost daemon --config test.toml --driver-dir target/release
+
+The daemon logs to standard error; IOHOST_LOG=debug shows more.
+A mistake in the configuration is exit code 2, and then nothing was touched.")]
+    Daemon(DaemonOptions),
+
+    /// List PCI functions and configured devices; works without a daemon.
+    #[command(after_help = "\
+Examples:
+  iohost devices
+  iohost devices --json | jq '.devices[] | select(.vendor == 4660)'")]
+    Devices,
+
+    /// Take a device from its kernel driver and start its iohost driver.
+    #[command(after_help = "\
+Examples:
+  iohost bind 0000:01:00.0
+  iohost bind edu0            start a configured device again that is down or quarantined")]
+    Bind {
+        /// Address of a PCI function, or name of a service.
+        device: String,
+    },
+
+    /// Stop a device's driver, reset the device, and give it back.
+    #[command(after_help = "\
+Example:
+  iohost unbind 0000:01:00.0")]
+    Unbind {
+        /// Address of a PCI function, or name of a service.
+        device: String,
+    },
+
+    /// Show the daemon and its services.
+    #[command(after_help = "\
+Examples:
+  iohost status
+  iohost status --json | jq -r '.services[] | \"\\(.name) \\(.state)\"'")]
+    Status,
+
+    /// Call a method of a driver, or list its methods.
+    #[command(after_help = "\
+Examples:
+  iohost call edu                         list methods and queues
+  iohost call edu factorial 5
+  iohost call edu dma_round_trip @file    bytes from a file
+  iohost call edu dma_round_trip hex:00ff bytes in hexadecimal; anything else is text")]
+    Call(CallOptions),
+
+    /// Use an edu device: factorials, DMA, and files through both data queues.
+    #[command(after_help = "\
+Examples:
+  iohost demo                             stream this program itself
+  iohost demo --limit 65536 /bin/ls       at most that many bytes
+
+scripts/demo runs this against an emulated device, without root.")]
+    Demo(DemoOptions),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DaemonOptions {
+    /// The configuration [default: /etc/iohost/iohost.toml, if it is there].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Where the plugins are [default: what the configuration says, or
+    /// /usr/lib/iohost/drivers].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) driver_dir: Option<PathBuf>,
+
+    /// The program that runs a driver [default: iohost-driver-host beside this one].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) driver_host: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CallOptions {
+    /// Name of a service, address of its device, or name of its driver.
+    pub(crate) service: String,
+
+    /// The method.
+    pub(crate) method: Option<String>,
+
+    /// Its arguments, in order.
+    #[arg(allow_hyphen_values = true)]
+    pub(crate) arguments: Vec<String>,
+
+    /// How long to wait for the answer, in seconds.
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    pub(crate) timeout: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoOptions {
+    /// Files to send through the device, one after the other.
+    pub(crate) files: Vec<PathBuf>,
+
+    /// The service.
+    #[arg(long, default_value = "edu")]
+    pub(crate) service: String,
+
+    /// The most bytes to send.
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) limit: Option<u64>,
+}
+
+impl Options {
+    /// The control socket.
+    pub(crate) fn socket(&self) -> PathBuf {
+        let directory = || self.runtime_dir.clone().unwrap_or(DEFAULT_RUNTIME_DIRECTORY.into());
+        self.socket.clone().unwrap_or_else(|| directory().join(INTERFACE))
+    }
+
+    /// A connection to the daemon.
+    pub(crate) fn connect(&self) -> Result<Daemon, ClientError> {
+        Daemon::connect(self.socket())
+    }
+}

@@ -1,0 +1,58 @@
+//! `iohost status`, `bind` and `unbind`.
+
+use iohost_control::varlink::Status;
+
+use crate::CommandError;
+use crate::options::Options;
+use crate::output::{Output, table};
+
+pub(crate) fn status(options: &Options, output: Output) -> Result<(), CommandError> {
+    let status = options.connect()?.status()?;
+    let text = describe(&status);
+    output.result(&status, text);
+    Ok(())
+}
+
+fn describe(status: &Status) -> String {
+    let Status { version, pid, uptime_seconds, services } = status;
+    let mut text = format!("iohost {version}, process {pid}, up {uptime_seconds} s");
+    if services.is_empty() {
+        return text + "\nno services: bind a device, or add one to the configuration";
+    }
+    let mut shown =
+        table(&["SERVICE", "LOCATION", "DRIVER", "STATE", "PROCESS", "INCARNATION", "SESSIONS"]);
+    for service in services {
+        shown.add_row([
+            service.name.clone(),
+            service.location.clone(),
+            service.driver.clone().unwrap_or_else(|| "-".into()),
+            format!("{:?}", service.state).to_lowercase(),
+            service.pid.map_or("-".into(), |pid| pid.to_string()),
+            service.incarnation.to_string(),
+            service.sessions.to_string(),
+        ]);
+    }
+    text = format!("{text}\n{}", shown.trim_fmt());
+    for service in services {
+        if let Some(reason) = &service.reason {
+            text += &format!("\n{}: {}\n  next: {}", service.name, reason.message, reason.next);
+        }
+    }
+    text
+}
+
+pub(crate) fn bind(options: &Options, output: Output, device: &str) -> Result<(), CommandError> {
+    let bound = options.connect()?.bind(device)?;
+    output.result(&bound, format_args!("{} runs driver {}", bound.service, bound.driver));
+    Ok(())
+}
+
+pub(crate) fn unbind(options: &Options, output: Output, device: &str) -> Result<(), CommandError> {
+    let unbound = options.connect()?.unbind(device)?;
+    let text = match &unbound.kernel_driver {
+        Some(driver) => format!("{device} is stopped and bound to {driver} again"),
+        None => format!("{device} is stopped; it has no kernel driver to go back to"),
+    };
+    output.result(&unbound, text);
+    Ok(())
+}

@@ -1,0 +1,248 @@
+//! An emulated device, a daemon and what belongs to them, as processes in a folder of their own.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use iohost_client::Daemon;
+use iohost_client::varlink::Service;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// How long anything may take before a test gives up on it. Nothing here measures time.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A daemon with its configuration. Everything it started is gone when it is dropped.
+pub struct System {
+    folder: TempDir,
+    daemon: Option<Child>,
+}
+
+/// An emulated `edu` device, in a process of its own.
+pub struct Edu {
+    process: Child,
+    socket: PathBuf,
+}
+
+/// How a command ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// Its exit code; `None` for a signal.
+    pub code: Option<i32>,
+    /// What it printed.
+    pub stdout: String,
+    /// What it complained of.
+    pub stderr: String,
+}
+
+impl System {
+    /// A folder for a system; nothing runs yet. It has an empty folder for plugins.
+    pub fn new() -> Self {
+        let folder = tempfile::tempdir().expect("a folder for temporary files");
+        fs::create_dir(folder.path().join("drivers")).expect("an empty folder");
+        Self { folder, daemon: None }
+    }
+
+    /// A daemon with the `edu` driver on one emulated device, as service `edu0`, ready.
+    pub fn with_edu() -> (Self, Edu) {
+        let mut system = Self::new();
+        let device = system.start_edu_device("edu0");
+        system.install_edu_driver();
+        system.start(&system.edu_config("edu0"));
+        system.await_ready("edu0");
+        (system, device)
+    }
+
+    /// A path in the system's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The daemon's control socket.
+    pub fn socket(&self) -> PathBuf {
+        self.path("run/io.iohost")
+    }
+
+    /// The lines of a configuration for an emulated `edu`.
+    pub fn edu_config(&self, name: &str) -> String {
+        let socket = self.path(name);
+        format!("[[device]]\nname = {name:?}\nsocket = {socket:?}\ndriver = \"edu\"\n")
+    }
+
+    /// Starts an emulated device whose DMA takes no time. Its socket has its name.
+    pub fn start_edu_device(&self, name: &str) -> Edu {
+        let socket = self.path(name);
+        let process = program("iohost-edu-device")
+            .args(["--dma-latency-ms", "0", "--socket"])
+            .arg(&socket)
+            .stderr(self.log(name))
+            .spawn()
+            .expect("starting the emulated device");
+        eventually("the device's socket", || is_socket(&socket));
+        Edu { process, socket }
+    }
+
+    /// Puts the `edu` plugin where the daemon looks for plugins.
+    pub fn install_edu_driver(&self) {
+        fs::copy(binary("libedu.so"), self.path("drivers/libedu.so")).expect("copying the plugin");
+    }
+
+    /// Starts the daemon and waits for its socket. `config` comes after the folders.
+    pub fn start(&mut self, config: &str) {
+        let daemon = self.daemon_command(config).stderr(self.log("daemon")).spawn();
+        self.daemon = Some(daemon.expect("starting the daemon"));
+        let socket = self.socket();
+        eventually("the daemon's socket", || is_socket(&socket));
+    }
+
+    /// Runs a daemon that is expected to refuse.
+    pub fn start_refused(&self, config: &str) -> Ended {
+        ended(self.daemon_command(config).output().expect("running the daemon"))
+    }
+
+    fn daemon_command(&self, config: &str) -> Command {
+        let (run, drivers) = (self.path("run"), self.path("drivers"));
+        let path = self.path("iohost.toml");
+        let folders = format!("runtime_directory = {run:?}\ndriver_directory = {drivers:?}\n");
+        fs::write(&path, folders + config).expect("writing the configuration");
+        let mut command = program("iohost");
+        command.args(["daemon", "--config"]).arg(path);
+        command
+    }
+
+    /// Runs `iohost` as a client of this daemon.
+    pub fn iohost(&self, arguments: &[&str]) -> Ended {
+        let mut command = program("iohost");
+        command.arg("--runtime-dir").arg(self.path("run")).args(arguments);
+        ended(command.output().expect("running iohost"))
+    }
+
+    /// A connection to the daemon.
+    pub fn connect(&self) -> Daemon {
+        Daemon::connect(self.socket()).expect("the daemon listens")
+    }
+
+    /// A service, as `status` shows it.
+    pub fn service(&self, name: &str) -> Service {
+        let status = self.connect().status().expect("the daemon answers");
+        let service = status.services.into_iter().find(|service| service.name == name);
+        service.unwrap_or_else(|| panic!("no service {name}"))
+    }
+
+    /// Waits until a service runs, and gives its process.
+    pub fn await_ready(&self, name: &str) -> u32 {
+        eventually("the driver to run", || format!("{:?}", self.service(name).state) == "Running");
+        self.service(name).pid.expect("a driver that runs has a process")
+    }
+
+    /// What the daemon and its driver hosts logged.
+    pub fn daemon_log(&self) -> String {
+        fs::read_to_string(self.path("daemon.log")).expect("the daemon's log")
+    }
+
+    /// Stops the daemon as an operator does, and gives its exit code.
+    pub fn stop(&mut self) -> Option<i32> {
+        let mut daemon = self.daemon.take().expect("the daemon runs");
+        signal(&daemon, Signal::SIGTERM);
+        await_end(&mut daemon).code()
+    }
+
+    fn log(&self, name: &str) -> Stdio {
+        File::create(self.path(&format!("{name}.log"))).expect("a log file").into()
+    }
+}
+
+impl Default for System {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for System {
+    fn drop(&mut self) {
+        if let Some(daemon) = &mut self.daemon {
+            signal(daemon, Signal::SIGTERM);
+            await_end(daemon);
+            if std::thread::panicking() {
+                eprintln!("the daemon's log:\n{}", self.daemon_log());
+            }
+        }
+    }
+}
+
+impl Edu {
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+}
+
+impl Drop for Edu {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// Waits until something is so. Panics, with what it waited for, when it never is.
+pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn await_end(process: &mut Child) -> ExitStatus {
+    let mut status = None;
+    eventually("a process to end", || {
+        status = process.try_wait().expect("our own child");
+        status.is_some()
+    });
+    status.expect("it has ended")
+}
+
+fn signal(process: &Child, signal: Signal) {
+    let _ = kill(Pid::from_raw(process.id() as i32), signal);
+}
+
+fn is_socket(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.file_type().is_socket())
+}
+
+fn ended(output: Output) -> Ended {
+    Ended {
+        code: output.status.code(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+fn program(name: &str) -> Command {
+    Command::new(binary(name))
+}
+
+/// A file that cargo built beside this test, after seeing to it that it is built.
+fn binary(name: &str) -> PathBuf {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    let folder = FOLDER.get_or_init(|| {
+        let test = std::env::current_exe().expect("a test is a file");
+        let folder = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/test");
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet"]);
+        for package in ["iohost", "iohost_driver_host", "iohost_device_models", "edu"] {
+            build.args(["-p", package]);
+        }
+        if folder.ends_with("release") {
+            build.arg("--release");
+        }
+        let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status();
+        assert!(built.expect("cargo runs").success(), "the programs do not build");
+        folder.to_owned()
+    });
+    folder.join(name)
+}
