@@ -176,7 +176,7 @@ impl InterruptCore {
         let count = self.signal.take();
         if count > 0 {
             state.undelivered += count;
-            state.last_time = self.clock.now();
+            state.last_time = self.queue.now(self.clock);
             state.masked = true;
         }
         count > 0
