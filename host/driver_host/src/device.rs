@@ -177,6 +177,10 @@ impl Device {
     pub(crate) fn give_back_interrupt(&self, vector: u32) {
         let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
         interrupts.taken.remove(&vector);
+        if let Some(signal) = interrupts.signals.get(vector as usize) {
+            // What came and was not delivered is not for the next source.
+            signal.take();
+        }
         if interrupts.taken.is_empty() {
             drop(interrupts);
             self.disable_interrupts();
