@@ -221,6 +221,14 @@ impl<D: Exported> Instance<D> {
     }
 }
 
+impl<D: Exported> Drop for Instance<D> {
+    /// Stops a driver that could not be stopped on its queue because it cancelled that. Its
+    /// state refers to the queue, which owns the state, so it would never be freed.
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
 /// Makes the crate a plugin: exports `$driver`, and serves its clients the interface of the
 /// module or crate `$interface`, for which the driver implements `$interface::Server`.
 ///
