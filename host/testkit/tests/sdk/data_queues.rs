@@ -106,7 +106,7 @@ fn checking_for_work_calls_the_handler_once_more() {
 }
 
 #[test]
-fn a_data_queue_source_that_is_dropped_calls_nobody_and_closes_its_end() {
+fn a_data_queue_source_that_is_dropped_calls_nobody_and_its_end_is_taken_once() {
     let mut bench = Bench::new();
     let mut queues = open(&mut bench);
     let source = available(&bench, &mut queues);
