@@ -43,6 +43,15 @@ fn watching_a_queue_that_holds_entries_leads_to_one_call_and_an_empty_one_to_non
     assert_eq!(bench.settled(), ["available"]);
     let mut bench = Bench::new();
     let mut queues = open(&mut bench);
+    let mut send = false;
+    queues
+        .upload
+        .enqueue_with_coalesce(5, &mut send, |slot| slot.write_at(0, b"quiet").unwrap())
+        .unwrap();
+    let _source = available(&bench, &mut queues);
+    assert_eq!(bench.settled(), ["available"], "nobody had announced the entry");
+    let mut bench = Bench::new();
+    let mut queues = open(&mut bench);
     let _source = available(&bench, &mut queues);
     assert!(bench.settled().is_empty());
 }

@@ -34,9 +34,13 @@ fn flags_of_an_index_that_do_not_exist_are_a_bad_argument() {
 #[test]
 fn a_second_source_on_one_vector_is_refused_for_want_of_resources() {
     let bench = Bench::new();
-    let _first = bench.message_source();
+    let first = bench.message_source();
+    assert_eq!(code(bench.interrupt(0)), Some(IOReturn::NO_RESOURCES));
     assert_eq!(code(bench.interrupt(0)), Some(IOReturn::NO_RESOURCES));
     assert_eq!(code(bench.interrupt(1)), None, "another vector is free");
+    first.set_enable(true).unwrap();
+    bench.message(0);
+    assert_eq!(bench.settled(), ["count 1"], "the first source has lost nothing");
 }
 
 #[test]

@@ -4,11 +4,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use iohost_device_backend::BarInfo;
+use iohost_device_models::Function;
 use iohost_dispatch::{Engine, EngineClock};
 use iohost_driver::prelude::*;
+use iohost_driver_host::Device;
+use iohost_testkit::FakeDevice;
 
 use crate::board::{BAR_SIZE, Board, DEVICE, Unusual, VENDOR};
-use crate::probe::{Bench, Host};
+use crate::probe::{ANY, Bench, Host};
 
 mod regs {
     use iohost_driver::register_map;
@@ -232,6 +235,25 @@ fn a_driver_gets_a_device_that_was_reset_decodes_memory_and_is_no_bus_master() {
     assert_eq!(bench.rig.model(|board, _| board.resets), 1);
     let command = bench.device.configuration_read16(COMMAND);
     assert_eq!(command & (MEMORY_SPACE | BUS_MASTER), MEMORY_SPACE);
+}
+
+#[test]
+fn what_a_driver_leaked_of_its_device_is_taken_back_by_the_host() {
+    let function = Arc::new(Function::new(Board::default()));
+    let backend = Arc::new(FakeDevice::new(function.clone()));
+    let (device, _) = Device::take_over(backend, ANY.to_vec()).unwrap();
+    let host = Host::on_device(Engine::manual(EngineClock::Virtual).unwrap(), device.clone());
+    let command = IODMACommand::create(&host.device, 0).unwrap();
+    let buffer = IOBufferMemoryDescriptor::create(4096).unwrap();
+    let buffer = command.prepare_for_dma(buffer).unwrap();
+    let address = buffer.address();
+    host.device.set_bus_master(true);
+    std::mem::forget(buffer);
+    drop((host, command));
+    device.give_back().unwrap();
+    function.config_write(COMMAND as u16, &BUS_MASTER.to_le_bytes()).unwrap();
+    function.with_model(|_, bus| bus.dma_write(address, &[1]));
+    assert_eq!(function.blocked_dma(), 1);
 }
 
 #[test]

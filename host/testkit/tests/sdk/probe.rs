@@ -157,6 +157,19 @@ impl Drop for Probe {
 
 export_driver!(Probe, serves api);
 
+/// Runs a test whose failure would be to wait for ever.
+pub(crate) fn watched(test: impl FnOnce() + Send + 'static) {
+    let (ended, end) = std::sync::mpsc::channel();
+    let test = std::thread::spawn(move || {
+        test();
+        ended.send(()).unwrap();
+    });
+    match end.recv_timeout(Duration::from_secs(30)) {
+        Err(std::sync::mpsc::RecvTimeoutError::Timeout) => panic!("the test hangs"),
+        _ => test.join().unwrap(),
+    }
+}
+
 /// A probe in a rig, and the handles it was started with.
 pub(crate) struct Bench {
     pub(crate) device: IOPCIDevice,

@@ -7,7 +7,7 @@ use std::thread;
 
 use iohost_driver::prelude::*;
 
-use crate::probe::{Bench, Host, Seen};
+use crate::probe::{Bench, Host, Seen, watched};
 
 fn code<T>(result: Result<T>) -> Option<IOReturn> {
     result.err().map(|err| err.code())
@@ -70,23 +70,25 @@ impl Drop for Dropped {
 
 #[test]
 fn on_queue_is_true_for_both_queues_when_nested_and_false_on_a_foreign_thread() {
-    let host = Host::with_threads();
-    let (outer, inner) = (host.queue.clone(), host.queue.clone());
-    let inner_queue = IODispatchQueue::create(&host.queue, "inner", ()).unwrap();
-    let nested = inner_queue.clone();
-    let held = outer.dispatch_sync(move |_| {
-        nested.dispatch_sync(|()| (inner.on_queue(), nested.on_queue())).unwrap()
+    watched(|| {
+        let host = Host::with_threads();
+        let (outer, inner) = (host.queue.clone(), host.queue.clone());
+        let inner_queue = IODispatchQueue::create(&host.queue, "inner", ()).unwrap();
+        let nested = inner_queue.clone();
+        let held = outer.dispatch_sync(move |_| {
+            nested.dispatch_sync(|()| (inner.on_queue(), nested.on_queue())).unwrap()
+        });
+        assert_eq!(held, Ok((true, true)));
+        let (inside, waits) = channel();
+        let (go, gone) = channel::<()>();
+        outer.dispatch_async(move |_| {
+            inside.send(()).unwrap();
+            gone.recv().unwrap();
+        });
+        waits.recv().unwrap();
+        assert!(!outer.on_queue(), "another thread runs it");
+        go.send(()).unwrap();
     });
-    assert_eq!(held, Ok((true, true)));
-    let (inside, waits) = channel();
-    let (go, gone) = channel::<()>();
-    outer.dispatch_async(move |_| {
-        inside.send(()).unwrap();
-        gone.recv().unwrap();
-    });
-    waits.recv().unwrap();
-    assert!(!outer.on_queue(), "another thread runs it");
-    go.send(()).unwrap();
 }
 
 #[test]
@@ -131,18 +133,21 @@ fn a_sync_call_comes_after_what_the_caller_sent_before_and_its_writes_are_seen()
 
 #[test]
 fn a_sync_call_on_a_queue_the_thread_holds_is_refused_and_does_not_hang() {
-    let bench = Bench::new();
-    let (own, seen) = (bench.queue.clone(), bench.seen.clone());
-    let other = IODispatchQueue::create(&bench.queue, "other", ()).unwrap();
-    let refusals = bench.queue.dispatch_sync(move |_| {
-        // The state is lent out already, so running at once is not possible.
-        let direct = code(own.dispatch_sync(|_| seen.note("never")));
-        let through_another = other.dispatch_sync(|()| code(own.dispatch_sync(|_| ()))).unwrap();
-        (direct, through_another)
+    watched(|| {
+        let bench = Bench::new();
+        let (own, seen) = (bench.queue.clone(), bench.seen.clone());
+        let other = IODispatchQueue::create(&bench.queue, "other", ()).unwrap();
+        let refusals = bench.queue.dispatch_sync(move |_| {
+            // The state is lent out already, so running at once is not possible.
+            let direct = code(own.dispatch_sync(|_| seen.note("never")));
+            let through_another =
+                other.dispatch_sync(|()| code(own.dispatch_sync(|_| ()))).unwrap();
+            (direct, through_another)
+        });
+        let refused = Some(IOReturn::CANNOT_LOCK);
+        assert_eq!(refusals, Ok((refused, refused)));
+        assert!(bench.settled().is_empty());
     });
-    let refused = Some(IOReturn::CANNOT_LOCK);
-    assert_eq!(refusals, Ok((refused, refused)));
-    assert!(bench.settled().is_empty());
 }
 
 #[test]
@@ -212,27 +217,29 @@ fn a_panic_in_a_sync_call_is_its_callers_own() {
 
 #[test]
 fn a_sync_caller_that_waits_for_its_turn_is_told_when_the_queue_is_cancelled() {
-    let host = Host::with_threads();
-    let queue = IODispatchQueue::create(&host.queue, "busy", ()).unwrap();
-    let (inside, waits) = channel();
-    let (go, gone) = channel::<()>();
-    queue.dispatch_async(move |()| {
-        inside.send(()).unwrap();
-        gone.recv().unwrap();
+    watched(|| {
+        let host = Host::with_threads();
+        let queue = IODispatchQueue::create(&host.queue, "busy", ()).unwrap();
+        let (inside, waits) = channel();
+        let (go, gone) = channel::<()>();
+        queue.dispatch_async(move |()| {
+            inside.send(()).unwrap();
+            gone.recv().unwrap();
+        });
+        waits.recv().unwrap();
+        let waiter = queue.clone();
+        let waiting = thread::spawn(move || waiter.dispatch_sync(|()| ()));
+        let depth = || {
+            let numbers = host.engine.numbers();
+            numbers.iter().find(|queue| queue.name == "busy").map_or(0, |queue| queue.depth)
+        };
+        while depth() < 2 {
+            thread::yield_now();
+        }
+        queue.cancel(|()| ());
+        go.send(()).unwrap();
+        assert_eq!(code(waiting.join().unwrap()), Some(IOReturn::ABORTED));
     });
-    waits.recv().unwrap();
-    let waiter = queue.clone();
-    let waiting = thread::spawn(move || waiter.dispatch_sync(|()| ()));
-    let depth = || {
-        let numbers = host.engine.numbers();
-        numbers.iter().find(|queue| queue.name == "busy").map_or(0, |queue| queue.depth)
-    };
-    while depth() < 2 {
-        thread::yield_now();
-    }
-    queue.cancel(|()| ());
-    go.send(()).unwrap();
-    assert_eq!(code(waiting.join().unwrap()), Some(IOReturn::ABORTED));
 }
 
 #[test]

@@ -243,6 +243,11 @@ fn a_deadline_set_while_disabled_is_armed_when_enabled() {
     timer.set_enable(true).unwrap();
     assert!(bench.after(49).is_empty());
     assert_eq!(bench.after(1).len(), 1);
+    timer.set_enable(false).unwrap();
+    timer.wake_at_time(IOTimerClock::UptimeRaw, START + 150, 0).unwrap();
+    assert!(bench.after(100).is_empty());
+    timer.set_enable(true).unwrap();
+    assert_eq!(bench.settled().len(), 1, "it passed while disabled");
 }
 
 #[test]
@@ -255,6 +260,34 @@ fn an_expiration_whose_handler_has_not_started_is_taken_back_by_disabling() {
     assert!(bench.settled().is_empty());
     timer.set_enable(true).unwrap();
     assert!(bench.settled().is_empty(), "and it is not delivered later");
+    timer.wake_at_time(IOTimerClock::UptimeRaw, START, 0).unwrap();
+    let toggled = timer.clone();
+    bench.queue.dispatch_async(move |_| {
+        toggled.set_enable(false).unwrap();
+        toggled.set_enable(true).unwrap();
+    });
+    assert!(bench.settled().is_empty(), "nor when it is enabled at once");
+}
+
+#[test]
+fn enabling_a_timer_again_does_not_bring_back_a_deadline_that_was_delivered() {
+    let bench = Bench::new();
+    let timer = bench.timer();
+    timer.wake_at_time(IOTimerClock::UptimeRaw, 0, 0).unwrap();
+    assert_eq!(bench.settled().len(), 1);
+    timer.set_enable(false).unwrap();
+    timer.set_enable(true).unwrap();
+    assert!(bench.settled().is_empty());
+}
+
+#[test]
+fn a_timer_dropped_while_its_expiration_waits_on_the_queue_does_not_fire() {
+    let bench = Bench::new();
+    let timer = bench.timer();
+    timer.wake_at_time(IOTimerClock::UptimeRaw, 0, 0).unwrap();
+    // Runs first: the expiration comes to the queue behind it.
+    bench.queue.dispatch_async(move |_| drop(timer));
+    assert!(bench.settled().is_empty());
 }
 
 #[test]
