@@ -18,7 +18,7 @@ use crate::source::Watched;
 use crate::{NO_PANIC, QueueNumbers};
 
 /// Runs queues. Dropping it stops the workers after the handlers in progress; work that waits
-/// then stays unrun.
+/// then is dropped unrun, and who waits in `dispatch_sync` is told `ABORTED`.
 pub struct Engine {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -159,6 +159,9 @@ impl Drop for Engine {
                 let _ = worker.join();
             }
         }
+        // What waits holds its queue, and the ready list does: nothing of it would ever be freed.
+        let queues = std::mem::take(&mut self.shared.ready.lock().expect(NO_PANIC).queues);
+        queues.iter().for_each(|queue| queue.abandon());
     }
 }
 
@@ -248,6 +251,11 @@ impl Shared {
     /// Puts a queue on the ready list and sees that somebody takes it from there.
     pub(crate) fn make_ready(&self, queue: Arc<QueueCore>) {
         let mut ready = self.ready.lock().expect(NO_PANIC);
+        if ready.stopping {
+            drop(ready);
+            queue.abandon();
+            return;
+        }
         ready.queues.push_back(queue);
         if !LOOKS_NEXT.get() {
             self.share_the_rest(ready);

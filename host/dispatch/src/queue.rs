@@ -16,6 +16,8 @@
 //! 4. `dispatch_sync` on an idle queue: the caller's own thread runs, without a hop.
 //! 5. `release`: work is left; back to the list, behind the other queues.
 //! 6. `run` met a [`Baton`]: a thread in `dispatch_sync` takes over as the running thread.
+//!
+//! When the engine is gone, `abandon` drops what waits and takes a queue from Scheduled to Idle.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -317,6 +319,19 @@ impl QueueCore {
             dropped.into_iter().for_each(Item::cancelled);
             handlers.into_iter().for_each(|handler| self.guarded(handler));
         }
+    }
+
+    /// Drops what waits on a scheduled queue whose engine is gone.
+    pub(crate) fn abandon(&self) {
+        let mut state = self.state.lock().expect(NO_PANIC);
+        let dropped = std::mem::take(&mut state.inbox);
+        let handlers = std::mem::take(&mut state.cancel_handlers);
+        state.stage = Stage::Idle;
+        drop(state);
+        self.dropped.fetch_add(dropped.len() as u64, Relaxed);
+        self.pushed.fetch_sub(dropped.len() as u64, Relaxed);
+        dropped.into_iter().for_each(Item::cancelled);
+        drop(handlers);
     }
 
     /// Runs foreign code. A panic in it is that code's failure, not the queue's.
