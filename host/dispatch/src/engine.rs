@@ -24,7 +24,7 @@ use crate::watchlist::Watchlist;
 use crate::{NO_PANIC, QueueNumbers};
 
 /// Runs queues. Dropping it stops the workers after the handlers in progress; work that waits
-/// then stays unrun.
+/// then is dropped unrun, and who waits in `dispatch_sync` is told `ABORTED`.
 pub struct Engine {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -193,6 +193,9 @@ impl Drop for Engine {
                 let _ = worker.join();
             }
         }
+        // What waits holds its queue, and the ready list does: nothing of it would ever be freed.
+        let work = std::mem::take(&mut self.shared.ready.lock().expect(NO_PANIC).work);
+        work.into_iter().for_each(Runnable::abandon);
     }
 }
 
@@ -321,6 +324,10 @@ impl Shared {
 
     fn put(&self, work: Runnable) {
         let mut ready = self.ready.lock().expect(NO_PANIC);
+        if ready.stopping {
+            drop(ready);
+            return work.abandon();
+        }
         ready.work.push_back(work);
         if !LOOKS_NEXT.get() {
             self.share_the_rest(ready);
@@ -439,6 +446,14 @@ impl Runnable {
         match self {
             Runnable::Queue(queue) => queue.run(),
             Runnable::Block(block) => block.run(),
+        }
+    }
+
+    /// The engine is gone.
+    fn abandon(self) {
+        match self {
+            Runnable::Queue(queue) => queue.abandon(),
+            Runnable::Block(block) => drop(block),
         }
     }
 }

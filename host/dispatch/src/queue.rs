@@ -23,6 +23,8 @@
 //! the running thread for what it leaves over; cleared by `take`, under the lock. Whoever sets it
 //! on an idle queue schedules it. `CANCELLED`: set once. `SHARED`: concurrent blocks are running.
 //!
+//! When the engine is gone, `abandon` drops what waits and takes a queue from SCHEDULED to IDLE.
+//!
 //! Only the thread that made a queue `RUNNING` touches its turn, so the turn's lock is free
 //! whenever it is taken, but for the ends of concurrent blocks.
 
@@ -499,6 +501,20 @@ impl QueueCore {
             dropped.into_iter().for_each(Item::cancelled);
             handlers.into_iter().for_each(|handler| self.guarded(|| handler.run()));
         }
+    }
+
+    /// Drops what waits on a scheduled queue whose engine is gone.
+    pub(crate) fn abandon(&self) {
+        let mut turn = self.turn.lock().expect(NO_PANIC);
+        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        let mut dropped = std::mem::take(&mut turn.items);
+        dropped.append(&mut inbox.items);
+        inbox.dropped += dropped.len() as u64;
+        let handlers = std::mem::take(&mut inbox.cancel_handlers);
+        self.word.fetch_and(!(PENDING | STAGE), AcqRel);
+        drop((turn, inbox));
+        dropped.into_iter().for_each(Item::cancelled);
+        drop(handlers);
     }
 
     /// Runs foreign code. A panic in it is that code's failure, not the queue's.

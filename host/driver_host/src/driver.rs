@@ -33,7 +33,7 @@ impl Driver {
     /// Starts a driver on a device, on a new queue of `engine`.
     pub fn start(engine: &Engine, plugin: Plugin, device: Arc<Device>) -> Result<Self, StartError> {
         let failed = |status, message| StartError { status, message };
-        let queue = Queue::create(engine, "default", QueueOptions::default())
+        let queue = Queue::create(engine, "Default", QueueOptions::default())
             .map_err(|status| failed(status, None))?;
         let failure = Failure::default();
         let started = queue.dispatch_sync(|| plugin.start(&queue, &failure, device));
@@ -73,9 +73,13 @@ impl Driver {
         sink: Box<dyn ReplySink>,
     ) {
         let driver = self.clone();
-        self.queue.dispatch_async(move || match &*driver.instance.lock().expect(NO_PANIC) {
-            Some(instance) => instance.call(session, selector, &arguments, sink),
-            None => sink.deliver(Err(IOReturn::NOT_READY)),
+        let mut owed = Owed(Some(sink));
+        self.queue.dispatch_async(move || {
+            if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC)
+                && let Some(sink) = owed.0.take()
+            {
+                instance.call(session, selector, &arguments, sink);
+            }
         });
     }
 
@@ -113,7 +117,23 @@ impl Driver {
             }
             instance
         });
-        drop(stopped);
+        if stopped.is_err() {
+            // The driver cancelled its own queue, so nothing can be called there. Its release
+            // can, from any thread, and quiets it too.
+            drop(self.instance.lock().expect(NO_PANIC).take());
+        }
+    }
+}
+
+/// A call on its way to the driver. One that does not get there is answered all the same: the
+/// driver has stopped, or has cancelled its queue.
+struct Owed(Option<Box<dyn ReplySink>>);
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        if let Some(sink) = self.0.take() {
+            sink.deliver(Err(IOReturn::NOT_READY));
+        }
     }
 }
 

@@ -992,3 +992,18 @@ unsafe fn copied(results: *const CallArguments) -> Result<Arguments, IOReturn> {
     }
     Ok(arguments)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_of_no_clock_is_a_bad_argument() {
+        let known = [0x80, 0x84, 0x88, 0xC4, 0xC8];
+        let others = (0..0x1000).chain([0x1_0000_0088, u64::MAX]);
+        for number in others.filter(|number| !known.contains(number)) {
+            assert_eq!(clock(number), Err(IOReturn::BAD_ARGUMENT), "{number:#x}");
+        }
+        assert!(known.into_iter().all(|number| clock(number).is_ok()));
+    }
+}
