@@ -162,8 +162,9 @@ mod tests {
         struct Aligned(u8);
         let aligned = Aligned(1);
         Closure::new(move || {
-            assert!((&raw const aligned.0).addr().is_multiple_of(64));
-            drop(aligned);
+            // All of it, not the byte alone, is what the closure takes.
+            let whole = aligned;
+            assert!((&raw const whole.0).addr().is_multiple_of(64));
         })
         .run();
     }
