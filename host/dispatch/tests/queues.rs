@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use iohost_dispatch::{Engine, EngineClock, Queue};
 use iohost_interface::IOReturn;
@@ -178,4 +179,37 @@ fn a_name_of_255_bytes_is_taken_and_one_of_256_refused() {
     let longest = "n".repeat(255);
     assert_eq!(Queue::create(&engine, &longest).unwrap().name(), longest);
     assert_eq!(Queue::create(&engine, &"n".repeat(256)).map(|_| ()), Err(IOReturn::BAD_ARGUMENT));
+}
+
+#[test]
+fn a_sync_caller_whose_engine_ends_is_told_so_and_waiting_work_is_dropped() {
+    let engine = Engine::manual(EngineClock::Virtual).unwrap();
+    let queue = Queue::create(&engine, "waits").unwrap();
+    let owned = Arc::new(());
+    let (held, again) = (owned.clone(), queue.clone());
+    let (inside_send, inside) = channel();
+    let (go_send, go) = channel::<()>();
+    let holder = queue.clone();
+    let holding = std::thread::spawn(move || {
+        let hold = || {
+            inside_send.send(()).unwrap();
+            go.recv().unwrap();
+        };
+        holder.dispatch_sync(hold).unwrap();
+    });
+    inside.recv().unwrap();
+    queue.dispatch_async(move || drop((held, again)));
+    let (told_send, told) = channel();
+    let waiter = queue.clone();
+    std::thread::spawn(move || told_send.send(waiter.dispatch_sync(|| ())).unwrap());
+    while queue.numbers().depth < 3 {
+        std::thread::yield_now();
+    }
+    drop(engine);
+    go_send.send(()).unwrap();
+    holding.join().unwrap();
+    // A watchdog: it could wait for ever.
+    assert_eq!(told.recv_timeout(Duration::from_secs(30)), Ok(Err(IOReturn::ABORTED)));
+    assert_eq!(Arc::strong_count(&owned), 1);
+    assert_eq!(queue.dispatch_sync(|| 3), Ok(3), "an idle queue needs no engine for that");
 }
