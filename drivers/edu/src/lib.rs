@@ -2,7 +2,7 @@
 //!
 //! Two engines, one job each at a time: a factorial (a client asks, the device computes, its
 //! interrupt lets us answer), and a copy between memory and the device's own buffer, which makes
-//! the round trips in [`dma`]. Every method here runs on the driver's default queue, which is
+//! the round trips in `dma.rs`. Every method here runs on the driver's default queue, which is
 //! serial: that is why `&mut self` is enough and there is no lock.
 
 #![forbid(unsafe_code)]

@@ -52,6 +52,8 @@ struct Dma {
     space: IovaSpace,
     /// What is mapped, by address.
     prepared: BTreeMap<u64, Arc<SharedMemory>>,
+    /// Why the last mapping that was refused was refused.
+    last_refusal: Option<DeviceError>,
 }
 
 /// An interrupt that has been taken for a source.
@@ -83,7 +85,7 @@ impl Device {
         let device = Self {
             allowed,
             interrupts: Mutex::default(),
-            dma: Mutex::new(Dma { space, prepared: BTreeMap::new() }),
+            dma: Mutex::new(Dma { space, prepared: BTreeMap::new(), last_refusal: None }),
             mapped: Mutex::default(),
             backend,
         };
@@ -229,7 +231,9 @@ impl Device {
             dma.space.allocate(memory.len() as u64, bits, 1).map_err(|err| no_room(&err))?;
         if let Err(err) = self.backend.dma_map(address, &memory) {
             dma.space.free(address).expect(ALLOCATED);
-            return Err(refused(&err));
+            let status = refused(&err);
+            dma.last_refusal = Some(err);
+            return Err(status);
         }
         dma.prepared.insert(address, memory);
         Ok(address)
@@ -245,6 +249,11 @@ impl Device {
         dma.prepared.remove(&address);
         dma.space.free(address).expect(ALLOCATED);
         Ok(())
+    }
+
+    /// Why the backend refused the last mapping that it refused; told once.
+    pub(crate) fn last_dma_refusal(&self) -> Option<DeviceError> {
+        self.dma.lock().expect(NO_PANIC).last_refusal.take()
     }
 
     fn count(&self, kind: InterruptKind) -> u32 {

@@ -1,8 +1,8 @@
 //! The process that runs one driver for one device.
 //!
-//! From the inside out: [`device`] is a device as its driver sees it, over any backend;
-//! [`plugin`] is the host's end of the C ABI; [`Driver`] is a started driver with its queue;
-//! [`session`] carries the calls of clients to it; [`process`] is the conversation with the
+//! From the inside out: [`Device`] is a device as its driver sees it, over any backend;
+//! `plugin.rs` is the host's end of the C ABI; [`Driver`] is a started driver with its queue;
+//! `session.rs` carries the calls of clients to it; [`process`] is the conversation with the
 //! daemon. [`plugin_file`] reads a plugin's descriptor from its file, without running it.
 //!
 //! The testkit uses the same [`Driver`], with a device that is a Rust value.
