@@ -57,7 +57,8 @@ pub(crate) struct Numbers {
     /// Items that stood on the queue and have run.
     taken: AtomicU64,
     /// Blocks of `dispatch_sync` that found the queue idle.
-    at_once: AtomicU64,
+    at_once_started: AtomicU64,
+    at_once_ended: AtomicU64,
     longest: AtomicU64,
     wait: Histogram,
     run: Histogram,
@@ -76,15 +77,19 @@ impl Numbers {
         }
     }
 
-    /// A block of `dispatch_sync` ran, `at_once` if it never stood on the queue.
-    pub(crate) fn note_synchronous(&self, at_once: bool) {
-        let counter = if at_once { &self.at_once } else { &self.taken };
-        count_one(counter);
+    /// A block of `dispatch_sync` runs, until what is returned is dropped. `stood`: it waited on
+    /// the queue for its turn.
+    pub(crate) fn count_synchronous(&self, stood: bool) -> Synchronous<'_> {
+        if !stood {
+            count_one(&self.at_once_started);
+        }
+        Synchronous { ended: if stood { &self.taken } else { &self.at_once_ended } }
     }
 
-    /// Items that stood on the queue and have run.
-    pub(crate) fn taken(&self) -> u64 {
-        self.taken.load(Relaxed)
+    /// Items waiting or running, of `put` that were put in and not dropped.
+    pub(crate) fn depth(&self, put: u64) -> u64 {
+        let ended = self.taken.load(Relaxed) + self.at_once_ended.load(Relaxed);
+        (put + self.at_once_started.load(Relaxed)).saturating_sub(ended)
     }
 
     /// The numbers, with ticks turned into nanoseconds.
@@ -98,12 +103,23 @@ impl Numbers {
         QueueNumbers {
             name: name.to_owned(),
             depth,
-            executed: self.taken() + self.at_once.load(Relaxed),
+            executed: self.taken.load(Relaxed) + self.at_once_ended.load(Relaxed),
             dropped,
             longest_ns: scale.ns(self.longest.load(Relaxed)),
             wait: self.wait.percentiles(scale),
             run: self.run.percentiles(scale),
         }
+    }
+}
+
+/// A block of `dispatch_sync` under way; counted at its end, also by a panic.
+pub(crate) struct Synchronous<'a> {
+    ended: &'a AtomicU64,
+}
+
+impl Drop for Synchronous<'_> {
+    fn drop(&mut self) {
+        count_one(self.ended);
     }
 }
 

@@ -206,11 +206,10 @@ impl Queue {
         if self.on_queue() {
             return Ok(block());
         }
-        let at_once = self.core.acquire()?;
+        let stood = !self.core.acquire()?;
         let _held = Holding::of(&self.core);
-        let result = block();
-        self.core.numbers.note_synchronous(at_once);
-        Ok(result)
+        let _counted = self.core.numbers.count_synchronous(stood);
+        Ok(block())
     }
 
     /// Gives the queue up until somebody who holds it calls [`wakeup`](Self::wakeup) for the same
@@ -582,7 +581,7 @@ impl QueueCore {
 
     pub(crate) fn numbers(&self) -> QueueNumbers {
         let inbox = self.inbox.lock().expect(NO_PANIC);
-        let depth = inbox.pushed.saturating_sub(inbox.dropped + self.numbers.taken());
+        let depth = self.numbers.depth(inbox.pushed - inbox.dropped);
         self.numbers.read(&self.name, depth, inbox.dropped, &self.engine.scale)
     }
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use iohost_dispatch::{Clock, Engine, EngineClock, Queue, QueueOptions};
 use iohost_interface::IOReturn;
@@ -370,4 +371,37 @@ fn the_held_queues_are_named_outermost_first() {
     let held = outer.dispatch_sync(|| inner.dispatch_sync(|| inner.held()));
     assert_eq!(held, Ok(Ok(vec!["outer".to_owned(), "inner".to_owned()])));
     assert!(outer.held().is_empty());
+}
+
+#[test]
+fn a_sync_caller_whose_engine_ends_is_told_so_and_waiting_work_is_dropped() {
+    let engine = Engine::manual(EngineClock::Virtual).unwrap();
+    let queue = Queue::create(&engine, "waits", QueueOptions::default()).unwrap();
+    let owned = Arc::new(());
+    let (held, again) = (owned.clone(), queue.clone());
+    let (inside_send, inside) = channel();
+    let (go_send, go) = channel::<()>();
+    let holder = queue.clone();
+    let holding = std::thread::spawn(move || {
+        let hold = || {
+            inside_send.send(()).unwrap();
+            go.recv().unwrap();
+        };
+        holder.dispatch_sync(hold).unwrap();
+    });
+    inside.recv().unwrap();
+    queue.dispatch_async(move || drop((held, again)));
+    let (told_send, told) = channel();
+    let waiter = queue.clone();
+    std::thread::spawn(move || told_send.send(waiter.dispatch_sync(|| ())).unwrap());
+    while queue.numbers().depth < 3 {
+        std::thread::yield_now();
+    }
+    drop(engine);
+    go_send.send(()).unwrap();
+    holding.join().unwrap();
+    // A watchdog: it could wait for ever.
+    assert_eq!(told.recv_timeout(Duration::from_secs(30)), Ok(Err(IOReturn::ABORTED)));
+    assert_eq!(Arc::strong_count(&owned), 1);
+    assert_eq!(queue.dispatch_sync(|| 3), Ok(3), "an idle queue needs no engine for that");
 }

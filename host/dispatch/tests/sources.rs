@@ -298,3 +298,15 @@ fn ten_thousand_interrupts_from_another_thread_are_all_counted() {
     }
     assert_eq!(total, 10_000);
 }
+
+#[test]
+fn an_interrupt_that_was_looked_at_before_it_was_delivered_is_delivered() {
+    let bench = Bench::new();
+    let signal = Arc::new(Signal::new().unwrap());
+    let source = bench.interrupt(&signal, InterruptLine::Edge);
+    source.set_enable(true, None).unwrap();
+    assert!(bench.settled().is_empty());
+    signal.raise();
+    assert_eq!(source.last_interrupt().count, 1);
+    assert_eq!(bench.settled(), ["count 1"]);
+}
