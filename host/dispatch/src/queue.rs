@@ -582,7 +582,7 @@ impl QueueCore {
     pub(crate) fn numbers(&self) -> QueueNumbers {
         let inbox = self.inbox.lock().expect(NO_PANIC);
         let depth = self.numbers.depth(inbox.pushed - inbox.dropped);
-        self.numbers.read(&self.name, depth, inbox.dropped, &self.engine.scale)
+        self.numbers.read(&self.name, depth, inbox.dropped, self.engine.scale.rate())
     }
 }
 

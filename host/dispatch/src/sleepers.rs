@@ -6,7 +6,7 @@ use iohost_event::Clock;
 
 use crate::NO_PANIC;
 use crate::baton::{Baton, Turn};
-use crate::deadlines::{Armed, Deadlines, Expire};
+use crate::deadlines::{Armed, Deadline, Deadlines, Expire};
 
 /// The sleepers of one queue, longest first.
 #[derive(Default)]
@@ -59,7 +59,7 @@ impl Sleeper {
     /// Ends the sleep at a time on a clock, unless what is returned is disarmed first.
     pub(crate) fn end_at(&self, deadlines: &Deadlines, clock: Clock, at: u64) -> Armed {
         let this: Weak<dyn Expire> = self.this.clone();
-        deadlines.arm(clock, at, 0, this, 0)
+        deadlines.arm(Deadline { clock, at, leeway: 0 }, this, 0)
     }
 }
 

@@ -15,5 +15,5 @@ pub use packets::{Packet, PacketError, Packets};
 pub use poller::{Poller, Ready};
 pub use process::ProcessHandle;
 pub use signal::Signal;
-pub use ticks::{TickScale, ticks};
+pub use ticks::{TickRate, TickScale, ticks};
 pub use timer::Timer;

@@ -37,10 +37,24 @@ impl TickScale {
         Self { ticks: ticks(), ns: Clock::Uptime.now() }
     }
 
-    /// A number of ticks in nanoseconds. The longer ago the start, the more exact.
+    /// What ticks are worth, as far as is known now. The longer ago the start, the more exact.
+    pub fn rate(&self) -> TickRate {
+        let ticks = (ticks() - self.ticks).max(1);
+        TickRate { ticks, ns: Clock::Uptime.now() - self.ns }
+    }
+}
+
+/// So many ticks are so many nanoseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TickRate {
+    ticks: u64,
+    ns: u64,
+}
+
+impl TickRate {
+    /// A number of ticks in nanoseconds.
     pub fn ns(&self, ticks: u64) -> u64 {
-        let (passed, ns) = (self::ticks() - self.ticks, Clock::Uptime.now() - self.ns);
-        (u128::from(ticks) * u128::from(ns) / u128::from(passed.max(1))) as u64
+        (u128::from(ticks) * u128::from(self.ns) / u128::from(self.ticks)) as u64
     }
 }
 
@@ -54,7 +68,7 @@ mod tests {
         let (ticks_before, ns_before) = (ticks(), Clock::Uptime.now());
         while Clock::Uptime.now() < ns_before + 20_000_000 {}
         let (measured, passed) =
-            (scale.ns(ticks() - ticks_before), Clock::Uptime.now() - ns_before);
+            (scale.rate().ns(ticks() - ticks_before), Clock::Uptime.now() - ns_before);
         let off = measured.abs_diff(passed);
         assert!(off < passed / 10, "{measured} ns by ticks, {passed} ns by the clock");
     }
