@@ -1,15 +1,20 @@
 //! A driver without a will of its own: the test gets its queue and uses the SDK with it.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread;
 use std::time::Duration;
 
+use iohost_device_backend::InterruptKind;
+use iohost_device_models::Function;
 use iohost_device_models::edu::{Edu, Timing};
-use iohost_driver::export_driver;
+use iohost_dispatch::Engine;
 use iohost_driver::prelude::*;
 use iohost_driver::wdm::{DeviceObject, Dpc, DueTime, IoTimer, KernelTimer, TimerType};
-use iohost_testkit::Rig;
+use iohost_driver::{Exported, export_driver};
+use iohost_driver_host::{Device, Driver, Plugin};
+use iohost_testkit::{FakeDevice, Rig};
 
 /// The driver.
 #[derive(Default)]
@@ -109,6 +114,24 @@ impl Setup {
     pub(crate) fn seen_after_ms(&self, ms: u64) -> usize {
         self.advance_ms(ms);
         self.seen().len()
+    }
+}
+
+/// A started driver with an engine of the test's choice.
+pub(crate) struct Service {
+    pub(crate) queue: IODispatchQueue<Bench>,
+    _driver: Driver,
+    pub(crate) engine: Engine,
+}
+
+impl Service {
+    pub(crate) fn on(engine: Engine) -> Self {
+        let function = Arc::new(Function::new(Edu::new(Timing::Manual)));
+        let backend = Arc::new(FakeDevice::new(function));
+        let (device, _) = Device::take_over(backend, vec![InterruptKind::Msi]).unwrap();
+        let plugin = Plugin::linked(Bench::descriptor());
+        let driver = Driver::start(&engine, plugin, device).unwrap();
+        Self { queue: Bench::queue(), _driver: driver, engine }
     }
 }
 

@@ -39,6 +39,21 @@ fn a_device_object_whose_io_timer_was_dropped_can_have_another() {
 }
 
 #[test]
+fn an_io_timer_dropped_while_a_tick_waits_for_its_queue_makes_room_at_once() {
+    let setup = Setup::new();
+    let first = setup.io_timer();
+    first.start().unwrap();
+    let busy = Held::hold(&setup.queue);
+    setup.advance_ms(1000);
+    drop(first);
+    let second = setup.io_timer();
+    second.start().unwrap();
+    busy.release();
+    assert!(setup.seen().is_empty(), "the tick was the first one's");
+    assert_eq!(setup.seen_after_ms(1000), 1);
+}
+
+#[test]
 fn an_io_timer_starts_stopped() {
     let setup = Setup::new();
     let _timer = setup.io_timer();

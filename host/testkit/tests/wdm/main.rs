@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod bench;
+mod cost;
 mod dpcs;
 mod io_timers;
 mod kernel_timers;

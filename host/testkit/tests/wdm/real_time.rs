@@ -6,43 +6,22 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
 
-use iohost_device_backend::InterruptKind;
-use iohost_device_models::Function;
-use iohost_device_models::edu::{Edu, Timing};
 use iohost_dispatch::Engine;
-use iohost_driver::Exported;
 use iohost_driver::prelude::*;
 use iohost_driver::wdm::{DeviceObject, Dpc, DueTime, IoTimer, KernelTimer, TimerType};
-use iohost_driver_host::{Device, Driver, Plugin};
-use iohost_testkit::FakeDevice;
 
-use crate::bench::Bench;
+use crate::bench::{Bench, Service};
 
 /// How long a test waits for what must come before it says that it did not.
 const WATCHDOG: Duration = Duration::from_secs(60);
 
-/// A started driver on worker threads, with its default queue.
-struct Service {
-    queue: IODispatchQueue<Bench>,
-    _driver: Driver,
-    _engine: Engine,
-}
-
-impl Service {
-    fn start() -> Self {
-        let engine = Engine::with_workers(4).unwrap();
-        let function = Arc::new(Function::new(Edu::new(Timing::Manual)));
-        let backend = Arc::new(FakeDevice::new(function));
-        let (device, _) = Device::take_over(backend, vec![InterruptKind::Msi]).unwrap();
-        let plugin = Plugin::linked(Bench::descriptor());
-        let driver = Driver::start(&engine, plugin, device).unwrap();
-        Self { queue: Bench::queue(), _driver: driver, _engine: engine }
-    }
+fn start() -> Service {
+    Service::on(Engine::with_workers(4).unwrap())
 }
 
 #[test]
 fn an_io_timer_ticks_at_whole_seconds_of_the_uptime_clock() {
-    let service = Service::start();
+    let service = start();
     let device = DeviceObject::create(&service.queue).unwrap();
     let (ticked, ticks) = mpsc::channel();
     let clock = service.queue.clone();
@@ -63,7 +42,7 @@ fn an_io_timer_ticks_at_whole_seconds_of_the_uptime_clock() {
 
 #[test]
 fn no_timer_of_three_threads_is_early_on_either_clock() {
-    let service = Service::start();
+    let service = start();
     let device = DeviceObject::create(&service.queue).unwrap();
     let shoot = &|thread: u64| {
         let timer = KernelTimer::initialize(&device, TimerType::Synchronization).unwrap();
@@ -89,8 +68,23 @@ fn no_timer_of_three_threads_is_early_on_either_clock() {
 }
 
 #[test]
+fn an_expiry_on_its_way_does_not_count_for_a_timer_that_was_set_anew() {
+    let service = start();
+    let device = DeviceObject::create(&service.queue).unwrap();
+    let timer = KernelTimer::initialize(&device, TimerType::Notification).unwrap();
+    for round in 0..20_000 {
+        timer.set(DueTime::after(Duration::ZERO), None);
+        (0..round % 64).for_each(|_| std::hint::spin_loop());
+        timer.set(DueTime::after(Duration::from_secs(3600)), None);
+        (0..round % 16).for_each(|_| thread::yield_now());
+        assert!(!timer.read_state(), "round {round}");
+        assert!(timer.cancel(), "round {round}");
+    }
+}
+
+#[test]
 fn after_a_true_cancel_and_a_flush_no_dpc_runs_and_no_expiry_is_lost() {
-    let service = Service::start();
+    let service = start();
     let device = DeviceObject::create(&service.queue).unwrap();
     let hammer = &|seed: u64| {
         let calls = Arc::new(AtomicU64::new(0));
@@ -129,7 +123,7 @@ fn after_a_true_cancel_and_a_flush_no_dpc_runs_and_no_expiry_is_lost() {
 
 #[test]
 fn the_tick_reaches_a_steady_io_timer_while_others_come_and_go() {
-    let service = Service::start();
+    let service = start();
     let device = DeviceObject::create(&service.queue).unwrap();
     let over = AtomicBool::new(false);
     let come_and_go = &|| {
