@@ -42,6 +42,7 @@ struct TimerCore {
     set: Mutex<Option<Set>>,
 }
 
+/// What a timer is set to. Times are in nanoseconds.
 struct Set {
     clock: IOTimerClock,
     deadline: u64,
@@ -114,14 +115,8 @@ impl KernelTimer {
     ) -> bool {
         let core = &self.core;
         let mut set = core.set.lock().expect(NO_PANIC);
-        let (clock, deadline) = due.deadline(core.system.queue().now(IOTimerClock::UptimeRaw));
-        let new = Set {
-            clock,
-            deadline,
-            period: u64::from(period_ms) * NS_PER_MS,
-            tolerance: u64::from(tolerance_ms) * NS_PER_MS,
-            dpc: dpc.map_or_else(Weak::new, |dpc| Arc::downgrade(dpc.object())),
-        };
+        let uptime = core.system.queue().now(IOTimerClock::UptimeRaw);
+        let new = Set::new(due, period_ms, tolerance_ms, dpc, uptime);
         core.signal.clear();
         core.arm(&new);
         core.source.set_enable(true).expect(ARMS);
@@ -233,6 +228,23 @@ impl TimerCore {
 }
 
 impl Set {
+    fn new(
+        due: DueTime,
+        period_ms: u32,
+        tolerance_ms: u32,
+        dpc: Option<&Dpc>,
+        uptime: u64,
+    ) -> Self {
+        let (clock, deadline) = due.deadline(uptime);
+        Self {
+            clock,
+            deadline,
+            period: u64::from(period_ms) * NS_PER_MS,
+            tolerance: u64::from(tolerance_ms) * NS_PER_MS,
+            dpc: dpc.map_or_else(Weak::new, |dpc| Arc::downgrade(dpc.object())),
+        }
+    }
+
     fn begin_next_period(&mut self, uptime: u64) {
         if self.clock != IOTimerClock::UptimeRaw {
             self.clock = IOTimerClock::UptimeRaw;
@@ -249,6 +261,16 @@ mod tests {
 
     fn set(clock: IOTimerClock, deadline: u64, period: u64) -> Set {
         Set { clock, deadline, period, tolerance: 0, dpc: Weak::new() }
+    }
+
+    #[test]
+    fn period_and_tolerance_are_milliseconds() {
+        let longest = u32::MAX;
+        let timer = Set::new(DueTime::from_100ns(-1), 50, 32, None, 0);
+        assert_eq!((timer.period, timer.tolerance), (50_000_000, 32_000_000));
+        let timer = Set::new(DueTime::from_100ns(-1), longest, longest, None, 0);
+        assert_eq!(timer.period, 4_294_967_295_000_000);
+        assert_eq!(timer.tolerance, timer.period);
     }
 
     #[test]

@@ -74,12 +74,13 @@ fn a_dpc_that_was_dropped_makes_no_call() {
     let setup = Setup::new();
     let timer = setup.timer();
     let (queued, later) = (setup.dpc(), setup.dpc());
-    timer.set(after_ms(10), Some(&queued));
+    timer.set_ex(after_ms(10), 10, Some(&queued));
     let busy = Held::hold(&setup.queue);
     setup.advance_ms(10);
     drop(queued);
+    setup.advance_ms(10);
     busy.release();
-    assert!(setup.seen().is_empty(), "taken back from the queue");
+    assert!(setup.seen().is_empty(), "taken back from the queue, and not put there again");
 
     timer.set(after_ms(10), Some(&later));
     drop(later);
@@ -252,16 +253,18 @@ fn a_flush_is_refused_in_a_dpc_in_a_routine_and_on_the_queue_of_a_dpc() {
 #[test]
 fn a_flush_on_a_queue_without_dpcs_waits_for_those_elsewhere() {
     let setup = Setup::new();
-    let dpc_queue = IODispatchQueue::create(&setup.queue, "dpcs", 0).unwrap();
+    let dpc_queue = IODispatchQueue::create(&setup.queue, "dpcs", ()).unwrap();
     let dpc_device = DeviceObject::create_beside(&setup.device, &dpc_queue).unwrap();
-    let dpc = Dpc::initialize(&dpc_device, |calls: &mut i32| *calls += 1);
+    let (called, calls) = mpsc::channel();
+    let dpc = Dpc::initialize(&dpc_device, move |()| called.send(()).unwrap());
     let timer = setup.timer();
     timer.set(after_ms(1), Some(&dpc));
     let busy = Held::hold(&dpc_queue);
     setup.advance_ms(1);
     busy.release();
+    assert!(calls.try_recv().is_err(), "queued, and nobody has turned the engine since");
     let device = setup.device.clone();
     let flushed = setup.queue.dispatch_sync(move |_| device.flush_queued_dpcs()).unwrap();
     assert_eq!(flushed, Ok(()));
-    assert_eq!(dpc_queue.dispatch_sync(|calls| *calls), Ok(1));
+    assert_eq!(calls.try_recv(), Ok(()));
 }
