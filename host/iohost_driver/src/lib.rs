@@ -25,6 +25,7 @@ mod logger;
 mod pci;
 mod service;
 mod timer;
+pub mod wdm;
 
 pub use data_queue::IODataQueueDispatchSource;
 pub use dispatch_queue::IODispatchQueue;
