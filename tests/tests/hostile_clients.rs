@@ -33,7 +33,7 @@ fn assert_alive(system: &System, host: u32) {
 }
 
 fn factorial(id: u64, n: u64) -> Call {
-    Call { id, selector: 0, arguments: Arguments { scalars: vec![n], structure: Vec::new() } }
+    Call { id, selector: 0, arguments: Arguments { scalars: vec![n], ..Default::default() } }
 }
 
 fn reply(socket: &Packets) -> Result<ReplyPacket, PacketError> {
@@ -101,7 +101,7 @@ fn a_client_that_never_reads_its_answers_only_loses_its_session() {
     let (socket, _queues) = open_raw(&system);
     socket.set_nonblocking().unwrap();
     let bytes = vec![1; edu_api::LONGEST_ENTRY];
-    let arguments = Arguments { scalars: Vec::new(), structure: bytes };
+    let arguments = Arguments { structure: bytes, ..Default::default() };
     let call = Call { id: 1, selector: 1, arguments }.encode().unwrap();
     // Until the answers have filled the socket, and the session is ended for it.
     eventually("the end of the session", || {

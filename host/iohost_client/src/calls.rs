@@ -157,7 +157,7 @@ mod tests {
     }
 
     fn number(scalar: u64) -> Arguments {
-        Arguments { scalars: vec![scalar], structure: Vec::new() }
+        Arguments { scalars: vec![scalar], ..Default::default() }
     }
 
     #[test]
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn a_driver_host_that_does_not_read_makes_calls_fail_not_block() {
         let (_theirs, calls) = session();
-        let long = || Arguments { scalars: Vec::new(), structure: vec![0; 4096] };
+        let long = || Arguments { structure: vec![0; 4096], ..Default::default() };
         let mut pending: Vec<_> = (0..1000).map(|_| calls.call(0, long())).collect();
         let last = pending.last_mut().unwrap();
         assert_eq!(last.wait(Some(Duration::from_secs(60))), Err(IOReturn::BUSY));

@@ -252,7 +252,7 @@ unsafe fn copied(arguments: *const CallArguments) -> Arguments {
         // SAFETY: as above.
         len => unsafe { slice::from_raw_parts(arguments.structure, len) },
     };
-    Arguments { scalars: scalars.to_vec(), structure: structure.to_vec() }
+    Arguments { scalars: scalars.to_vec(), structure: structure.to_vec(), actions: Vec::new() }
 }
 
 // ---- The functions of the host ----

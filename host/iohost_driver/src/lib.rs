@@ -7,6 +7,7 @@
 //! - [`IOPCIDevice`] and [`Bar`]: its device.
 //! - [`IODispatchQueue`], [`IOInterruptDispatchSource`], [`IOTimerDispatchSource`],
 //!   [`IODataQueueDispatchSource`]: when its code runs.
+//! - [`OSAction`] and [`Action`]: methods of it that others can invoke.
 //! - [`IOBufferMemoryDescriptor`], [`IODMACommand`]: memory it shares with the device.
 //! - [`Session`], [`Reply`]: its clients. The calls they can make come from
 //!   [`iohost_interface::interface!`].
@@ -16,6 +17,7 @@
 //! `Result`s, and reference counts are `Clone` and `Drop`.
 
 mod abi;
+mod action;
 mod data_queue;
 mod dispatch_queue;
 mod dma;
@@ -26,12 +28,13 @@ mod pci;
 mod service;
 mod timer;
 
+pub use action::{ActionWait, OSAction};
 pub use data_queue::IODataQueueDispatchSource;
 pub use dispatch_queue::IODispatchQueue;
 pub use dma::{IOBufferMemoryDescriptor, IODMACommand, PreparedDma};
 pub use error::{Error, Result};
 pub use interrupt::{IOInterruptDispatchSource, InterruptEvent, InterruptType};
-pub use iohost_interface::{IOReturn, Reply, ReplySink, ToClient, ToDriver};
+pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDriver};
 pub use iohost_memory::ring::{Consumer, Entry, Producer, QueueError, Slot};
 pub use iohost_registers::{RegisterMap, register_bits, register_map};
 pub use log;
@@ -42,10 +45,10 @@ pub use timer::{IOTimerClock, IOTimerDispatchSource};
 /// What almost every driver needs.
 pub mod prelude {
     pub use crate::{
-        Bar, Error, IOBufferMemoryDescriptor, IODMACommand, IODataQueueDispatchSource,
+        Action, Bar, Error, IOBufferMemoryDescriptor, IODMACommand, IODataQueueDispatchSource,
         IODispatchQueue, IOInterruptDispatchSource, IOPCIDevice, IOReturn, IOService, IOTimerClock,
-        IOTimerDispatchSource, InterruptEvent, InterruptType, Personality, PreparedDma, Reply,
-        Result, Session, SessionId, ensure,
+        IOTimerDispatchSource, InterruptEvent, InterruptType, OSAction, Personality, PreparedDma,
+        Reply, Result, Session, SessionId, ensure,
     };
     pub use log::{debug, error, info, trace, warn};
 }
