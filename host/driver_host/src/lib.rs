@@ -2,7 +2,8 @@
 //!
 //! From the inside out: [`Device`] is a device as its driver sees it, over any backend;
 //! `plugin.rs` is the host's end of the C ABI; [`Driver`] is a started driver with its queue;
-//! `session.rs` carries the calls of clients to it; [`process`] is the conversation with the
+//! `session.rs` carries the calls of clients to it, and actions both ways
+//! (`session_actions.rs`); [`process`] is the conversation with the
 //! daemon. [`plugin_file`] reads a plugin's descriptor from its file, without running it.
 //!
 //! The testkit uses the same [`Driver`], with a device that is a Rust value.
@@ -15,6 +16,7 @@ mod plugin;
 pub mod plugin_file;
 pub mod process;
 mod session;
+mod session_actions;
 
 pub use device::Device;
 pub use driver::{Driver, StartError};

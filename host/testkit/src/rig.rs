@@ -81,6 +81,11 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
         C::new(Arc::new(DirectCalls { driver: self.driver().clone() }))
     }
 
+    /// Calls a method by its number, with arguments that no typed client would send.
+    pub fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
+        DirectCalls { driver: self.driver().clone() }.call(selector, arguments)
+    }
+
     /// Opens a session whose data queues have `queue_byte_count` bytes each.
     pub fn open_session(&mut self, queue_byte_count: u32) -> Result<RigSession, IOReturn> {
         let description = D::description().unwrap_or_default();
