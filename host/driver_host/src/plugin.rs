@@ -11,7 +11,8 @@
 //! 3. `Work` and `Handler` hold functions that take their context, from any thread.
 //! 4. Pointers it passes are valid for the call; out-parameters can be written.
 //! 5. It uses a reply on one thread at a time. `DriverAction` holds functions that take their
-//!    context from any thread, `invoke` also several at a time, `drop` last.
+//!    context from any thread, `invoke` also several at a time, `drop` last; so does
+//!    `ServiceHandler`.
 //!
 //! Our side: objects are `Arc`s turned into pointers, so each release is matched; a context is
 //! dropped exactly once because a Rust value with a `Drop` owns it; a panic in a function of a
@@ -29,6 +30,7 @@ use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Mutex};
 
+use iohost_control::host::RunningService;
 use iohost_device_backend::InterruptKind;
 use iohost_dispatch::{
     Block, Clock, DescriptorSource, InterruptEvent, InterruptSource, Queue, TimerSource,
@@ -37,7 +39,8 @@ use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DeviceBar, DeviceTable,
     DispatchTable, DriverAction, DriverDescriptor, DriverEntry, Handler, HostAction,
     HostDescriptor, HostDevice, HostInterrupt, HostInvocation, HostMemory, HostQueue, HostReply,
-    HostTable, HostTimer, SESSION, SYMBOL, SessionInfo, SessionTable, Work,
+    HostTable, HostTimer, HostWatch, SERVICES, SESSION, SYMBOL, ServiceHandler, ServiceText,
+    ServicesTable, SessionInfo, SessionTable, Work,
 };
 use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, PassedAction, ReplySink};
 use iohost_memory::SharedMemory;
@@ -45,6 +48,7 @@ use log::{Level, error};
 
 use crate::Device;
 use crate::device::refused;
+use crate::services::{Services, Watcher};
 
 /// What a driver failed of, in words; `None` while it has not.
 pub(crate) type Failure = Arc<Mutex<Option<String>>>;
@@ -117,9 +121,14 @@ impl Plugin {
         &self,
         queue: &Queue,
         failure: &Failure,
+        services: &Arc<Services>,
         device: Arc<Device>,
     ) -> Result<Instance, IOReturn> {
-        let queue = Arc::new(QueueObject { queue: queue.clone(), failure: failure.clone() });
+        let queue = Arc::new(QueueObject {
+            queue: queue.clone(),
+            failure: failure.clone(),
+            services: services.clone(),
+        });
         let (queue, device) = (Lent::of(queue), Lent::of(device));
         let mut instance = ptr::null_mut();
         // SAFETY: contract 1; both objects are lent for the call, the table is for ever.
@@ -278,6 +287,48 @@ impl Drop for DriverTarget {
 struct QueueObject {
     queue: Queue,
     failure: Failure,
+    services: Arc<Services>,
+}
+
+/// What a `HostWatch` is: code of the plugin that hears of services.
+struct ForeignWatcher(ServiceHandler);
+
+// SAFETY: contract 5, which holds for this handler too.
+unsafe impl Send for ForeignWatcher {}
+// SAFETY: the same.
+unsafe impl Sync for ForeignWatcher {}
+
+impl ForeignWatcher {
+    fn tell(&self, began: u32, service: &RunningService) {
+        let RunningService { name, driver, interface, .. } = service;
+        let text = ServiceText {
+            name: name.as_ptr(),
+            name_len: name.len(),
+            driver: driver.as_ptr(),
+            driver_len: driver.len(),
+            interface: interface.as_ptr(),
+            interface_len: interface.len(),
+        };
+        // SAFETY: contract 5; the texts live for the call.
+        unsafe { (self.0.call)(self.0.context, began, &raw const text) }
+    }
+}
+
+impl Watcher for ForeignWatcher {
+    fn began(&self, service: &RunningService) {
+        self.tell(1, service);
+    }
+
+    fn ended(&self, service: &RunningService) {
+        self.tell(0, service);
+    }
+}
+
+impl Drop for ForeignWatcher {
+    fn drop(&mut self) {
+        // SAFETY: contract 5; once, and after the last call, which borrowed `self`.
+        unsafe { (self.0.drop)(self.0.context) }
+    }
 }
 
 /// What a `HostInterrupt` is.
@@ -315,6 +366,7 @@ macro_rules! objects {
 objects! {
     QueueObject => HostQueue;
     ActionObject => HostAction;
+    ForeignWatcher => HostWatch;
     InterruptObject => HostInterrupt;
     TimerSource => HostTimer;
     DescriptorSource<OwnedFd> => HostDescriptor;
@@ -497,6 +549,8 @@ unsafe extern "C" fn extension(name: *const c_char) -> *const c_void {
         (&raw const SESSION_TABLE).cast()
     } else if name == ACTION {
         (&raw const ACTION_TABLE).cast()
+    } else if name == SERVICES {
+        (&raw const SERVICES_TABLE).cast()
     } else {
         ptr::null()
     }
@@ -557,9 +611,9 @@ unsafe extern "C" fn queue_create(
     // SAFETY: contract 4.
     let name = unsafe { text_of(name, name_len) };
     let made = sibling.queue.create_beside(&name);
-    let failure = sibling.failure.clone();
+    let (failure, services) = (sibling.failure.clone(), sibling.services.clone());
     // SAFETY: contract 4.
-    unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure }))) }
+    unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure, services }))) }
 }
 
 unsafe extern "C" fn queue_retain(queue: *mut HostQueue) {
@@ -1115,4 +1169,28 @@ unsafe fn copied(results: *const CallArguments) -> Result<Arguments, IOReturn> {
         arguments.structure = bytes.to_vec();
     }
     Ok(arguments)
+}
+
+static SERVICES_TABLE: ServicesTable = ServicesTable {
+    size: size_of::<ServicesTable>() as u32,
+    watch: services_watch,
+    watch_release: services_watch_release,
+};
+
+unsafe extern "C" fn services_watch(
+    queue: *mut HostQueue,
+    handler: ServiceHandler,
+    watch: *mut *mut HostWatch,
+) -> i32 {
+    let watcher = Arc::new(ForeignWatcher(handler));
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    queue.services.watch(watcher.clone());
+    // SAFETY: contract 4.
+    unsafe { written(watch, Ok(Arc::into_raw(watcher).cast_mut().cast())) }
+}
+
+unsafe extern "C" fn services_watch_release(watch: *mut HostWatch) {
+    // SAFETY: contract 2.
+    unsafe { released::<ForeignWatcher>(watch) }
 }

@@ -20,7 +20,7 @@ use log::{debug, info, warn};
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, SessionQueue};
 use crate::session::Sessions;
-use crate::{Device, Driver, plugin_file};
+use crate::{Device, Driver, Services, plugin_file};
 
 /// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
 pub fn run(daemon: Packets) -> Result<()> {
@@ -62,6 +62,16 @@ impl Conversation {
                 ToHost::CloseSession { session } => {
                     if let Some(sessions) = &running.sessions {
                         sessions.close(session);
+                    }
+                }
+                ToHost::ServiceBegan(service) => {
+                    if let Some(driver) = &running.driver {
+                        driver.services().began(service);
+                    }
+                }
+                ToHost::ServiceEnded { name } => {
+                    if let Some(driver) = &running.driver {
+                        driver.services().ended(&name);
                     }
                 }
                 ToHost::Query => self.send(&FromHost::Statistics(running.statistics()))?,
@@ -167,7 +177,13 @@ impl Running {
             message: format!("{plugin} cannot be loaded: {}", with_sources(&err)),
             next: "run `ldd` on it: a library it needs may be missing".to_owned(),
         })?;
-        let driver = Driver::start(&engine, plugin, device.clone()).map_err(|err| Failure {
+        let asker = daemon.clone();
+        let services = Services::new(move || {
+            // The daemon gone: nobody to hear of services from.
+            let _ = send(&asker, &FromHost::WatchServices);
+        });
+        let started = Driver::start(&engine, plugin, device.clone(), Arc::new(services));
+        let driver = started.map_err(|err| Failure {
             code: "driver-start".to_owned(),
             message: format!("the driver did not start: {err}"),
             next: "see the driver's own log lines; the device may be another one than it expects"

@@ -13,7 +13,7 @@
 //! 5. A pointer and a length given to us are valid for the call; descriptors given to us are
 //!    ours.
 //! 6. A reply is ours until we answer it. A `DriverAction` that we gave is dropped once, after
-//!    the last `invoke`; the invocation that came with one is ours until we say that it ended.
+//!    the last `invoke`, a `ServiceHandler` after the last `call`; the invocation that came with one is ours until we say that it ended.
 //!
 //! The wrappers below keep our side: each owns exactly one reference, all are made from what a
 //! table returned with status 0, and no reference to foreign memory is kept.
@@ -35,11 +35,13 @@ use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DescriptorHeader, DeviceBar,
     DeviceTable, DispatchTable, DriverAction, DriverEntry, Handler, HostAction, HostDescriptor,
     HostDevice, HostInterrupt, HostInvocation, HostMemory, HostQueue, HostReply, HostTable,
-    HostTimer, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SESSION, SessionInfo, SessionTable, Work,
+    HostTimer, HostWatch, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SERVICES, SESSION, ServiceHandler,
+    ServiceText, ServicesTable, SessionInfo, SessionTable, Work,
 };
 use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, PassedAction, ReplySink};
 use iohost_registers::RegisterWindow;
 
+use crate::ServiceInfo;
 use crate::logger;
 use crate::service::{Exported, Instance, SessionEnds};
 
@@ -267,6 +269,7 @@ struct Tables {
     device: &'static DeviceTable,
     session: &'static SessionTable,
     action: &'static ActionTable,
+    services: &'static ServicesTable,
 }
 
 static TABLES: OnceLock<Tables> = OnceLock::new();
@@ -287,7 +290,7 @@ impl Tables {
                 .ok_or(IOReturn::UNSUPPORTED)
         };
         let (dispatch, device, session) = (table(DISPATCH)?, table(DEVICE)?, table(SESSION)?);
-        let action = table(ACTION)?;
+        let (action, services) = (table(ACTION)?, table(SERVICES)?);
         // SAFETY: contract 1: a table of this name is of this type and lives for ever.
         let dispatch = unsafe { dispatch.cast::<DispatchTable>().as_ref() };
         // SAFETY: the same.
@@ -296,7 +299,9 @@ impl Tables {
         let session = unsafe { session.cast::<SessionTable>().as_ref() };
         // SAFETY: the same.
         let action = unsafe { action.cast::<ActionTable>().as_ref() };
-        let _ = TABLES.set(Self { host, dispatch, device, session, action });
+        // SAFETY: the same.
+        let services = unsafe { services.cast::<ServicesTable>().as_ref() };
+        let _ = TABLES.set(Self { host, dispatch, device, session, action, services });
         if host.log.is_some() {
             logger::install();
         }
@@ -385,6 +390,10 @@ owned! {
 owned! {
     /// An invocation of one of our actions, which has ended when this is dropped.
     Invocation(HostInvocation) released by action.ended
+}
+owned! {
+    /// A source of news of services.
+    Watch(HostWatch) released by services.watch_release
 }
 owned! {
     /// Memory for a device.
@@ -631,6 +640,57 @@ impl Descriptor {
     pub(crate) fn nudge(&self) {
         host!(dispatch.descriptor_nudge(self.0.as_ptr()));
     }
+}
+
+impl Watch {
+    pub(crate) fn create<F: Fn(bool, ServiceInfo) + Send + Sync + 'static>(
+        queue: &Queue,
+        hear: F,
+    ) -> Result<Self, IOReturn> {
+        unsafe extern "C" fn call<F: Fn(bool, ServiceInfo)>(
+            context: *const c_void,
+            began: u32,
+            service: *const ServiceText,
+        ) {
+            // SAFETY: contract 6: made below with `Box::into_raw`, not dropped yet; shared
+            // references only are ever made from it.
+            let hear = unsafe { &*context.cast::<F>() };
+            // SAFETY: contract 5.
+            let text = unsafe { service.read() };
+            let service = ServiceInfo {
+                // SAFETY: contract 5.
+                name: unsafe { text_of(text.name, text.name_len) },
+                // SAFETY: contract 5.
+                driver: unsafe { text_of(text.driver, text.driver_len) },
+                // SAFETY: contract 5.
+                interface: unsafe { text_of(text.interface, text.interface_len) },
+            };
+            // It is our own code, which notes the news; it does not panic.
+            let _ = guarded(|| hear(began != 0, service));
+        }
+        unsafe extern "C" fn drop_context<F>(context: *mut c_void) {
+            // SAFETY: contract 6: made below with `Box::into_raw`, and dropped once.
+            let hear = unsafe { Box::from_raw(context.cast::<F>()) };
+            let _ = guarded(move || drop(hear));
+        }
+        let context = Box::into_raw(Box::new(hear)).cast();
+        let handler = ServiceHandler { call: call::<F>, drop: drop_context::<F>, context };
+        let mut watch = ptr::null_mut();
+        let status = host!(services.watch(queue.0.as_ptr(), handler, &raw mut watch));
+        Ok(Self(adopt(status, watch)?))
+    }
+}
+
+/// # Safety
+///
+/// Contract 5 holds for `text` and `len`.
+unsafe fn text_of(text: *const u8, len: usize) -> String {
+    if len == 0 {
+        return String::new();
+    }
+    // SAFETY: the caller's promise, and not empty, so the pointer is one.
+    let bytes = unsafe { slice::from_raw_parts(text, len) };
+    String::from_utf8_lossy(bytes).into_owned()
 }
 
 impl Device {

@@ -8,6 +8,8 @@
 //! - [`IODispatchQueue`], [`IOInterruptDispatchSource`], [`IOTimerDispatchSource`],
 //!   [`IODataQueueDispatchSource`]: when its code runs.
 //! - [`OSAction`] and [`Action`]: methods of it that others can invoke.
+//! - [`IOServiceNotificationDispatchSource`], [`IOServiceStateNotificationDispatchSource`]: news of
+//!   other services, and of its own state.
 //! - [`IOBufferMemoryDescriptor`], [`IODMACommand`]: memory it shares with the device.
 //! - [`Session`], [`Reply`]: its clients. The calls they can make come from
 //!   [`iohost_interface::interface!`].
@@ -24,6 +26,7 @@ mod dma;
 mod error;
 mod interrupt;
 mod logger;
+mod notification;
 mod pci;
 mod service;
 mod timer;
@@ -38,6 +41,10 @@ pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDrive
 pub use iohost_memory::ring::{Consumer, Entry, Producer, QueueError, Slot};
 pub use iohost_registers::{RegisterMap, register_bits, register_map};
 pub use log;
+pub use notification::{
+    IOServiceNotificationDispatchSource, IOServiceState, IOServiceStateNotificationDispatchSource,
+    ServiceInfo, ServiceMatching, ServiceNotification, StateItem,
+};
 pub use pci::{Bar, BarInfo, Command, IOPCIDevice};
 pub use service::{Exported, IOService, Personality, QueueEnd, Session, SessionId};
 pub use timer::{IOTimerClock, IOTimerDispatchSource};

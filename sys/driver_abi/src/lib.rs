@@ -198,6 +198,8 @@ opaque! {
     HostReply;
     /// An action of a client's.
     HostAction;
+    /// A source of news of services.
+    HostWatch;
     /// An invocation of one of the driver's actions.
     HostInvocation;
 }
@@ -483,4 +485,55 @@ pub struct DriverAction {
     pub drop: unsafe extern "C" fn(context: *mut c_void),
     /// The plugin's.
     pub context: *mut c_void,
+}
+
+/// Other services: the table `iohost.services.1`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct ServicesTable {
+    /// Bytes of this table.
+    pub size: u32,
+    /// Watches the services of the daemon that runs the driver of `queue`: first those that run
+    /// already, then every change. Takes the handler, also on failure.
+    pub watch: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        handler: ServiceHandler,
+        watch: *mut *mut HostWatch,
+    ) -> i32,
+    /// Gives the reference back, which ends it; a call in progress may still be.
+    pub watch_release: unsafe extern "C" fn(watch: *mut HostWatch),
+}
+
+/// The name of [`ServicesTable`].
+pub const SERVICES: &std::ffi::CStr = c"iohost.services.1";
+
+/// Code of the plugin that hears of services. Called on any thread, one call at a time; it calls
+/// no function of [`ServicesTable`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ServiceHandler {
+    /// A service began (1) or ended (0).
+    pub call: unsafe extern "C" fn(context: *const c_void, began: u32, service: *const ServiceText),
+    /// Frees the context.
+    pub drop: unsafe extern "C" fn(context: *mut c_void),
+    /// The plugin's.
+    pub context: *mut c_void,
+}
+
+/// A service, for the length of a call. The texts are UTF-8.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ServiceText {
+    /// Its name.
+    pub name: *const u8,
+    /// Bytes of it.
+    pub name_len: usize,
+    /// Its driver's name.
+    pub driver: *const u8,
+    /// Bytes of it.
+    pub driver_len: usize,
+    /// The name of its interface; empty for none.
+    pub interface: *const u8,
+    /// Bytes of it.
+    pub interface_len: usize,
 }
