@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 use iohost_driver::prelude::*;
+use iohost_driver::{IOServiceNotificationDispatchSource, ServiceMatching, ServiceNotification};
 
 /// The probe. Everything here runs on its default queue.
 pub struct Probe {
@@ -16,6 +17,8 @@ pub struct Probe {
     offered: Vec<OSAction<u32>>,
     noted: Vec<u32>,
     aborted: u32,
+    services: Option<IOServiceNotificationDispatchSource>,
+    news: Vec<String>,
 }
 
 impl IOService for Probe {
@@ -28,6 +31,8 @@ impl IOService for Probe {
             offered: Vec::new(),
             noted: Vec::new(),
             aborted: 0,
+            services: None,
+            news: Vec::new(),
         })
     }
 }
@@ -72,6 +77,20 @@ impl probe_api::Server for Probe {
         }
         reply.complete(self.offered.iter().map(OSAction::dropped).sum());
     }
+
+    fn watch(&mut self, interface: String, reply: Reply<()>) {
+        let matching = ServiceMatching::Interface(interface);
+        let source = IOServiceNotificationDispatchSource::create(
+            matching,
+            &self.queue,
+            Self::services_ready,
+        );
+        reply.finish(source.map(|source| self.services = Some(source)).map_err(|err| err.code()));
+    }
+
+    fn news(&mut self, reply: Reply<String>) {
+        reply.complete(self.news.join(" "));
+    }
 }
 
 impl Probe {
@@ -83,6 +102,17 @@ impl Probe {
         let handle = action.handle();
         self.offered.push(action);
         Ok(handle)
+    }
+
+    fn services_ready(&mut self) {
+        let Some(services) = &self.services else { return };
+        services.deliver_notifications(|kind, service| {
+            let sign = match kind {
+                ServiceNotification::Terminated => '-',
+                ServiceNotification::Matched => '+',
+            };
+            self.news.push(format!("{sign}{}", service.name));
+        });
     }
 }
 

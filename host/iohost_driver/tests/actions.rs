@@ -336,7 +336,9 @@ fn waiting_on_the_actions_own_queue_is_refused() {
     let (_rig, queue) = probe();
     let action = noting(&queue);
     let wait = action.will_wait().unwrap();
-    let refused = queue.dispatch_sync(|_| wait.wait(None)).unwrap().unwrap_err();
+    // A deadline that has passed, so that a wait that is not refused ends too.
+    let deadline = Some((IOTimerClock::UptimeRaw, 0));
+    let refused = queue.dispatch_sync(|_| wait.wait(deadline)).unwrap().unwrap_err();
     assert_eq!(refused.code(), IOReturn::CANNOT_LOCK, "{refused}");
 }
 

@@ -5,7 +5,7 @@
 use iohost_interface::Action;
 
 iohost_interface::interface! {
-    /// Actions in both directions.
+    /// Actions in both directions, and news of services.
     pub interface probe;
 
     methods {
@@ -30,6 +30,12 @@ iohost_interface::interface! {
 
         /// Cancels every action it has offered. How many invocations they have dropped.
         6 => fn cancel() -> u64;
+
+        /// Watches the services that serve an interface. Replaces an earlier watch.
+        7 => fn watch(interface: String);
+
+        /// The news it has heard so far, in order: `+NAME` and `-NAME`, with spaces between.
+        8 => fn news() -> String;
     }
 
     queues {}
