@@ -241,7 +241,8 @@ impl<A: Results> ActionWait<A> {
     /// deadline, for as long as it takes.
     ///
     /// Blocks the calling thread, so it is for a thread of the driver's own or for a queue that
-    /// has nothing else to do; each such queue keeps one of the host's threads.
+    /// has nothing else to do; each such queue keeps one of the host's threads. In a rig, whose
+    /// handlers all run on the test's thread, it is for another thread of the test.
     ///
     /// Errors: `ABORTED` when the action is cancelled, when every other holder is gone, or when
     /// its queue was cancelled; `TIMEOUT` at the deadline, a time on a clock in nanoseconds;

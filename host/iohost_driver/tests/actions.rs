@@ -309,6 +309,20 @@ fn a_wait_is_aborted_by_cancel_by_the_owners_end_and_by_the_end_of_all_other_hol
 }
 
 #[test]
+fn what_the_last_holder_sent_ends_a_wait_before_its_own_end_does() {
+    let (rig, queue) = probe();
+    let action = noting(&queue);
+    let handle = action.handle();
+    let wait = action.will_wait().unwrap();
+    handle.invoke(1).unwrap();
+    drop(handle);
+    let now = || wait.wait(Some((IOTimerClock::UptimeRaw, 0))).map_err(|err| err.code());
+    assert_eq!(now(), Err(IOReturn::TIMEOUT), "neither has happened yet");
+    rig.settle();
+    assert_eq!((now(), now()), (Ok(()), Err(IOReturn::ABORTED)));
+}
+
+#[test]
 fn a_wait_is_aborted_when_the_target_queue_is_cancelled() {
     let (rig, queue) = probe();
     let target = IODispatchQueue::create(&queue, "target", ()).unwrap();
