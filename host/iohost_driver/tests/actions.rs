@@ -357,6 +357,32 @@ fn waiting_on_the_actions_own_queue_is_refused() {
 }
 
 #[test]
+fn every_invocation_is_run_or_counted_whenever_the_cancel_comes() {
+    const SENDERS: u64 = 3;
+    const EACH: u64 = 2000;
+    let (rig, queue) = probe();
+    for cancelled_after in [0, 1, 100, 3000] {
+        let action = OSAction::create(&queue, 0_u64, |_: &mut Probe, run, (): ()| *run += 1);
+        let action = action.unwrap();
+        let senders: Vec<_> = (0..SENDERS)
+            .map(|_| {
+                let handle = action.handle();
+                on_a_thread(move || (0..EACH).filter(|_| handle.invoke(()).is_ok()).count())
+            })
+            .collect();
+        while action.with_reference(|run| *run).unwrap() < cancelled_after {
+            rig.settle();
+        }
+        action.cancel(&queue, |_| {});
+        let accepted: usize = senders.into_iter().map(|sender| sender()).sum();
+        rig.settle();
+        let run = action.with_reference(|run| *run).unwrap();
+        assert_eq!(run + action.dropped(), SENDERS * EACH, "cancelled after {cancelled_after}");
+        assert!(run <= accepted as u64, "what was refused did not run");
+    }
+}
+
+#[test]
 fn an_action_may_be_dropped_inside_its_own_method() {
     let (rig, queue) = probe();
     let slot: Arc<Mutex<Option<OSAction<u32>>>> = Arc::default();
