@@ -19,6 +19,8 @@ pub struct Probe {
     aborted: u32,
     services: Option<IOServiceNotificationDispatchSource>,
     news: Vec<String>,
+    /// Replies that are never given.
+    held: Vec<Reply<()>>,
 }
 
 impl IOService for Probe {
@@ -33,6 +35,7 @@ impl IOService for Probe {
             aborted: 0,
             services: None,
             news: Vec::new(),
+            held: Vec::new(),
         })
     }
 }
@@ -90,6 +93,10 @@ impl probe_api::Server for Probe {
 
     fn news(&mut self, reply: Reply<String>) {
         reply.complete(self.news.join(" "));
+    }
+
+    fn hold(&mut self, reply: Reply<()>) {
+        self.held.push(reply);
     }
 }
 

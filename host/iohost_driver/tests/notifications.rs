@@ -178,6 +178,8 @@ fn a_state_source_calls_once_for_each_arming_and_once_at_the_start() {
         state.state_notification_item_set("link", value(text)).unwrap();
     }
     assert_eq!(calls(&rig, &queue), 2, "one for both changes");
+    state.state_notification_item_set("link", value("down")).unwrap();
+    assert_eq!(calls(&rig, &queue), 2, "one for each arming");
     source.state_notification_begin();
     source.state_notification_begin();
     state.state_notification_item_set("link", value("down")).unwrap();

@@ -21,6 +21,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     for action in &theirs {
         action.invoke(7)?;
     }
+    // The driver keeps something of the session when we are gone.
+    let _unanswered = probe.hold();
     println!("ready");
 
     // Until it is killed, or told to leave in order by the end of its input.

@@ -36,6 +36,9 @@ iohost_interface::interface! {
 
         /// The news it has heard so far, in order: `+NAME` and `-NAME`, with spaces between.
         8 => fn news() -> String;
+
+        /// Is never answered while the driver runs.
+        9 => fn hold();
     }
 
     queues {}
