@@ -33,7 +33,8 @@ use std::sync::{Arc, Mutex};
 use iohost_control::host::RunningService;
 use iohost_device_backend::InterruptKind;
 use iohost_dispatch::{
-    Block, Clock, DescriptorSource, InterruptEvent, InterruptSource, Queue, TimerSource,
+    Block, Clock, DescriptorSource, InterruptEvent, InterruptSource, Queue, QueueOptions,
+    TimerSource,
 };
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DeviceBar, DeviceTable,
@@ -610,7 +611,7 @@ unsafe extern "C" fn queue_create(
     let sibling = unsafe { object::<QueueObject>(sibling) };
     // SAFETY: contract 4.
     let name = unsafe { text_of(name, name_len) };
-    let made = sibling.queue.create_beside(&name);
+    let made = sibling.queue.create_beside(&name, QueueOptions::default());
     let (failure, services) = (sibling.failure.clone(), sibling.services.clone());
     // SAFETY: contract 4.
     unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure, services }))) }
@@ -1193,4 +1194,19 @@ unsafe extern "C" fn services_watch(
 unsafe extern "C" fn services_watch_release(watch: *mut HostWatch) {
     // SAFETY: contract 2.
     unsafe { released::<ForeignWatcher>(watch) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_of_no_clock_is_a_bad_argument() {
+        let known = [0x80, 0x84, 0x88, 0xC4, 0xC8];
+        let others = (0..0x1000).chain([0x1_0000_0088, u64::MAX]);
+        for number in others.filter(|number| !known.contains(number)) {
+            assert_eq!(clock(number), Err(IOReturn::BAD_ARGUMENT), "{number:#x}");
+        }
+        assert!(known.into_iter().all(|number| clock(number).is_ok()));
+    }
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Arc, Mutex, Weak};
 
-use iohost_dispatch::{DescriptorSource, Queue};
+use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket};
 use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, ReplySink};
@@ -55,7 +55,7 @@ impl Sessions {
         driver: Arc<Driver>,
         on_end: impl Fn(u64, &str) + Send + Sync + 'static,
     ) -> Result<Arc<Self>, IOReturn> {
-        let queue = driver.queue().create_beside("sessions")?;
+        let queue = driver.queue().create_beside("sessions", QueueOptions::default())?;
         Ok(Arc::new_cyclic(|this| Self {
             driver,
             queue,

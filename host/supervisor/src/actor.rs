@@ -989,7 +989,7 @@ fn from_pci(err: PciError) -> Failure {
         PciError::DriverNotLoaded { .. } => "no-vfio-pci",
         PciError::GroupNotViable { .. } => "group-not-viable",
         PciError::Permission { .. } => "no-permission",
-        PciError::NotBound { .. } => "not-bound",
+        PciError::NotBound { .. } => "bind-failed",
         _ => "sysfs",
     };
     let source = std::error::Error::source(&err).map(|source| format!(": {source}"));

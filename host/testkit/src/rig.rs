@@ -237,7 +237,11 @@ struct DirectCalls {
 impl Caller for DirectCalls {
     fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
         let (sink, pending) = answer_pair();
-        self.driver.call(0, selector, arguments, sink);
+        match arguments.check() {
+            Ok(()) => self.driver.call(0, selector, arguments, sink),
+            // A session's transport carries no more.
+            Err(status) => sink.deliver(Err(status)),
+        }
         pending
     }
 }
