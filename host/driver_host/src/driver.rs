@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use iohost_dispatch::{Engine, Queue, QueueOptions};
 use iohost_interface::{Arguments, IOReturn, ReplySink};
 
-use crate::Device;
 use crate::plugin::{Failure, Instance, Plugin, SessionQueue};
+use crate::{Device, Services};
 
 /// A started driver. Dropping it stops the driver first.
 ///
@@ -17,6 +17,7 @@ pub struct Driver {
     instance: Mutex<Option<Instance>>,
     queue: Queue,
     failure: Failure,
+    services: Arc<Services>,
 }
 
 /// Why a driver did not start.
@@ -31,15 +32,21 @@ pub struct StartError {
 
 impl Driver {
     /// Starts a driver on a device, on a new queue of `engine`.
-    pub fn start(engine: &Engine, plugin: Plugin, device: Arc<Device>) -> Result<Self, StartError> {
+    pub fn start(
+        engine: &Engine,
+        plugin: Plugin,
+        device: Arc<Device>,
+        services: Arc<Services>,
+    ) -> Result<Self, StartError> {
         let failed = |status, message| StartError { status, message };
         let queue = Queue::create(engine, "Default", QueueOptions::default())
             .map_err(|status| failed(status, None))?;
         let failure = Failure::default();
-        let started = queue.dispatch_sync(|| plugin.start(&queue, &failure, device));
+        let started = queue.dispatch_sync(|| plugin.start(&queue, &failure, &services, device));
         match started.flatten() {
             Ok(instance) => {
-                Ok(Self { plugin, instance: Mutex::new(Some(instance)), queue, failure })
+                let instance = Mutex::new(Some(instance));
+                Ok(Self { plugin, instance, queue, failure, services })
             }
             Err(status) => {
                 let message = failure.lock().expect(NO_PANIC).take();
@@ -56,6 +63,11 @@ impl Driver {
     /// The interface's description; empty when the driver serves none.
     pub fn description(&self) -> String {
         self.plugin.describe()
+    }
+
+    /// What the driver may know of other services.
+    pub fn services(&self) -> &Services {
+        &self.services
     }
 
     /// The driver's default queue.

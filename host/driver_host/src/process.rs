@@ -22,7 +22,7 @@ use log::{debug, info, warn};
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, SessionQueue};
 use crate::session::Sessions;
-use crate::{Device, Driver, StartError, plugin_file};
+use crate::{Device, Driver, Services, StartError, plugin_file};
 
 /// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
 pub fn run(daemon: Packets) -> Result<()> {
@@ -64,6 +64,16 @@ impl Conversation {
                 ToHost::CloseSession { session } => {
                     if let Some(sessions) = &running.sessions {
                         sessions.close(session);
+                    }
+                }
+                ToHost::ServiceBegan(service) => {
+                    if let Some(driver) = &running.driver {
+                        driver.services().began(service);
+                    }
+                }
+                ToHost::ServiceEnded { name } => {
+                    if let Some(driver) = &running.driver {
+                        driver.services().ended(&name);
                     }
                 }
                 ToHost::Query => self.send(&FromHost::Statistics(running.statistics()))?,
@@ -169,8 +179,13 @@ impl Running {
             message: format!("{plugin} cannot be loaded: {}", with_sources(&err)),
             next: "run `ldd` on it: a library it needs may be missing".to_owned(),
         })?;
-        let driver = Driver::start(&engine, plugin, device.clone())
-            .map_err(|err| start_failure(&err, device.last_dma_refusal()))?;
+        let asker = daemon.clone();
+        let services = Services::new(move || {
+            // The daemon gone: nobody to hear of services from.
+            let _ = send(&asker, &FromHost::WatchServices);
+        });
+        let started = Driver::start(&engine, plugin, device.clone(), Arc::new(services));
+        let driver = started.map_err(|err| start_failure(&err, device.last_dma_refusal()))?;
         ready.driver = driver.name();
         ready.interface = driver.description();
         let driver = Arc::new(driver);

@@ -276,7 +276,9 @@ impl Host {
 
     pub(crate) fn on_device(engine: Engine, device: Arc<Device>) -> Self {
         let (_, handles) = prepared();
-        let driver = Driver::start(&engine, Plugin::linked(Probe::descriptor()), device).unwrap();
+        let driver =
+            Driver::start(&engine, Plugin::linked(Probe::descriptor()), device, Arc::default())
+                .unwrap();
         let (device, queue) = handles.take().unwrap();
         Self { device, queue, _driver: driver, engine }
     }

@@ -118,12 +118,16 @@ fn calls_run_on_the_drivers_queue_in_their_turn() {
 fn each_argument_that_does_not_fit_its_method_is_a_bad_argument() {
     let bench = Bench::new();
     let call = |selector, scalars: &[u64], structure: &[u8]| {
-        let arguments = Arguments { scalars: scalars.to_vec(), structure: structure.to_vec() };
+        let arguments = Arguments {
+            scalars: scalars.to_vec(),
+            structure: structure.to_vec(),
+            ..Default::default()
+        };
         let mut answer = bench.caller().call(selector, arguments);
         bench.rig.settle();
         answer.poll().unwrap()
     };
-    let sum = Arguments { scalars: vec![3], structure: Vec::new() };
+    let sum = Arguments { scalars: vec![3], structure: Vec::new(), ..Default::default() };
     assert_eq!(call(1, &[1, 2], b""), Ok(sum));
     assert_eq!(call(1, &[1], b""), Err(IOReturn::BAD_ARGUMENT), "a scalar is missing");
     assert_eq!(call(1, &[1, 2, 3], b""), Err(IOReturn::BAD_ARGUMENT), "one is left over");
@@ -152,10 +156,10 @@ fn arguments_over_the_limits_never_reach_the_driver() {
         bench.rig.settle();
         answer.poll().unwrap()
     };
-    let scalars = Arguments { scalars: vec![0; 17], structure: Vec::new() };
+    let scalars = Arguments { scalars: vec![0; 17], structure: Vec::new(), ..Default::default() };
     assert_eq!(call(scalars), Err(IOReturn::BAD_ARGUMENT));
     let bytes = vec![0; Arguments::LONGEST_STRUCTURE + 1];
-    let structure = Arguments { scalars: Vec::new(), structure: bytes };
+    let structure = Arguments { scalars: Vec::new(), structure: bytes, ..Default::default() };
     assert_eq!(call(structure), Err(IOReturn::MESSAGE_TOO_LARGE));
 }
 
