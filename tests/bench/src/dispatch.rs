@@ -60,7 +60,8 @@ fn in_a_driver(effort: Effort) -> Result<Vec<f64>> {
     cores.pin_producer()?;
     let function = Arc::new(Function::new(edu::Edu::new(edu::Timing::Immediate)));
     let (device, _) = Device::take_over(Arc::new(FakeDevice::new(function)), Vec::new())?;
-    let driver = Driver::start(&engine, Plugin::linked(Counting::descriptor()), device)?;
+    let driver =
+        Driver::start(&engine, Plugin::linked(Counting::descriptor()), device, Arc::default())?;
     let queue = DEFAULT_QUEUE.get().context("the driver started")?;
     let result = rate(
         effort,
