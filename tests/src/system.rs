@@ -117,7 +117,8 @@ impl System {
         let daemon = self.daemon_command(config).stderr(self.log("daemon")).spawn();
         self.daemon = Some(daemon.expect("starting the daemon"));
         let socket = self.socket();
-        eventually("the daemon's socket", || is_socket(&socket));
+        // The file is there before anybody listens on it.
+        eventually("the daemon to listen", || UnixStream::connect(&socket).is_ok());
     }
 
     /// Runs a daemon that is expected to refuse.
