@@ -1,10 +1,10 @@
 //! A driver, an emulated device, and a test that moves both.
 
-use std::cell::Cell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use iohost_control::host::RunningService;
@@ -29,7 +29,7 @@ pub struct Rig<D: Exported, M: DeviceModel> {
     driver: Option<Arc<Driver>>,
     next_session: u64,
     /// Other services that began.
-    incarnations: Cell<u64>,
+    incarnations: AtomicU64,
     kind: PhantomData<fn() -> D>,
 }
 
@@ -61,7 +61,7 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
             function,
             driver,
             next_session: 1,
-            incarnations: Cell::new(0),
+            incarnations: AtomicU64::new(0),
             kind: PhantomData,
         })
     }
@@ -118,12 +118,12 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
 
     /// Has another service run, for a driver that watches services. Its driver has its name.
     pub fn service_began(&self, name: &str, interface: &str) {
-        self.incarnations.set(self.incarnations.get() + 1);
+        let incarnation = self.incarnations.fetch_add(1, Relaxed) + 1;
         self.driver().services().began(RunningService {
             name: name.to_owned(),
             driver: name.to_owned(),
             interface: interface.to_owned(),
-            incarnation: self.incarnations.get(),
+            incarnation,
         });
     }
 

@@ -130,7 +130,7 @@ impl Service {
         let backend = Arc::new(FakeDevice::new(function));
         let (device, _) = Device::take_over(backend, vec![InterruptKind::Msi]).unwrap();
         let plugin = Plugin::linked(Bench::descriptor());
-        let driver = Driver::start(&engine, plugin, device).unwrap();
+        let driver = Driver::start(&engine, plugin, device, Arc::default()).unwrap();
         Self { queue: Bench::queue(), _driver: driver, engine }
     }
 }
