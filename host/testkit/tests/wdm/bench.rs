@@ -16,6 +16,9 @@ use iohost_driver::{Exported, export_driver};
 use iohost_driver_host::{Device, Driver, Plugin};
 use iohost_testkit::{FakeDevice, Rig};
 
+/// How long a test waits for what must come before it says that it did not.
+pub(crate) const WATCHDOG: Duration = Duration::from_secs(60);
+
 /// The driver.
 #[derive(Default)]
 pub(crate) struct Bench {
