@@ -1,7 +1,10 @@
 //! An emulated device, a daemon and what belongs to them, as processes in a folder of their own.
 
 use std::fs::{self, File};
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::OnceLock;
@@ -9,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use iohost_client::Daemon;
 use iohost_client::varlink::Service;
+use iohost_event::Packets;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -49,10 +53,15 @@ impl System {
 
     /// A daemon with the `edu` driver on one emulated device, as service `edu0`, ready.
     pub fn with_edu() -> (Self, Edu) {
+        Self::with_driver("edu")
+    }
+
+    /// As [`with_edu`](Self::with_edu), with another driver for the same device.
+    pub fn with_driver(driver: &str) -> (Self, Edu) {
         let mut system = Self::new();
         let device = system.start_edu_device("edu0");
-        system.install_edu_driver();
-        system.start(&system.edu_config("edu0"));
+        system.install_driver(driver);
+        system.start(&system.device_config("edu0", driver));
         system.await_ready("edu0");
         (system, device)
     }
@@ -69,8 +78,13 @@ impl System {
 
     /// The lines of a configuration for an emulated `edu`.
     pub fn edu_config(&self, name: &str) -> String {
+        self.device_config(name, "edu")
+    }
+
+    /// The lines of a configuration for an emulated `edu` with some driver.
+    pub fn device_config(&self, name: &str, driver: &str) -> String {
         let socket = self.path(name);
-        format!("[[device]]\nname = {name:?}\nsocket = {socket:?}\ndriver = \"edu\"\n")
+        format!("[[device]]\nname = {name:?}\nsocket = {socket:?}\ndriver = {driver:?}\n")
     }
 
     /// Starts an emulated device whose DMA takes no time. Its socket has its name.
@@ -88,7 +102,14 @@ impl System {
 
     /// Puts the `edu` plugin where the daemon looks for plugins.
     pub fn install_edu_driver(&self) {
-        fs::copy(binary("libedu.so"), self.path("drivers/libedu.so")).expect("copying the plugin");
+        self.install_driver("edu");
+    }
+
+    /// Puts a plugin where the daemon looks for plugins.
+    pub fn install_driver(&self, name: &str) {
+        let file = format!("lib{name}.so");
+        let installed = self.path("drivers").join(&file);
+        fs::copy(binary(&file), installed).expect("copying the plugin");
     }
 
     /// Starts the daemon and waits for its socket. `config` comes after the folders.
@@ -96,7 +117,8 @@ impl System {
         let daemon = self.daemon_command(config).stderr(self.log("daemon")).spawn();
         self.daemon = Some(daemon.expect("starting the daemon"));
         let socket = self.socket();
-        eventually("the daemon's socket", || is_socket(&socket));
+        // The file is there before anybody listens on it.
+        eventually("the daemon to listen", || UnixStream::connect(&socket).is_ok());
     }
 
     /// Runs a daemon that is expected to refuse.
@@ -124,6 +146,22 @@ impl System {
     /// A connection to the daemon.
     pub fn connect(&self) -> Daemon {
         Daemon::connect(self.socket()).expect("the daemon listens")
+    }
+
+    /// A session as bare descriptors: its socket, then memory and two eventfds per queue.
+    pub fn open_raw(&self, service: &str) -> (Packets, Vec<OwnedFd>) {
+        let stream = UnixStream::connect(self.socket()).expect("the daemon listens");
+        let request = format!(
+            "{{\"method\":\"io.iohost.Open\",\"parameters\":{{\"service\":{service:?}}}}}\0"
+        );
+        (&stream).write_all(request.as_bytes()).expect("the daemon reads");
+        let socket = Packets::from(OwnedFd::from(stream));
+        let mut reply = vec![0; 65536];
+        let packet = socket.receive(&mut reply, 16).expect("the daemon answers");
+        let text = String::from_utf8_lossy(&reply[..packet.len]);
+        let mut fds = packet.fds.into_iter();
+        let session = fds.next().unwrap_or_else(|| panic!("no session: {text}"));
+        (Packets::from(session), fds.collect())
     }
 
     /// A service, as `status` shows it.
@@ -234,7 +272,7 @@ fn binary(name: &str) -> PathBuf {
         let folder = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/test");
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet"]);
-        for package in ["iohost", "iohost_driver_host", "iohost_device_models", "edu"] {
+        for package in ["iohost", "iohost_driver_host", "iohost_device_models", "edu", "probe"] {
             build.args(["-p", package]);
         }
         if folder.ends_with("release") {

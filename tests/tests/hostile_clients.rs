@@ -1,7 +1,7 @@
 //! What a client may do wrong, to the daemon and to a driver: only its own session ends.
 
 use std::io::{Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
@@ -9,20 +9,6 @@ use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{Call, LONGEST, ReplyPacket};
 use iohost_interface::{Arguments, IOReturn};
 use iohost_tests::{System, eventually};
-
-/// A session as bare descriptors: its socket, then memory and two eventfds per queue.
-fn open_raw(system: &System) -> (Packets, Vec<OwnedFd>) {
-    let stream = UnixStream::connect(system.socket()).unwrap();
-    let request = b"{\"method\":\"io.iohost.Open\",\"parameters\":{\"service\":\"edu0\"}}\0";
-    (&stream).write_all(request).unwrap();
-    let socket = Packets::from(OwnedFd::from(stream));
-    let mut reply = vec![0; 65536];
-    let packet = socket.receive(&mut reply, 16).unwrap();
-    let text = String::from_utf8_lossy(&reply[..packet.len]).into_owned();
-    assert_eq!(packet.fds.len(), 7, "{text}");
-    let mut fds = packet.fds.into_iter();
-    (Packets::from(fds.next().unwrap()), fds.collect())
-}
 
 /// The driver still serves others, in the process it was in.
 fn assert_alive(system: &System, host: u32) {
@@ -33,7 +19,7 @@ fn assert_alive(system: &System, host: u32) {
 }
 
 fn factorial(id: u64, n: u64) -> Call {
-    Call { id, selector: 0, arguments: Arguments { scalars: vec![n], structure: Vec::new() } }
+    Call { id, selector: 0, arguments: Arguments { scalars: vec![n], ..Default::default() } }
 }
 
 fn reply(socket: &Packets) -> Result<ReplyPacket, PacketError> {
@@ -58,7 +44,7 @@ fn a_session_that_sends_what_is_no_call_ends_and_no_other_one_does() {
         ("more than any call has", vec![0x49; LONGEST + 1]),
     ];
     for (offence, packet) in offences {
-        let (socket, _queues) = open_raw(&system);
+        let (socket, _queues) = system.open_raw("edu0");
         socket.send(&good, &[]).unwrap();
         assert!(reply(&socket).is_ok(), "the session works before {offence}");
         socket.send(&packet, &[]).unwrap();
@@ -71,7 +57,7 @@ fn a_session_that_sends_what_is_no_call_ends_and_no_other_one_does() {
 fn a_session_that_sends_descriptors_nobody_asked_for_ends() {
     let (system, _device) = System::with_edu();
     let host = system.await_ready("edu0");
-    let (socket, queues) = open_raw(&system);
+    let (socket, queues) = system.open_raw("edu0");
     let fds: Vec<BorrowedFd<'_>> = queues.iter().map(AsFd::as_fd).collect();
     socket.send(&factorial(1, 5).encode().unwrap(), &fds).unwrap();
     assert!(matches!(reply(&socket), Err(PacketError::Closed)));
@@ -81,7 +67,7 @@ fn a_session_that_sends_descriptors_nobody_asked_for_ends() {
 #[test]
 fn a_call_of_a_method_that_is_not_there_or_with_wrong_arguments_is_answered() {
     let (system, _device) = System::with_edu();
-    let (socket, _queues) = open_raw(&system);
+    let (socket, _queues) = system.open_raw("edu0");
     let none = Arguments::default();
     let unknown = Call { id: 1, selector: 99, arguments: none.clone() };
     let missing = Call { id: 2, selector: 0, arguments: none };
@@ -98,10 +84,10 @@ fn a_call_of_a_method_that_is_not_there_or_with_wrong_arguments_is_answered() {
 fn a_client_that_never_reads_its_answers_only_loses_its_session() {
     let (system, _device) = System::with_edu();
     let host = system.await_ready("edu0");
-    let (socket, _queues) = open_raw(&system);
+    let (socket, _queues) = system.open_raw("edu0");
     socket.set_nonblocking().unwrap();
     let bytes = vec![1; edu_api::LONGEST_ENTRY];
-    let arguments = Arguments { scalars: Vec::new(), structure: bytes };
+    let arguments = Arguments { structure: bytes, ..Default::default() };
     let call = Call { id: 1, selector: 1, arguments }.encode().unwrap();
     // Until the answers have filled the socket, and the session is ended for it.
     eventually("the end of the session", || {
@@ -115,7 +101,7 @@ fn a_client_that_scribbles_over_its_queues_only_loses_them() {
     let (system, _device) = System::with_edu();
     let host = system.await_ready("edu0");
     for fill in [0x00, 0x7f, 0xff] {
-        let (_socket, queues) = open_raw(&system);
+        let (_socket, queues) = system.open_raw("edu0");
         // Memory and both bells of each queue: all bytes the same, then every bell.
         for queue in queues.chunks(3) {
             nix::sys::uio::pwrite(&queue[0], &[fill; 4096], 0).unwrap();
@@ -137,7 +123,7 @@ fn a_client_may_leave_at_any_step() {
         (&stream).write_all(&request[..request.len() * step / 25 % (request.len() + 1)]).unwrap();
     }
     for step in 0..4 {
-        let (socket, queues) = open_raw(&system);
+        let (socket, queues) = system.open_raw("edu0");
         (0..step).for_each(|id| socket.send(&factorial(id, 5).encode().unwrap(), &[]).unwrap());
         drop(queues);
     }
@@ -181,7 +167,7 @@ fn more_sessions_than_the_limit_are_refused_with_the_number() {
     system.install_edu_driver();
     system.start(&format!("[limits]\nsessions_per_service = 2\n{}", system.edu_config("edu0")));
     system.await_ready("edu0");
-    let _sessions = [open_raw(&system), open_raw(&system)];
+    let _sessions = [system.open_raw("edu0"), system.open_raw("edu0")];
     let refused = system.connect().open("edu0").unwrap_err().failure();
     assert!(refused.message.contains('2'), "{refused}");
 }

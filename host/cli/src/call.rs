@@ -171,7 +171,10 @@ mod tests {
     fn arguments_travel_as_those_of_a_typed_client_do() {
         let method = method(&["u32", "bytes"], &[]);
         let arguments = encode(&method, &["5".into(), "hex:00ff".into()]).ok().unwrap();
-        assert_eq!(arguments, Arguments { scalars: vec![5], structure: vec![0, 255] });
+        assert_eq!(
+            arguments,
+            Arguments { scalars: vec![5], structure: vec![0, 255], ..Default::default() }
+        );
     }
 
     #[test]
@@ -186,7 +189,8 @@ mod tests {
 
     #[test]
     fn results_are_shown_by_their_types() {
-        let answer = Arguments { scalars: vec![u64::MAX, 1], structure: vec![0xab] };
+        let answer =
+            Arguments { scalars: vec![u64::MAX, 1], structure: vec![0xab], ..Default::default() };
         let results = decode(&method(&[], &["i32", "bool", "bytes"]), answer).unwrap();
         assert_eq!(results, [json!(-1), json!(true), json!("ab")]);
     }

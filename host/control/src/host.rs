@@ -30,6 +30,13 @@ pub enum ToHost {
     },
     /// Report numbers. Answered by `Statistics`.
     Query,
+    /// A service runs now; sent after `WatchServices`, first for those that run already.
+    ServiceBegan(RunningService),
+    /// A service that was told of runs no more.
+    ServiceEnded {
+        /// Its name.
+        name: String,
+    },
     /// Stop the driver, reset the device, exit. Answered by `Stopped`.
     Stop,
 }
@@ -117,8 +124,24 @@ pub enum FromHost {
     },
     /// The numbers asked for.
     Statistics(Statistics),
+    /// The driver wants to hear which services run, from now on.
+    WatchServices,
     /// The driver has stopped and the device is reset; the process exits after this.
     Stopped,
+}
+
+/// A service that runs, as other drivers see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunningService {
+    /// Its name.
+    pub name: String,
+    /// Its driver's name.
+    pub driver: String,
+    /// The name of the interface it serves; empty for none.
+    pub interface: String,
+    /// Which driver host of its device runs it; another number is another life.
+    pub incarnation: u64,
 }
 
 /// What a driver host found and started.

@@ -21,8 +21,8 @@ use iohost_interface::IOReturn;
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 
-pub use iova::{IovaError, IovaSpace};
 pub use iohost_vfio::VfioError;
+pub use iova::{IovaError, IovaSpace};
 pub use vfio::VfioBackend;
 pub use vfio_user::VfioUserBackend;
 

@@ -1,24 +1,30 @@
 //! The worker threads and what they wait for.
+//!
+//! A worker without work waits in one of two ways. A few (two, so that one is left while the
+//! other runs a handler) wait for events in `epoll_wait`. The others are parked on a condition
+//! variable, where waking one costs less: they take what threads dispatch.
 
 use std::cell::Cell;
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use iohost_event::{Clock, Poller, Ready, Signal};
+use iohost_closure::Closure;
+use iohost_event::{Clock, Poller, Ready, Signal, TickScale};
 
+use crate::baton::{Baton, Turn};
 use crate::deadlines::Deadlines;
 use crate::queue::QueueCore;
 use crate::source::Watched;
+use crate::watchlist::Watchlist;
 use crate::{NO_PANIC, QueueNumbers};
 
 /// Runs queues. Dropping it stops the workers after the handlers in progress; work that waits
-/// then stays unrun.
+/// then is dropped unrun, and who waits in `dispatch_sync` is told `ABORTED`.
 pub struct Engine {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -36,20 +42,66 @@ pub enum EngineClock {
 /// What the workers, the queues and the sources of one engine share.
 pub(crate) struct Shared {
     poller: Poller,
-    /// Raised to wake one worker; never read, since watching is edge-triggered.
+    /// Raised to wake one polling worker; never read, since watching is edge-triggered.
     bell: Signal,
     ready: Mutex<ReadyList>,
-    watched: RwLock<HashMap<u64, Weak<dyn Watched>>>,
-    next_token: AtomicU64,
+    /// Where the workers that do not poll are parked.
+    parking: Condvar,
+    watched: RwLock<Watchlist>,
     pub(crate) deadlines: Deadlines,
     queues: Mutex<Vec<Weak<QueueCore>>>,
     on_panic: OnceLock<PanicHook>,
+    pub(crate) scale: TickScale,
+    this: Weak<Shared>,
 }
+
+type PanicHook = Box<dyn Fn(&str, &str) + Send + Sync>;
+
+/// What is to be run, and who is there to run it.
+///
+/// Invariant: a queue stands in `work` exactly while its stage is `SCHEDULED`. If `work` is not
+/// empty, then a worker is awake and will look, or a wake-up is under way, or the engine is a
+/// manual one.
+#[derive(Default)]
+struct ReadyList {
+    work: VecDeque<Runnable>,
+    /// Workers in `epoll_wait`.
+    polling: usize,
+    /// The bell was raised, and no worker has heard it yet.
+    bell_under_way: bool,
+    /// Workers that are parked, and those of them that may go.
+    parked: usize,
+    released: usize,
+    /// Workers there are, and those that wait for a turn on some queue.
+    workers: usize,
+    blocked: usize,
+    stopping: bool,
+    /// Nobody waits in a manual engine; its owner turns it.
+    manual: bool,
+}
+
+enum Runnable {
+    Queue(Arc<QueueCore>),
+    /// A concurrent block.
+    Block(Closure),
+}
+
+/// The bell's token; those of the deadlines follow, all below the watchlist's.
+const BELL: u64 = 0;
+
+/// Workers that wait for events when there is nothing to do.
+const POLLERS: usize = 2;
+
+/// The most extra workers that stand in for blocked ones.
+const MOST_WORKERS: usize = 64;
 
 thread_local! {
     /// This thread is a worker that looks at the ready list next, so what it puts there itself
     /// needs no wake-up: that keeps an interrupt at two system calls.
     static LOOKS_NEXT: Cell<bool> = const { Cell::new(false) };
+
+    /// This thread is a worker.
+    static IS_WORKER: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Runs engine code of a worker that looks at the ready list right after it.
@@ -59,42 +111,23 @@ pub(crate) fn looking_next(code: impl FnOnce()) {
     LOOKS_NEXT.set(false);
 }
 
-type PanicHook = Box<dyn Fn(&str, &str) + Send + Sync>;
-
-/// The queues with work, and who is there to run them.
-///
-/// Invariant: a queue stands in `queues` exactly while its stage is `Scheduled`. If `queues` is
-/// not empty, then a worker is awake and will look, or a wake-up is under way, or the engine is
-/// a manual one.
-struct ReadyList {
-    queues: VecDeque<Arc<QueueCore>>,
-    sleeping: usize,
-    wake_under_way: bool,
-    stopping: bool,
-    /// Nobody sleeps in a manual engine; its owner turns it.
-    manual: bool,
-}
-
-/// Tokens below this are the engine's own.
-const FIRST_SOURCE: u64 = 8;
-const BELL: u64 = 0;
-
 impl Engine {
-    /// Starts an engine with as many workers as the machine has processors, at least two (a
-    /// handler that blocks must not hold up the others) and at most eight.
+    /// Starts an engine with one worker more than the machine has processors, at least three (two
+    /// to wait for events, one to take what threads dispatch) and at most nine.
     pub fn start() -> io::Result<Self> {
         let processors = thread::available_parallelism().map_or(2, usize::from);
-        Self::with_workers(processors.clamp(2, 8))
+        Self::with_workers((processors + 1).clamp(3, 9))
     }
 
     /// Starts an engine with `workers` worker threads, at least one.
     pub fn with_workers(workers: usize) -> io::Result<Self> {
         let shared = Shared::new(EngineClock::Real, false)?;
+        shared.ready.lock().expect(NO_PANIC).workers = workers.max(1);
         let workers = (0..workers.max(1))
             .map(|number| {
                 let shared = shared.clone();
                 let name = format!("dispatch-{number}");
-                thread::Builder::new().name(name).spawn(move || shared.work())
+                thread::Builder::new().name(name).spawn(move || shared.work(Worker::Permanent))
             })
             .collect::<io::Result<_>>()?;
         Ok(Self { shared, workers })
@@ -151,6 +184,7 @@ impl fmt::Debug for Engine {
 impl Drop for Engine {
     fn drop(&mut self) {
         self.shared.ready.lock().expect(NO_PANIC).stopping = true;
+        self.shared.parking.notify_all();
         // Each worker that leaves wakes the next one.
         self.shared.bell.raise();
         for worker in self.workers.drain(..) {
@@ -159,7 +193,18 @@ impl Drop for Engine {
                 let _ = worker.join();
             }
         }
+        // What waits holds its queue, and the ready list does: nothing of it would ever be freed.
+        let work = std::mem::take(&mut self.shared.ready.lock().expect(NO_PANIC).work);
+        work.into_iter().for_each(Runnable::abandon);
     }
+}
+
+/// How long a worker stays.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Worker {
+    Permanent,
+    /// As long as it is needed for blocked ones.
+    StandIn,
 }
 
 impl Shared {
@@ -171,26 +216,23 @@ impl Shared {
         for (token, timer) in deadlines.timers() {
             poller.watch(timer, token)?;
         }
-        Ok(Arc::new(Self {
+        Ok(Arc::new_cyclic(|this| Self {
             poller,
             bell,
-            ready: Mutex::new(ReadyList {
-                queues: VecDeque::new(),
-                sleeping: 0,
-                wake_under_way: false,
-                stopping: false,
-                manual,
-            }),
-            watched: RwLock::new(HashMap::new()),
-            next_token: AtomicU64::new(FIRST_SOURCE),
+            ready: Mutex::new(ReadyList { manual, ..ReadyList::default() }),
+            parking: Condvar::new(),
+            watched: RwLock::default(),
             deadlines,
             queues: Mutex::new(Vec::new()),
             on_panic: OnceLock::new(),
+            scale: TickScale::start(),
+            this: this.clone(),
         }))
     }
 
     /// A worker's life.
-    fn work(&self) {
+    fn work(&self, worker: Worker) {
+        IS_WORKER.set(true);
         let mut found = Ready::new(16);
         loop {
             let mut ready = self.ready.lock().expect(NO_PANIC);
@@ -198,33 +240,58 @@ impl Shared {
                 self.bell.raise();
                 return;
             }
-            if let Some(queue) = ready.queues.pop_front() {
+            if let Some(work) = ready.work.pop_front() {
                 self.share_the_rest(ready);
-                queue.run();
+                work.run();
                 continue;
             }
-            ready.sleeping += 1;
-            drop(ready);
-            let waited = self.poller.wait(&mut found, None);
-            let mut ready = self.ready.lock().expect(NO_PANIC);
-            ready.sleeping -= 1;
-            if waited.is_ok() && found.tokens().any(|token| token == BELL) {
-                ready.wake_under_way = false;
+            if worker == Worker::StandIn && ready.blocked == 0 {
+                ready.workers -= 1;
+                return;
             }
-            drop(ready);
-            waited.expect("epoll_wait fails only for a descriptor that is no epoll set");
-            looking_next(|| self.take_in(&found));
+            if ready.polling < POLLERS {
+                self.poll(ready, &mut found);
+            } else {
+                ready.parked += 1;
+                let parked = |ready: &mut ReadyList| ready.released == 0 && !ready.stopping;
+                ready = self.parking.wait_while(ready, parked).expect(NO_PANIC);
+                ready.parked -= 1;
+                ready.released = ready.released.saturating_sub(1);
+            }
         }
     }
 
-    /// Looks once, without waiting, and runs one queue. `false` when there was nothing.
+    /// Waits for events and has their sources schedule themselves.
+    fn poll(&self, mut ready: MutexGuard<'_, ReadyList>, found: &mut Ready) {
+        ready.polling += 1;
+        drop(ready);
+        let waited = self.poller.wait(found, None);
+        let mut ready = self.ready.lock().expect(NO_PANIC);
+        ready.polling -= 1;
+        if found.tokens().any(|token| token == BELL) {
+            ready.bell_under_way = false;
+        }
+        // Somebody has to be there for the next event, however long this one's handler takes.
+        let alone = ready.polling == 0 && ready.parked > ready.released;
+        if alone {
+            ready.released += 1;
+        }
+        drop(ready);
+        if alone {
+            self.parking.notify_one();
+        }
+        waited.expect("epoll_wait fails only for a descriptor that is no epoll set");
+        looking_next(|| self.take_in(found));
+    }
+
+    /// Looks once, without waiting, and runs one thing. `false` when there was nothing.
     fn turn(&self, found: &mut Ready) -> bool {
         self.poller.wait(found, Some(Duration::ZERO)).expect("an epoll set can be asked");
         self.take_in(found);
         self.deadlines.expire_virtual();
-        let queue = self.ready.lock().expect(NO_PANIC).queues.pop_front();
-        let Some(queue) = queue else { return false };
-        queue.run();
+        let work = self.ready.lock().expect(NO_PANIC).work.pop_front();
+        let Some(work) = work else { return false };
+        work.run();
         true
     }
 
@@ -234,11 +301,11 @@ impl Shared {
             if token == BELL {
                 continue;
             }
-            if token < FIRST_SOURCE {
+            if token < Watchlist::FIRST_TOKEN {
                 self.deadlines.expire(token);
                 continue;
             }
-            let source = self.watched.read().expect(NO_PANIC).get(&token).and_then(Weak::upgrade);
+            let source = self.watched.read().expect(NO_PANIC).get(token).and_then(Weak::upgrade);
             if let Some(source) = source {
                 source.became_ready();
             }
@@ -247,42 +314,97 @@ impl Shared {
 
     /// Puts a queue on the ready list and sees that somebody takes it from there.
     pub(crate) fn make_ready(&self, queue: Arc<QueueCore>) {
+        self.put(Runnable::Queue(queue));
+    }
+
+    /// Has a block run on some worker, beside everything else.
+    pub(crate) fn run_soon(&self, block: Closure) {
+        self.put(Runnable::Block(block));
+    }
+
+    fn put(&self, work: Runnable) {
         let mut ready = self.ready.lock().expect(NO_PANIC);
-        ready.queues.push_back(queue);
+        if ready.stopping {
+            drop(ready);
+            return work.abandon();
+        }
+        ready.work.push_back(work);
         if !LOOKS_NEXT.get() {
             self.share_the_rest(ready);
         }
     }
 
-    /// Wakes one sleeper if queues wait; it will wake the next one when more than one waits.
-    fn share_the_rest(&self, mut ready: std::sync::MutexGuard<'_, ReadyList>) {
-        let wake = !ready.queues.is_empty()
-            && ready.sleeping > 0
-            && !ready.wake_under_way
-            && !ready.manual;
-        if wake {
-            ready.wake_under_way = true;
+    /// Wakes one worker if work waits; it will wake the next one when more than one waits.
+    fn share_the_rest(&self, mut ready: MutexGuard<'_, ReadyList>) {
+        if ready.work.is_empty() || ready.manual {
+            return;
+        }
+        if ready.parked > ready.released {
+            ready.released += 1;
+            drop(ready);
+            self.parking.notify_one();
+        } else if ready.released == 0 && ready.polling > 0 && !ready.bell_under_way {
+            ready.bell_under_way = true;
             drop(ready);
             self.bell.raise();
         }
     }
 
-    /// What a thread does that has to wait for a queue: nothing, unless the engine is manual and
-    /// the thread itself has to turn it.
-    pub(crate) fn while_waiting(&self, waiting: impl Fn() -> bool) {
-        if !self.ready.lock().expect(NO_PANIC).manual {
-            return;
+    /// Waits until a baton's wait has ended. A worker that waits is replaced meanwhile, if that
+    /// leaves too few.
+    pub(crate) fn wait_for(&self, baton: &Baton) {
+        if self.ready.lock().expect(NO_PANIC).manual {
+            return self.turn_until_ended(baton);
         }
+        if !IS_WORKER.get() {
+            return baton.wait();
+        }
+        let mut ready = self.ready.lock().expect(NO_PANIC);
+        ready.blocked += 1;
+        let stand_in = ready.workers - ready.blocked < POLLERS && ready.workers < MOST_WORKERS;
+        if stand_in {
+            ready.workers += 1;
+        }
+        drop(ready);
+        if stand_in {
+            self.add_stand_in();
+        }
+        baton.wait();
+        self.ready.lock().expect(NO_PANIC).blocked -= 1;
+    }
+
+    /// In a manual engine the waiting thread turns it. Inside of a handler, with nothing left to
+    /// run that could end the wait, the wait is cancelled.
+    fn turn_until_ended(&self, baton: &Baton) {
+        let inside = !crate::queue::holds_nothing();
         let mut found = Ready::new(16);
-        while waiting() && self.turn(&mut found) {}
+        while baton.is_waiting() {
+            let turned = self.turn(&mut found);
+            if !turned && inside {
+                baton.end(Turn::Cancelled);
+            }
+            if !turned {
+                thread::yield_now();
+            }
+        }
+    }
+
+    fn add_stand_in(&self) {
+        let Some(shared) = self.this.upgrade() else { return };
+        let started = thread::Builder::new()
+            .name("dispatch-extra".to_owned())
+            .spawn(move || shared.work(Worker::StandIn));
+        if started.is_err() {
+            // No thread to be had: the others go on, with one less.
+            self.ready.lock().expect(NO_PANIC).workers -= 1;
+        }
     }
 
     /// Watches a descriptor for a source. Returns the token to forget it by.
     pub(crate) fn watch(&self, fd: impl AsFd, source: Weak<dyn Watched>) -> io::Result<u64> {
-        let token = self.next_token.fetch_add(1, Relaxed);
-        self.watched.write().expect(NO_PANIC).insert(token, source);
+        let token = self.watched.write().expect(NO_PANIC).add(source);
         if let Err(err) = self.poller.watch(fd, token) {
-            self.watched.write().expect(NO_PANIC).remove(&token);
+            self.watched.write().expect(NO_PANIC).remove(token);
             return Err(err);
         }
         Ok(token)
@@ -290,7 +412,7 @@ impl Shared {
 
     /// Stops watching. An event that was under way finds no source and is dropped.
     pub(crate) fn forget(&self, fd: impl AsFd, token: u64) {
-        if self.watched.write().expect(NO_PANIC).remove(&token).is_some() {
+        if self.watched.write().expect(NO_PANIC).remove(token) {
             // The descriptor is open: its source still owns it.
             let _ = self.poller.forget(fd);
         }
@@ -305,9 +427,33 @@ impl Shared {
         queues.push(Arc::downgrade(queue));
     }
 
+    /// The name of a queue that is alive, by the address of its core.
+    pub(crate) fn name_of(&self, address: usize) -> Option<String> {
+        let queues = self.queues.lock().expect(NO_PANIC);
+        let mut queues = queues.iter().filter_map(Weak::upgrade);
+        queues.find(|queue| queue.address() == address).map(|queue| queue.name().to_owned())
+    }
+
     pub(crate) fn report_panic(&self, queue: &str, message: &str) {
         if let Some(hook) = self.on_panic.get() {
             hook(queue, message);
+        }
+    }
+}
+
+impl Runnable {
+    fn run(self) {
+        match self {
+            Runnable::Queue(queue) => queue.run(),
+            Runnable::Block(block) => block.run(),
+        }
+    }
+
+    /// The engine is gone.
+    fn abandon(self) {
+        match self {
+            Runnable::Queue(queue) => queue.abandon(),
+            Runnable::Block(block) => drop(block),
         }
     }
 }

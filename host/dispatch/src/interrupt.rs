@@ -137,8 +137,14 @@ impl InterruptSource {
     /// the first).
     pub fn last_interrupt(&self) -> InterruptEvent {
         let mut state = self.core.state.lock().expect(NO_PANIC);
-        self.core.collect(&mut state);
-        InterruptEvent { count: state.undelivered, time: state.last_time }
+        let collected = self.core.collect(&mut state);
+        let last = InterruptEvent { count: state.undelivered, time: state.last_time };
+        drop(state);
+        if collected {
+            // The eventfd is empty now, so the engine might not hear of these interrupts.
+            self.nudge();
+        }
+        last
     }
 
     fn nudge(&self) {
@@ -165,14 +171,15 @@ impl InterruptCore {
         self.unmask();
     }
 
-    /// Moves the kernel's count into ours.
-    fn collect(&self, state: &mut State) {
+    /// Moves the kernel's count into ours; `false` when there was none.
+    fn collect(&self, state: &mut State) -> bool {
         let count = self.signal.take();
         if count > 0 {
             state.undelivered += count;
-            state.last_time = self.clock.now();
+            state.last_time = self.queue.now(self.clock);
             state.masked = true;
         }
+        count > 0
     }
 
     /// Lets a level line interrupt again once everything that came was handled.

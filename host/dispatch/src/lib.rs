@@ -19,20 +19,28 @@
 
 #![forbid(unsafe_code)]
 
+mod baton;
 mod deadlines;
 mod engine;
 mod handler;
 mod interrupt;
+mod numbers;
 mod queue;
+mod sleepers;
 mod source;
 mod timer;
+mod watchlist;
 
 pub use engine::{Engine, EngineClock};
 pub use interrupt::{InterruptEvent, InterruptLine, InterruptSource};
 pub use iohost_event::{Clock, Signal};
-pub use queue::{Block, Queue, QueueNumbers};
+pub use numbers::{Latency, QueueNumbers};
+pub use queue::{Queue, QueueOptions};
 pub use source::DescriptorSource;
 pub use timer::TimerSource;
+
+/// A completion: runs once, on a source's queue.
+pub type Block = Box<dyn FnOnce() + Send>;
 
 /// Why the engine's locks are never poisoned.
 const NO_PANIC: &str = "no foreign code runs under an engine lock";

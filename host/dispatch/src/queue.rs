@@ -1,43 +1,65 @@
 //! Serial queues.
 //!
-//! # States of a queue
+//! # The word
+//!
+//! What a queue is doing is one atomic word: a stage, and three flags.
 //!
 //! ```text
 //!            1                 2                3
-//!   Idle ────────▶ Scheduled ──────▶ Running ──────▶ Idle        nothing left
-//!    │                 ▲                │  │
-//!    │ 4               └───────5────────┘  │ 6
-//!    └────────────────▶ Running ◀──────────┘
+//!   IDLE ────────▶ SCHEDULED ─────▶ RUNNING ──────▶ IDLE        nothing left
+//!    │                 ▲              │  │
+//!    │ 4               └──────5───────┘  │ 6
+//!    └────────────────▶ RUNNING ◀────────┘
 //! ```
 //!
-//! 1. `push`: work arrived; the queue joins the engine's ready list.
+//! 1. `schedule`: work was announced; the queue joins the engine's ready list.
 //! 2. `run`: a worker took it from the list.
-//! 3. `release`: nothing is left.
-//! 4. `dispatch_sync` on an idle queue: the caller's own thread runs, without a hop.
-//! 5. `release`: work is left; back to the list, behind the other queues.
+//! 3. `release`: nothing is announced.
+//! 4. `acquire` on an idle queue: the caller's own thread runs, without a hop, in one exchange.
+//! 5. `release`: something is announced; back to the list, behind the other queues.
 //! 6. `run` met a [`Baton`]: a thread in `dispatch_sync` takes over as the running thread.
+//!
+//! `PENDING`: there is something to run. Set by `push` and `cancel` under the inbox's lock, and by
+//! the running thread for what it leaves over; cleared by `take`, under the lock. Whoever sets it
+//! on an idle queue schedules it. `CANCELLED`: set once. `SHARED`: concurrent blocks are running.
+//!
+//! When the engine is gone, `abandon` drops what waits and takes a queue from SCHEDULED to IDLE.
+//!
+//! Only the thread that made a queue `RUNNING` touches its turn, so the turn's lock is free
+//! whenever it is taken, but for the ends of concurrent blocks.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::{Arc, Mutex};
 
+use iohost_closure::Closure;
+use iohost_event::ticks;
 use iohost_interface::IOReturn;
 use log::error;
 
+use crate::baton::{Baton, Turn};
 use crate::engine::{Shared, looking_next};
+use crate::numbers::{Numbers, QueueNumbers};
+use crate::sleepers::Sleepers;
 use crate::{Clock, Engine, NO_PANIC};
-
-/// Work for a queue: runs once.
-pub type Block = Box<dyn FnOnce() + Send>;
 
 /// The longest name in bytes; `IODispatchQueueName` has 256 with its terminator.
 const LONGEST_NAME: usize = 255;
 
-/// How much work one queue does before it lets the others have the worker.
+/// How many items one queue runs before it lets the others have the worker.
 const TURN: usize = 256;
+
+const STAGE: u32 = 0b11;
+const IDLE: u32 = 0;
+const SCHEDULED: u32 = 1;
+const RUNNING: u32 = 2;
+const PENDING: u32 = 1 << 2;
+const CANCELLED: u32 = 1 << 3;
+const SHARED: u32 = 1 << 4;
 
 /// A list of work that runs in order, one item at a time.
 ///
@@ -48,33 +70,50 @@ pub struct Queue {
     core: Arc<QueueCore>,
 }
 
+/// What a queue can do beyond running work in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueOptions {
+    /// `kIODispatchQueueReentrant`: the holder may give the queue up in [`Queue::sleep`], and
+    /// [`Queue::dispatch_concurrent`] works.
+    pub reentrant: bool,
+}
+
 pub(crate) struct QueueCore {
     name: String,
     engine: Arc<Shared>,
-    state: Mutex<State>,
-    pushed: AtomicU64,
-    executed: AtomicU64,
-    dropped: AtomicU64,
-    longest_ns: AtomicU64,
+    options: QueueOptions,
+    word: AtomicU32,
+    inbox: Mutex<Inbox>,
+    turn: Mutex<TurnState>,
+    pub(crate) sleepers: Sleepers,
+    numbers: Numbers,
+    /// When the queue was put on the ready list, in ticks.
+    scheduled_at: AtomicU64,
 }
 
-struct State {
-    stage: Stage,
-    inbox: VecDeque<Item>,
-    cancelled: bool,
-    cancel_handlers: Vec<Block>,
+#[derive(Default)]
+struct Inbox {
+    items: VecDeque<Item>,
+    cancel_handlers: Vec<Closure>,
+    /// Items that were put in, ever; and those that were dropped unrun.
+    pushed: u64,
+    dropped: u64,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    Idle,
-    Scheduled,
-    Running,
+/// What belongs to the running thread.
+#[derive(Default)]
+struct TurnState {
+    /// Taken from the inbox and not run yet.
+    items: VecDeque<Item>,
+    /// Concurrent blocks under way.
+    concurrent: usize,
 }
 
 /// What can wait on a queue.
 pub(crate) enum Item {
-    Block(Block),
+    Block(Closure),
+    /// May run beside other concurrent ones.
+    Concurrent(Closure),
     /// A source with something to deliver; it looks itself what that is.
     Delivery(Arc<dyn Deliver>),
     Baton(Arc<Baton>),
@@ -86,69 +125,43 @@ pub(crate) trait Deliver: Send + Sync {
     fn deliver(&self);
 }
 
-/// The turn that a thread in `dispatch_sync` waits for.
-pub(crate) struct Baton {
-    turn: Mutex<Turn>,
-    changed: Condvar,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    Waiting,
-    Granted,
-    Cancelled,
-}
-
-/// The numbers a queue keeps about itself.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct QueueNumbers {
-    /// The queue's name.
-    pub name: String,
-    /// Items waiting now, or running.
-    pub depth: u64,
-    /// Items run.
-    pub executed: u64,
-    /// Items dropped because the queue was cancelled.
-    pub dropped: u64,
-    /// The longest single item, in nanoseconds.
-    pub longest_ns: u64,
-}
-
 thread_local! {
-    /// The queues this thread holds, innermost last.
-    static HELD: RefCell<Vec<Arc<QueueCore>>> = const { RefCell::new(Vec::new()) };
+    /// The queues this thread holds, innermost last, by the address of their core. A core lives
+    /// for as long as it is held: its holder has a reference. An address with [`BESIDE`] set is
+    /// held by a concurrent block.
+    static HELD: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
 }
+
+/// Marks a held queue whose holder is a concurrent block. Addresses of cores are even.
+const BESIDE: usize = 1;
 
 impl Queue {
     /// Makes a serial queue.
     ///
     /// Errors: `BAD_ARGUMENT` for a name of more than 255 bytes or with a NUL in it.
-    pub fn create(engine: &Engine, name: &str) -> Result<Self, IOReturn> {
-        Self::on(engine.shared(), name)
+    pub fn create(engine: &Engine, name: &str, options: QueueOptions) -> Result<Self, IOReturn> {
+        Self::on(engine.shared(), name, options)
     }
 
     /// Makes a queue on the engine that runs this one. Errors: as [`create`](Self::create).
-    pub fn create_beside(&self, name: &str) -> Result<Self, IOReturn> {
-        Self::on(&self.core.engine, name)
+    pub fn create_beside(&self, name: &str, options: QueueOptions) -> Result<Self, IOReturn> {
+        Self::on(&self.core.engine, name, options)
     }
 
-    fn on(engine: &Arc<Shared>, name: &str) -> Result<Self, IOReturn> {
+    fn on(engine: &Arc<Shared>, name: &str, options: QueueOptions) -> Result<Self, IOReturn> {
         if name.len() > LONGEST_NAME || name.contains('\0') {
             return Err(IOReturn::BAD_ARGUMENT);
         }
         let core = Arc::new(QueueCore {
             name: name.to_owned(),
             engine: engine.clone(),
-            state: Mutex::new(State {
-                stage: Stage::Idle,
-                inbox: VecDeque::new(),
-                cancelled: false,
-                cancel_handlers: Vec::new(),
-            }),
-            pushed: AtomicU64::new(0),
-            executed: AtomicU64::new(0),
-            dropped: AtomicU64::new(0),
-            longest_ns: AtomicU64::new(0),
+            options,
+            word: AtomicU32::new(IDLE),
+            inbox: Mutex::default(),
+            turn: Mutex::default(),
+            sleepers: Sleepers::default(),
+            numbers: Numbers::default(),
+            scheduled_at: AtomicU64::new(0),
         });
         engine.remember(&core);
         Ok(Self { core })
@@ -161,13 +174,28 @@ impl Queue {
 
     /// Whether the calling thread is running work of this queue, also further out.
     pub fn on_queue(&self) -> bool {
-        HELD.with_borrow(|held| held.iter().any(|core| Arc::ptr_eq(core, &self.core)))
+        self.core.is_held()
     }
 
     /// Appends work and returns; it never runs inside this call. Callable from any thread.
     /// After [`cancel`](Self::cancel) the work is dropped unrun and counted.
     pub fn dispatch_async(&self, block: impl FnOnce() + Send + 'static) {
-        self.core.push(Item::Block(Box::new(block)));
+        self.core.push(Item::Block(Closure::new(block)));
+    }
+
+    /// Appends work that may run beside other concurrent work of the queue, never beside any
+    /// other; the order of what is not concurrent stays.
+    ///
+    /// Errors: `UNSUPPORTED` on a queue that is not reentrant; the work is dropped.
+    pub fn dispatch_concurrent(
+        &self,
+        block: impl FnOnce() + Send + 'static,
+    ) -> Result<(), IOReturn> {
+        if !self.core.options.reentrant {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        self.core.push(Item::Concurrent(Closure::new(block)));
+        Ok(())
     }
 
     /// Runs `block` in its turn on the calling thread and returns what it returns. On an idle
@@ -178,21 +206,80 @@ impl Queue {
         if self.on_queue() {
             return Ok(block());
         }
+        let stood = !self.core.acquire()?;
+        let _held = Holding::of(&self.core);
+        let _counted = self.core.numbers.count_synchronous(stood);
+        Ok(block())
+    }
+
+    /// Gives the queue up until somebody who holds it calls [`wakeup`](Self::wakeup) for the same
+    /// event, or the deadline (nanoseconds on its clock) has passed; holds it again before it
+    /// returns, in any case. Other work runs meanwhile, so look again at what was waited for.
+    ///
+    /// Errors: `TIMEOUT`; `UNSUPPORTED` on a queue that is not reentrant; `NOT_PERMITTED` on a
+    /// thread that does not hold the queue, holds it twice, or holds it in a concurrent block
+    /// beside others; `ABORTED` when the queue was
+    /// cancelled (it is not held then), or when a manual engine has nothing left to run.
+    pub fn sleep(&self, event: usize, deadline: Option<(Clock, u64)>) -> Result<(), IOReturn> {
+        if !self.core.options.reentrant {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        if !self.core.is_held_once_and_alone() {
+            return Err(IOReturn::NOT_PERMITTED);
+        }
+        // Registered before the queue is given up, so no wakeup is lost.
+        let sleeper = self.core.sleepers.add(event);
+        let deadlines = &self.core.engine.deadlines;
+        let timer = deadline.map(|(clock, at)| sleeper.end_at(deadlines, clock, at));
+        self.core.put_down();
+        self.core.engine.wait_for(sleeper.baton());
+        timer.into_iter().for_each(|armed| deadlines.disarm(armed));
+        let turn = sleeper.baton().turn();
+        self.core.sleepers.remove(&sleeper);
         self.core.acquire()?;
-        let held = Holding::of(self.core.clone());
-        let start = Clock::Uptime.now();
-        let result = block();
-        self.core.note_run(start, Clock::Uptime.now());
-        drop(held);
-        Ok(result)
+        self.core.pick_up(self.core.address());
+        match turn {
+            Turn::Granted => Ok(()),
+            Turn::TimedOut => Err(IOReturn::TIMEOUT),
+            Turn::Waiting | Turn::Cancelled => Err(IOReturn::ABORTED),
+        }
+    }
+
+    /// Wakes one thread that sleeps on an event, the one that has slept longest. `false` when
+    /// there is none; that is not remembered.
+    ///
+    /// Errors: `NOT_PERMITTED` on a thread that does not hold the queue.
+    pub fn wakeup(&self, event: usize) -> Result<bool, IOReturn> {
+        self.check_held()?;
+        Ok(self.core.sleepers.wake(event, 1) == 1)
+    }
+
+    /// Wakes all threads that sleep on an event. Returns how many.
+    ///
+    /// Errors: as [`wakeup`](Self::wakeup).
+    pub fn wakeup_all(&self, event: usize) -> Result<usize, IOReturn> {
+        self.check_held()?;
+        Ok(self.core.sleepers.wake(event, usize::MAX))
+    }
+
+    fn check_held(&self) -> Result<(), IOReturn> {
+        if self.on_queue() { Ok(()) } else { Err(IOReturn::NOT_PERMITTED) }
+    }
+
+    /// The names of the queues of this queue's engine that the calling thread holds, outermost
+    /// first.
+    pub fn held(&self) -> Vec<String> {
+        HELD.with_borrow(|held| {
+            held.iter().filter_map(|core| self.core.engine.name_of(*core & !BESIDE)).collect()
+        })
     }
 
     /// Stops the queue: no further work starts; `done` runs after the work in progress, last.
     ///
     /// Callable from any thread, also on the queue itself. Cancelling twice runs the second
-    /// `done` too, after the first.
+    /// `done` too, after the first. Threads that sleep on the queue are told `ABORTED`.
     pub fn cancel(&self, done: impl FnOnce() + Send + 'static) {
-        self.core.cancel(Box::new(done));
+        self.core.cancel(Closure::new(done));
     }
 
     /// The time on a clock as this queue's timers see it, in nanoseconds.
@@ -200,7 +287,7 @@ impl Queue {
         self.core.engine.deadlines.now(clock)
     }
 
-    /// The queue's numbers now. Reading them takes no lock.
+    /// The queue's numbers now.
     pub fn numbers(&self) -> QueueNumbers {
         self.core.numbers()
     }
@@ -223,100 +310,210 @@ impl fmt::Debug for Queue {
 impl QueueCore {
     /// Appends an item, and has the queue run if nobody sees to that yet.
     pub(crate) fn push(self: &Arc<Self>, item: Item) {
-        let mut state = self.state.lock().expect(NO_PANIC);
-        if state.cancelled {
-            self.dropped.fetch_add(1, Relaxed);
-            drop(state);
-            item.cancelled();
-            return;
+        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        if self.word.load(Relaxed) & CANCELLED != 0 {
+            inbox.dropped += 1;
+            drop(inbox);
+            return item.cancelled();
         }
-        self.pushed.fetch_add(1, Relaxed);
-        state.inbox.push_back(item);
-        self.schedule(state);
-    }
-
-    fn cancel(self: &Arc<Self>, done: Block) {
-        let mut state = self.state.lock().expect(NO_PANIC);
-        state.cancelled = true;
-        state.cancel_handlers.push(done);
-        self.schedule(state);
-    }
-
-    fn schedule(self: &Arc<Self>, mut state: std::sync::MutexGuard<'_, State>) {
-        if state.stage == Stage::Idle {
-            state.stage = Stage::Scheduled;
-            drop(state);
-            self.engine.make_ready(self.clone());
+        inbox.pushed += 1;
+        inbox.items.push_back(item);
+        let announced = self.announce(PENDING);
+        drop(inbox);
+        if announced {
+            self.schedule();
         }
     }
 
-    /// Becomes the running thread of the queue, waiting for its turn.
-    fn acquire(self: &Arc<Self>) -> Result<(), IOReturn> {
-        let mut state = self.state.lock().expect(NO_PANIC);
-        if state.cancelled {
-            return Err(IOReturn::ABORTED);
+    fn cancel(self: &Arc<Self>, done: Closure) {
+        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        inbox.cancel_handlers.push(done);
+        self.word.fetch_or(CANCELLED | PENDING, AcqRel);
+        drop(inbox);
+        self.schedule();
+        self.sleepers.abort();
+    }
+
+    /// Sets `PENDING`. `false` when it was set: whoever did that sees to it. Under the inbox's
+    /// lock, so that it is not cleared meanwhile.
+    fn announce(&self, flags: u32) -> bool {
+        self.word.load(Relaxed) & PENDING == 0 && self.word.fetch_or(flags, AcqRel) & PENDING == 0
+    }
+
+    /// Puts an idle queue on the ready list.
+    fn schedule(self: &Arc<Self>) {
+        let scheduled = self.word.fetch_update(AcqRel, Acquire, |word| {
+            (word & STAGE == IDLE).then_some(word | SCHEDULED)
+        });
+        if scheduled.is_ok() {
+            self.become_ready();
         }
-        self.pushed.fetch_add(1, Relaxed);
-        if state.stage == Stage::Idle {
-            state.stage = Stage::Running;
-            return Ok(());
+    }
+
+    fn become_ready(self: &Arc<Self>) {
+        self.scheduled_at.store(ticks(), Relaxed);
+        self.engine.make_ready(self.clone());
+    }
+
+    /// Becomes the running thread of the queue, waiting for its turn. `true` when there was
+    /// nothing to wait for.
+    fn acquire(self: &Arc<Self>) -> Result<bool, IOReturn> {
+        // Idle, and not one flag set.
+        if self.word.compare_exchange(IDLE, RUNNING, Acquire, Relaxed).is_ok() {
+            return Ok(true);
         }
-        let baton = Arc::new(Baton { turn: Mutex::new(Turn::Waiting), changed: Condvar::new() });
-        state.inbox.push_back(Item::Baton(baton.clone()));
-        drop(state);
-        self.engine.while_waiting(|| baton.is_waiting());
-        baton.wait()
+        let baton = Arc::new(Baton::for_this_thread());
+        self.push(Item::Baton(baton.clone()));
+        self.engine.wait_for(&baton);
+        match baton.turn() {
+            Turn::Granted => Ok(false),
+            _ => Err(IOReturn::ABORTED),
+        }
     }
 
     /// Runs the queue's work on this worker, for one turn.
     pub(crate) fn run(self: &Arc<Self>) {
-        self.state.lock().expect(NO_PANIC).stage = Stage::Running;
-        let held = Holding::of(self.clone());
+        self.word.fetch_xor(SCHEDULED ^ RUNNING, AcqRel);
+        let held = Holding::of(self);
         self.run_items(&held);
         looking_next(|| drop(held));
     }
 
-    fn run_items(self: &Arc<Self>, held: &Holding) {
-        let mut now = Clock::Uptime.now();
+    fn run_items(self: &Arc<Self>, held: &Holding<'_>) {
+        let mut now = ticks();
+        self.numbers.note_wait(now.saturating_sub(self.scheduled_at.load(Relaxed)));
+        // A block of a reentrant queue can give it up and others then run what is left: there it
+        // stays in the turn. On a plain queue this thread keeps it to itself.
+        let mut mine = VecDeque::new();
         for _ in 0..TURN {
-            let mut state = self.state.lock().expect(NO_PANIC);
-            if state.cancelled {
-                drop(state);
-                self.run_cancelled();
-                return;
+            if self.word.load(Relaxed) & CANCELLED != 0 {
+                return self.run_cancelled(mine);
             }
-            let Some(item) = state.inbox.pop_front() else { return };
-            drop(state);
+            let Some(item) = self.next_item(&mut mine) else { return };
             let start = now;
             match item {
-                Item::Block(block) => self.guarded(block),
+                Item::Block(block) => self.guarded(|| block.run()),
                 Item::Delivery(source) => self.guarded(|| source.deliver()),
+                Item::Concurrent(block) => {
+                    self.start_concurrent(block);
+                    continue;
+                }
                 Item::Baton(baton) => {
+                    self.leave(mine);
                     held.pass_on();
                     baton.end(Turn::Granted);
                     return;
                 }
             }
-            now = Clock::Uptime.now();
-            self.note_run(start, now);
+            if self.options.reentrant && !self.is_held() {
+                // The block slept, and the queue was cancelled meanwhile: somebody else has it.
+                return;
+            }
+            now = ticks();
+            self.numbers.note_run(now.saturating_sub(start));
+        }
+        self.leave(mine);
+    }
+
+    /// The next item this thread may run.
+    fn next_item(&self, mine: &mut VecDeque<Item>) -> Option<Item> {
+        if let Some(item) = mine.pop_front() {
+            return Some(item);
+        }
+        let mut turn = self.turn.lock().expect(NO_PANIC);
+        if turn.items.is_empty() || self.word.load(Relaxed) & PENDING != 0 {
+            let mut inbox = self.inbox.lock().expect(NO_PANIC);
+            if turn.items.is_empty() {
+                std::mem::swap(&mut turn.items, &mut inbox.items);
+            } else {
+                turn.items.append(&mut inbox.items);
+            }
+            self.word.fetch_and(!PENDING, AcqRel);
+        }
+        if turn.concurrent > 0 && !matches!(turn.items.front(), Some(Item::Concurrent(_))) {
+            // The last concurrent block schedules the queue again.
+            return None;
+        }
+        if !self.options.reentrant {
+            std::mem::swap(&mut turn.items, mine);
+            return mine.pop_front();
+        }
+        turn.items.pop_front()
+    }
+
+    /// Leaves items for the next turn, in front of what is there.
+    fn leave(&self, mut mine: VecDeque<Item>) {
+        let mut turn = self.turn.lock().expect(NO_PANIC);
+        mine.append(&mut turn.items);
+        turn.items = mine;
+        if !turn.items.is_empty() {
+            self.word.fetch_or(PENDING, AcqRel);
         }
     }
 
+    /// Runs a concurrent block on some worker.
+    fn start_concurrent(self: &Arc<Self>, block: Closure) {
+        self.turn.lock().expect(NO_PANIC).concurrent += 1;
+        self.word.fetch_or(SHARED, AcqRel);
+        let core = self.clone();
+        self.engine.run_soon(Closure::new(move || {
+            let core = &core;
+            let start = ticks();
+            core.pick_up(core.address() | BESIDE);
+            core.guarded(|| block.run());
+            core.lay_down();
+            let mut turn = core.turn.lock().expect(NO_PANIC);
+            core.numbers.note_run(ticks().saturating_sub(start));
+            turn.concurrent -= 1;
+            if turn.concurrent == 0 {
+                core.word.fetch_and(!SHARED, AcqRel);
+                let cancelled = core.word.load(Relaxed) & CANCELLED != 0;
+                let more = !turn.items.is_empty() || cancelled;
+                drop(turn);
+                if more {
+                    core.word.fetch_or(PENDING, AcqRel);
+                    core.schedule();
+                }
+            }
+        }));
+    }
+
     /// Drops what waits, then runs the cancel handlers, one after the other.
-    fn run_cancelled(self: &Arc<Self>) {
+    fn run_cancelled(self: &Arc<Self>, mut mine: VecDeque<Item>) {
         loop {
-            let mut state = self.state.lock().expect(NO_PANIC);
-            let dropped = std::mem::take(&mut state.inbox);
-            let handlers = std::mem::take(&mut state.cancel_handlers);
-            drop(state);
+            let mut turn = self.turn.lock().expect(NO_PANIC);
+            let mut inbox = self.inbox.lock().expect(NO_PANIC);
+            let mut dropped = std::mem::take(&mut mine);
+            dropped.append(&mut turn.items);
+            dropped.append(&mut inbox.items);
+            inbox.dropped += dropped.len() as u64;
+            // Concurrent blocks are work in progress: the handlers wait for them.
+            let handlers = match turn.concurrent {
+                0 => std::mem::take(&mut inbox.cancel_handlers),
+                _ => Vec::new(),
+            };
+            self.word.fetch_and(!PENDING, AcqRel);
+            drop((turn, inbox));
             if dropped.is_empty() && handlers.is_empty() {
                 return;
             }
-            self.dropped.fetch_add(dropped.len() as u64, Relaxed);
-            self.pushed.fetch_sub(dropped.len() as u64, Relaxed);
             dropped.into_iter().for_each(Item::cancelled);
-            handlers.into_iter().for_each(|handler| self.guarded(handler));
+            handlers.into_iter().for_each(|handler| self.guarded(|| handler.run()));
         }
+    }
+
+    /// Drops what waits on a scheduled queue whose engine is gone.
+    pub(crate) fn abandon(&self) {
+        let mut turn = self.turn.lock().expect(NO_PANIC);
+        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        let mut dropped = std::mem::take(&mut turn.items);
+        dropped.append(&mut inbox.items);
+        inbox.dropped += dropped.len() as u64;
+        let handlers = std::mem::take(&mut inbox.cancel_handlers);
+        self.word.fetch_and(!(PENDING | STAGE), AcqRel);
+        drop((turn, inbox));
+        dropped.into_iter().for_each(Item::cancelled);
+        drop(handlers);
     }
 
     /// Runs foreign code. A panic in it is that code's failure, not the queue's.
@@ -328,36 +525,70 @@ impl QueueCore {
         }
     }
 
-    fn note_run(&self, start: u64, end: u64) {
-        // Only the running thread writes these, so a load and a store are enough.
-        self.executed.store(self.executed.load(Relaxed) + 1, Relaxed);
-        let took = end.saturating_sub(start);
-        if took > self.longest_ns.load(Relaxed) {
-            self.longest_ns.store(took, Relaxed);
+    /// Ends this thread's turn.
+    fn release(self: &Arc<Self>) {
+        if self.word.compare_exchange(RUNNING, IDLE, AcqRel, Relaxed).is_ok() {
+            return;
+        }
+        let next = |word: u32| (word & !STAGE) | if word & PENDING == 0 { IDLE } else { SCHEDULED };
+        let before = self.word.fetch_update(AcqRel, Acquire, |word| Some(next(word)));
+        if before.is_ok_and(|word| word & PENDING != 0) {
+            self.become_ready();
         }
     }
 
-    /// Ends this thread's turn.
-    fn release(self: &Arc<Self>) {
-        let mut state = self.state.lock().expect(NO_PANIC);
-        let work_left = !state.inbox.is_empty() || !state.cancel_handlers.is_empty();
-        state.stage = if work_left { Stage::Scheduled } else { Stage::Idle };
-        drop(state);
-        if work_left {
-            self.engine.make_ready(self.clone());
+    /// Gives the queue up for a sleep.
+    fn put_down(self: &Arc<Self>) {
+        self.lay_down();
+        if !self.turn.lock().expect(NO_PANIC).items.is_empty() {
+            self.word.fetch_or(PENDING, AcqRel);
         }
+        self.release();
+    }
+
+    /// This thread holds the queue from now on, as `mark` says.
+    fn pick_up(&self, mark: usize) {
+        HELD.with_borrow_mut(|held| held.push(mark));
+    }
+
+    /// This thread does not hold the queue any more, as far as its innermost hold goes.
+    fn lay_down(&self) {
+        HELD.with_borrow_mut(|held| {
+            if let Some(at) = held.iter().rposition(|mark| mark & !BESIDE == self.address()) {
+                held.remove(at);
+            }
+        });
+    }
+
+    fn is_held(&self) -> bool {
+        HELD.with_borrow(|held| held.iter().any(|mark| mark & !BESIDE == self.address()))
+    }
+
+    fn is_held_once_and_alone(&self) -> bool {
+        HELD.with_borrow(|held| {
+            let mut marks = held.iter().filter(|mark| **mark & !BESIDE == self.address());
+            marks.next() == Some(&self.address()) && marks.next().is_none()
+        })
+    }
+
+    pub(crate) fn address(&self) -> usize {
+        (&raw const *self).addr()
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     pub(crate) fn numbers(&self) -> QueueNumbers {
-        let executed = self.executed.load(Relaxed);
-        QueueNumbers {
-            name: self.name.clone(),
-            depth: self.pushed.load(Relaxed).saturating_sub(executed),
-            executed,
-            dropped: self.dropped.load(Relaxed),
-            longest_ns: self.longest_ns.load(Relaxed),
-        }
+        let inbox = self.inbox.lock().expect(NO_PANIC);
+        let depth = self.numbers.depth(inbox.pushed - inbox.dropped);
+        self.numbers.read(&self.name, depth, inbox.dropped, self.engine.scale.rate())
     }
+}
+
+/// Whether the calling thread runs no queue at all.
+pub(crate) fn holds_nothing() -> bool {
+    HELD.with_borrow(Vec::is_empty)
 }
 
 impl Item {
@@ -369,48 +600,31 @@ impl Item {
     }
 }
 
-impl Baton {
-    fn is_waiting(&self) -> bool {
-        *self.turn.lock().expect(NO_PANIC) == Turn::Waiting
-    }
-
-    fn wait(&self) -> Result<(), IOReturn> {
-        let turn = self.turn.lock().expect(NO_PANIC);
-        let turn = self.changed.wait_while(turn, |turn| *turn == Turn::Waiting).expect(NO_PANIC);
-        if *turn == Turn::Granted { Ok(()) } else { Err(IOReturn::ABORTED) }
-    }
-
-    fn end(&self, turn: Turn) {
-        *self.turn.lock().expect(NO_PANIC) = turn;
-        self.changed.notify_one();
-    }
-}
-
 /// This thread runs a queue: recorded for `on_queue`, released on drop, also by a panic that
 /// passes through `dispatch_sync`.
-struct Holding {
-    /// `None` once somebody else took over.
-    core: RefCell<Option<Arc<QueueCore>>>,
+struct Holding<'a> {
+    core: &'a Arc<QueueCore>,
+    passed_on: Cell<bool>,
 }
 
-impl Holding {
-    fn of(core: Arc<QueueCore>) -> Self {
-        HELD.with_borrow_mut(|held| held.push(core.clone()));
-        Self { core: RefCell::new(Some(core)) }
+impl<'a> Holding<'a> {
+    fn of(core: &'a Arc<QueueCore>) -> Self {
+        core.pick_up(core.address());
+        Self { core, passed_on: Cell::new(false) }
     }
 
     /// Gives the queue up without releasing it: another thread runs it from here on.
     fn pass_on(&self) {
-        self.core.take();
-        HELD.with_borrow_mut(|held| held.pop());
+        self.passed_on.set(true);
+        self.core.lay_down();
     }
 }
 
-impl Drop for Holding {
+impl Drop for Holding<'_> {
     fn drop(&mut self) {
-        if let Some(core) = self.core.take() {
-            HELD.with_borrow_mut(|held| held.pop());
-            core.release();
+        if !self.passed_on.get() && self.core.is_held() {
+            self.core.lay_down();
+            self.core.release();
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 use iohost_event::Clock;
 use iohost_interface::IOReturn;
 
-use crate::deadlines::{Armed, Expire};
+use crate::deadlines::{Armed, Deadline, Expire};
 use crate::handler::{Handler, HandlerSlot};
 use crate::queue::{Deliver, Item};
 use crate::{Block, NO_PANIC, Queue};
@@ -36,13 +36,6 @@ struct State {
     /// Goes up with each arming: an expiration of an earlier one is stale.
     generation: u64,
     expired: Option<u64>,
-}
-
-#[derive(Clone, Copy)]
-struct Deadline {
-    clock: Clock,
-    at: u64,
-    leeway: u64,
 }
 
 impl TimerSource {
@@ -85,8 +78,8 @@ impl TimerSource {
         if !self.core.handler.is_set() {
             return Err(IOReturn::NO_RESOURCES);
         }
-        self.core.disarm(&mut state);
         state.generation += 1;
+        state.expired = None;
         state.wanted = Some(Deadline { clock, at: deadline, leeway });
         if state.enabled {
             self.core.arm(&mut state);
@@ -140,11 +133,17 @@ impl Drop for TimerSource {
 
 impl TimerCore {
     fn arm(&self, state: &mut State) {
-        if let Some(Deadline { clock, at, leeway }) = state.wanted {
+        let Some(deadline) = state.wanted else { return };
+        let deadlines = &self.queue.engine().deadlines;
+        let moved =
+            state.armed.and_then(|armed| deadlines.rearm(armed, deadline, state.generation));
+        state.armed = moved.or_else(|| {
+            if let Some(armed) = state.armed {
+                deadlines.disarm(armed);
+            }
             let timer: Weak<dyn Expire> = self.this.clone();
-            let deadlines = &self.queue.engine().deadlines;
-            state.armed = Some(deadlines.arm(clock, at, leeway, timer, state.generation));
-        }
+            Some(deadlines.arm(deadline, timer, state.generation))
+        });
     }
 
     fn disarm(&self, state: &mut State) {

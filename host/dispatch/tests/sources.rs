@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use iohost_dispatch::{
-    Clock, Engine, EngineClock, InterruptEvent, InterruptLine, InterruptSource, Queue, Signal,
-    TimerSource,
+    Clock, Engine, EngineClock, InterruptEvent, InterruptLine, InterruptSource, Queue,
+    QueueOptions, Signal, TimerSource,
 };
 use iohost_interface::IOReturn;
 
@@ -20,7 +20,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let engine = Engine::manual(EngineClock::Virtual).unwrap();
-        let queue = Queue::create(&engine, "bench").unwrap();
+        let queue = Queue::create(&engine, "bench", QueueOptions::default()).unwrap();
         Self { engine, queue, seen: Arc::default() }
     }
 
@@ -266,7 +266,7 @@ fn a_timer_without_a_handler_cannot_be_armed() {
 #[test]
 fn real_timers_on_all_clocks_fire_after_their_deadlines() {
     let engine = Engine::with_workers(2).unwrap();
-    let queue = Queue::create(&engine, "real").unwrap();
+    let queue = Queue::create(&engine, "real", QueueOptions::default()).unwrap();
     for clock in [Clock::Uptime, Clock::Continuous, Clock::Wall] {
         let (send, receive) = std::sync::mpsc::channel();
         let timer = TimerSource::create(&queue, move |_| send.send(clock.now()).unwrap());
@@ -279,7 +279,7 @@ fn real_timers_on_all_clocks_fire_after_their_deadlines() {
 #[test]
 fn ten_thousand_interrupts_from_another_thread_are_all_counted() {
     let engine = Engine::with_workers(3).unwrap();
-    let queue = Queue::create(&engine, "storm").unwrap();
+    let queue = Queue::create(&engine, "storm", QueueOptions::default()).unwrap();
     let signal = Arc::new(Signal::new().unwrap());
     let (send, receive) = std::sync::mpsc::channel();
     let source = InterruptSource::create(
@@ -297,4 +297,16 @@ fn ten_thousand_interrupts_from_another_thread_are_all_counted() {
         total += receive.recv().unwrap();
     }
     assert_eq!(total, 10_000);
+}
+
+#[test]
+fn an_interrupt_that_was_looked_at_before_it_was_delivered_is_delivered() {
+    let bench = Bench::new();
+    let signal = Arc::new(Signal::new().unwrap());
+    let source = bench.interrupt(&signal, InterruptLine::Edge);
+    source.set_enable(true, None).unwrap();
+    assert!(bench.settled().is_empty());
+    signal.raise();
+    assert_eq!(source.last_interrupt().count, 1);
+    assert_eq!(bench.settled(), ["count 1"]);
 }

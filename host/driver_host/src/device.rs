@@ -38,6 +38,8 @@ pub struct Device {
 struct Interrupts {
     /// What the driver chose, with the number of vectors.
     chosen: Option<(InterruptKind, u32)>,
+    /// The driver looked before it chose: what there is by default stays.
+    resolved: bool,
     /// One eventfd per vector of the kind that is enabled.
     signals: Vec<Arc<Signal>>,
     enabled: Option<InterruptKind>,
@@ -50,6 +52,8 @@ struct Dma {
     space: IovaSpace,
     /// What is mapped, by address.
     prepared: BTreeMap<u64, Arc<SharedMemory>>,
+    /// Why the last mapping that was refused was refused.
+    last_refusal: Option<DeviceError>,
 }
 
 /// An interrupt that has been taken for a source.
@@ -81,7 +85,7 @@ impl Device {
         let device = Self {
             allowed,
             interrupts: Mutex::default(),
-            dma: Mutex::new(Dma { space, prepared: BTreeMap::new() }),
+            dma: Mutex::new(Dma { space, prepared: BTreeMap::new(), last_refusal: None }),
             mapped: Mutex::default(),
             backend,
         };
@@ -130,27 +134,47 @@ impl Device {
             let same = chosen == kind && count >= required;
             return if same { Ok(()) } else { Err(IOReturn::UNSUPPORTED) };
         }
+        if interrupts.resolved {
+            let enough = self.count_by_default(kind) >= required;
+            return if enough { Ok(()) } else { Err(IOReturn::UNSUPPORTED) };
+        }
         let available = self.count(kind);
         if available == 0 {
-            return Err(IOReturn::UNSUPPORTED);
+            return Err(self.lacking(kind));
         }
         if available < required {
             return Err(IOReturn::NO_SPACE);
         }
-        interrupts.chosen = Some((kind, requested.min(available)));
+        let granted = match kind {
+            // A device sends a power of two of different messages.
+            InterruptKind::Msi => requested.min(available).next_power_of_two(),
+            InterruptKind::IntX | InterruptKind::MsiX => requested,
+        };
+        interrupts.chosen = Some((kind, granted.min(available)));
         Ok(())
+    }
+
+    /// The answer to a driver that asks for a kind of interrupt that is not there: it may have
+    /// mistaken one kind of message for the other.
+    fn lacking(&self, kind: InterruptKind) -> IOReturn {
+        let other = match kind {
+            InterruptKind::IntX => 0,
+            InterruptKind::Msi => self.count(InterruptKind::MsiX),
+            InterruptKind::MsiX => self.count(InterruptKind::Msi),
+        };
+        if other > 0 { IOReturn::BAD_ARGUMENT } else { IOReturn::UNSUPPORTED }
     }
 
     /// The kind of the interrupt at `index`.
     pub(crate) fn interrupt_kind(&self, index: u32) -> Result<InterruptKind, IOReturn> {
-        let interrupts = self.interrupts.lock().expect(NO_PANIC);
-        self.resolve(&interrupts, index).map(|(kind, _)| kind)
+        let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
+        self.resolve(&mut interrupts, index).map(|(kind, _)| kind)
     }
 
     /// Takes the interrupt at `index` for a source.
     pub(crate) fn take_interrupt(self: &Arc<Self>, index: u32) -> Result<TakenInterrupt, IOReturn> {
         let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
-        let (kind, vector) = self.resolve(&interrupts, index)?;
+        let (kind, vector) = self.resolve(&mut interrupts, index)?;
         if interrupts.enabled.is_some_and(|enabled| enabled != kind)
             || interrupts.taken.contains(&vector)
         {
@@ -177,6 +201,10 @@ impl Device {
     pub(crate) fn give_back_interrupt(&self, vector: u32) {
         let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
         interrupts.taken.remove(&vector);
+        if let Some(signal) = interrupts.signals.get(vector as usize) {
+            // What came and was not delivered is not for the next source.
+            signal.take();
+        }
         if interrupts.taken.is_empty() {
             drop(interrupts);
             self.disable_interrupts();
@@ -203,7 +231,9 @@ impl Device {
             dma.space.allocate(memory.len() as u64, bits, 1).map_err(|err| no_room(&err))?;
         if let Err(err) = self.backend.dma_map(address, &memory) {
             dma.space.free(address).expect(ALLOCATED);
-            return Err(refused(&err));
+            let status = refused(&err);
+            dma.last_refusal = Some(err);
+            return Err(status);
         }
         dma.prepared.insert(address, memory);
         Ok(address)
@@ -221,22 +251,36 @@ impl Device {
         Ok(())
     }
 
+    /// Why the backend refused the last mapping that it refused; told once.
+    pub(crate) fn last_dma_refusal(&self) -> Option<DeviceError> {
+        self.dma.lock().expect(NO_PANIC).last_refusal.take()
+    }
+
     fn count(&self, kind: InterruptKind) -> u32 {
         if self.allowed.contains(&kind) { self.backend.interrupt_count(kind) } else { 0 }
     }
 
-    /// Which vector of which kind an index means.
+    /// How many of a kind there are for a driver that chose nothing.
+    fn count_by_default(&self, kind: InterruptKind) -> u32 {
+        match kind {
+            InterruptKind::IntX | InterruptKind::Msi => self.count(kind).min(1),
+            InterruptKind::MsiX => 0,
+        }
+    }
+
+    /// Which vector of which kind an index means. From here on that stays so.
     fn resolve(
         &self,
-        interrupts: &Interrupts,
+        interrupts: &mut Interrupts,
         index: u32,
     ) -> Result<(InterruptKind, u32), IOReturn> {
+        interrupts.resolved = true;
         let found = match interrupts.chosen {
             Some((kind, count)) => (index < count).then_some((kind, index)),
             // Not configured: the line first, then one MSI vector.
             None => {
-                let lines = self.count(InterruptKind::IntX).min(1);
-                let messages = self.count(InterruptKind::Msi).min(1);
+                let lines = self.count_by_default(InterruptKind::IntX);
+                let messages = self.count_by_default(InterruptKind::Msi);
                 if index < lines {
                     Some((InterruptKind::IntX, 0))
                 } else {

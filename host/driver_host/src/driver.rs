@@ -2,11 +2,11 @@
 
 use std::sync::{Arc, Mutex};
 
-use iohost_dispatch::{Engine, Queue};
+use iohost_dispatch::{Engine, Queue, QueueOptions};
 use iohost_interface::{Arguments, IOReturn, ReplySink};
 
-use crate::Device;
 use crate::plugin::{Failure, Instance, Plugin, SessionQueue};
+use crate::{Device, Services};
 
 /// A started driver. Dropping it stops the driver first.
 ///
@@ -17,6 +17,7 @@ pub struct Driver {
     instance: Mutex<Option<Instance>>,
     queue: Queue,
     failure: Failure,
+    services: Arc<Services>,
 }
 
 /// Why a driver did not start.
@@ -31,14 +32,21 @@ pub struct StartError {
 
 impl Driver {
     /// Starts a driver on a device, on a new queue of `engine`.
-    pub fn start(engine: &Engine, plugin: Plugin, device: Arc<Device>) -> Result<Self, StartError> {
+    pub fn start(
+        engine: &Engine,
+        plugin: Plugin,
+        device: Arc<Device>,
+        services: Arc<Services>,
+    ) -> Result<Self, StartError> {
         let failed = |status, message| StartError { status, message };
-        let queue = Queue::create(engine, "default").map_err(|status| failed(status, None))?;
+        let queue = Queue::create(engine, "Default", QueueOptions::default())
+            .map_err(|status| failed(status, None))?;
         let failure = Failure::default();
-        let started = queue.dispatch_sync(|| plugin.start(&queue, &failure, device));
+        let started = queue.dispatch_sync(|| plugin.start(&queue, &failure, &services, device));
         match started.flatten() {
             Ok(instance) => {
-                Ok(Self { plugin, instance: Mutex::new(Some(instance)), queue, failure })
+                let instance = Mutex::new(Some(instance));
+                Ok(Self { plugin, instance, queue, failure, services })
             }
             Err(status) => {
                 let message = failure.lock().expect(NO_PANIC).take();
@@ -57,6 +65,11 @@ impl Driver {
         self.plugin.describe()
     }
 
+    /// What the driver may know of other services.
+    pub fn services(&self) -> &Services {
+        &self.services
+    }
+
     /// The driver's default queue.
     pub fn queue(&self) -> &Queue {
         &self.queue
@@ -72,9 +85,13 @@ impl Driver {
         sink: Box<dyn ReplySink>,
     ) {
         let driver = self.clone();
-        self.queue.dispatch_async(move || match &*driver.instance.lock().expect(NO_PANIC) {
-            Some(instance) => instance.call(session, selector, &arguments, sink),
-            None => sink.deliver(Err(IOReturn::NOT_READY)),
+        let mut owed = Owed(Some(sink));
+        self.queue.dispatch_async(move || {
+            if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC)
+                && let Some(sink) = owed.0.take()
+            {
+                instance.call(session, selector, &arguments, sink);
+            }
         });
     }
 
@@ -112,7 +129,23 @@ impl Driver {
             }
             instance
         });
-        drop(stopped);
+        if stopped.is_err() {
+            // The driver cancelled its own queue, so nothing can be called there. Its release
+            // can, from any thread, and quiets it too.
+            drop(self.instance.lock().expect(NO_PANIC).take());
+        }
+    }
+}
+
+/// A call on its way to the driver. One that does not get there is answered all the same: the
+/// driver has stopped, or has cancelled its queue.
+struct Owed(Option<Box<dyn ReplySink>>);
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        if let Some(sink) = self.0.take() {
+            sink.deliver(Err(IOReturn::NOT_READY));
+        }
     }
 }
 

@@ -2,7 +2,9 @@
 //!
 //! From the inside out: [`Device`] is a device as its driver sees it, over any backend;
 //! `plugin.rs` is the host's end of the C ABI; [`Driver`] is a started driver with its queue;
-//! `session.rs` carries the calls of clients to it; [`process`] is the conversation with the
+//! `services.rs` has what the driver may know of others;
+//! `session.rs` carries the calls of clients to it, and actions both ways
+//! (`session_actions.rs`); [`process`] is the conversation with the
 //! daemon. [`plugin_file`] reads a plugin's descriptor from its file, without running it.
 //!
 //! The testkit uses the same [`Driver`], with a device that is a Rust value.
@@ -14,8 +16,11 @@ mod driver;
 mod plugin;
 pub mod plugin_file;
 pub mod process;
+mod services;
 mod session;
+mod session_actions;
 
 pub use device::Device;
 pub use driver::{Driver, StartError};
 pub use plugin::{LoadedPlugin, Plugin, SessionQueue};
+pub use services::Services;

@@ -10,6 +10,9 @@
 //! 2. An object it passes is one that we gave it and that it has not released.
 //! 3. `Work` and `Handler` hold functions that take their context, from any thread.
 //! 4. Pointers it passes are valid for the call; out-parameters can be written.
+//! 5. It uses a reply on one thread at a time. `DriverAction` holds functions that take their
+//!    context from any thread, `invoke` also several at a time, `drop` last; so does
+//!    `ServiceHandler`.
 //!
 //! Our side: objects are `Arc`s turned into pointers, so each release is matched; a context is
 //! dropped exactly once because a Rust value with a `Drop` owns it; a panic in a function of a
@@ -27,21 +30,26 @@ use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Mutex};
 
+use iohost_control::host::RunningService;
 use iohost_device_backend::InterruptKind;
 use iohost_dispatch::{
-    Block, Clock, DescriptorSource, InterruptEvent, InterruptSource, Queue, TimerSource,
+    Block, Clock, DescriptorSource, InterruptEvent, InterruptSource, Queue, QueueOptions,
+    TimerSource,
 };
 use iohost_driver_abi::{
-    ABI_VERSION, CallArguments, DEVICE, DISPATCH, DeviceBar, DeviceTable, DispatchTable,
-    DriverDescriptor, DriverEntry, Handler, HostDescriptor, HostDevice, HostInterrupt, HostMemory,
-    HostQueue, HostReply, HostTable, HostTimer, SESSION, SYMBOL, SessionInfo, SessionTable, Work,
+    ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DeviceBar, DeviceTable,
+    DispatchTable, DriverAction, DriverDescriptor, DriverEntry, Handler, HostAction,
+    HostDescriptor, HostDevice, HostInterrupt, HostInvocation, HostMemory, HostQueue, HostReply,
+    HostTable, HostTimer, HostWatch, SERVICES, SESSION, SYMBOL, ServiceHandler, ServiceText,
+    ServicesTable, SessionInfo, SessionTable, Work,
 };
-use iohost_interface::{Arguments, IOReturn, ReplySink};
+use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, PassedAction, ReplySink};
 use iohost_memory::SharedMemory;
 use log::{Level, error};
 
 use crate::Device;
 use crate::device::refused;
+use crate::services::{Services, Watcher};
 
 /// What a driver failed of, in words; `None` while it has not.
 pub(crate) type Failure = Arc<Mutex<Option<String>>>;
@@ -114,9 +122,14 @@ impl Plugin {
         &self,
         queue: &Queue,
         failure: &Failure,
+        services: &Arc<Services>,
         device: Arc<Device>,
     ) -> Result<Instance, IOReturn> {
-        let queue = Arc::new(QueueObject { queue: queue.clone(), failure: failure.clone() });
+        let queue = Arc::new(QueueObject {
+            queue: queue.clone(),
+            failure: failure.clone(),
+            services: services.clone(),
+        });
         let (queue, device) = (Lent::of(queue), Lent::of(device));
         let mut instance = ptr::null_mut();
         // SAFETY: contract 1; both objects are lent for the call, the table is for ever.
@@ -175,14 +188,9 @@ impl Instance {
         arguments: &Arguments,
         sink: Box<dyn ReplySink>,
     ) {
-        let arguments = CallArguments {
-            scalars: arguments.scalars.as_ptr(),
-            scalar_count: arguments.scalars.len(),
-            structure: arguments.structure.as_ptr(),
-            structure_len: arguments.structure.len(),
-        };
-        // A box of a box, because a pointer to a trait object has no C form.
-        let reply = Box::into_raw(Box::new(sink));
+        let passed = arguments.actions.clone();
+        let arguments = lent(arguments);
+        let reply = Box::into_raw(Box::new(ReplyObject { sink, passed, given: Vec::new() }));
         // SAFETY: as in `stop`; the arguments live for the call, the reply is given away.
         unsafe {
             (self.entry.call)(self.instance, session, selector, &raw const arguments, reply.cast());
@@ -222,12 +230,106 @@ impl Drop for Instance {
     }
 }
 
+/// Arguments for the length of a call, without their actions.
+fn lent(arguments: &Arguments) -> CallArguments {
+    CallArguments {
+        scalars: arguments.scalars.as_ptr(),
+        scalar_count: arguments.scalars.len(),
+        structure: arguments.structure.as_ptr(),
+        structure_len: arguments.structure.len(),
+    }
+}
+
 // ---- Objects ----
+
+/// What a `HostReply` is: owned by the plugin alone, until it is consumed.
+struct ReplyObject {
+    sink: Box<dyn ReplySink>,
+    /// Actions of the call that the driver has not taken.
+    passed: Vec<PassedAction>,
+    /// Actions of the driver's that go with the results.
+    given: Vec<PassedAction>,
+}
+
+/// What a `HostAction` is.
+struct ActionObject {
+    target: Arc<dyn ActionTarget>,
+}
+
+/// A handle to an action of the driver's.
+struct DriverTarget(DriverAction);
+
+// SAFETY: contract 5.
+unsafe impl Send for DriverTarget {}
+// SAFETY: contract 5.
+unsafe impl Sync for DriverTarget {}
+
+impl ActionTarget for DriverTarget {
+    fn invoke(&self, arguments: Arguments, completion: Completion) -> Result<(), IOReturn> {
+        if !arguments.actions.is_empty() {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        let arguments = lent(&arguments);
+        let invocation = Box::into_raw(Box::new(completion)).cast();
+        // SAFETY: contract 5; the arguments live for the call, the invocation is given away.
+        let status = unsafe { (self.0.invoke)(self.0.context, &raw const arguments, invocation) };
+        IOReturn(status).result()
+    }
+}
+
+impl Drop for DriverTarget {
+    fn drop(&mut self) {
+        // SAFETY: contract 5; once, and nobody can invoke it any more.
+        unsafe { (self.0.drop)(self.0.context) }
+    }
+}
 
 /// What a `HostQueue` is.
 struct QueueObject {
     queue: Queue,
     failure: Failure,
+    services: Arc<Services>,
+}
+
+/// What a `HostWatch` is: code of the plugin that hears of services.
+struct ForeignWatcher(ServiceHandler);
+
+// SAFETY: contract 5, which holds for this handler too.
+unsafe impl Send for ForeignWatcher {}
+// SAFETY: the same.
+unsafe impl Sync for ForeignWatcher {}
+
+impl ForeignWatcher {
+    fn tell(&self, began: u32, service: &RunningService) {
+        let RunningService { name, driver, interface, .. } = service;
+        let text = ServiceText {
+            name: name.as_ptr(),
+            name_len: name.len(),
+            driver: driver.as_ptr(),
+            driver_len: driver.len(),
+            interface: interface.as_ptr(),
+            interface_len: interface.len(),
+        };
+        // SAFETY: contract 5; the texts live for the call.
+        unsafe { (self.0.call)(self.0.context, began, &raw const text) }
+    }
+}
+
+impl Watcher for ForeignWatcher {
+    fn began(&self, service: &RunningService) {
+        self.tell(1, service);
+    }
+
+    fn ended(&self, service: &RunningService) {
+        self.tell(0, service);
+    }
+}
+
+impl Drop for ForeignWatcher {
+    fn drop(&mut self) {
+        // SAFETY: contract 5; once, and after the last call, which borrowed `self`.
+        unsafe { (self.0.drop)(self.0.context) }
+    }
 }
 
 /// What a `HostInterrupt` is.
@@ -264,6 +366,8 @@ macro_rules! objects {
 }
 objects! {
     QueueObject => HostQueue;
+    ActionObject => HostAction;
+    ForeignWatcher => HostWatch;
     InterruptObject => HostInterrupt;
     TimerSource => HostTimer;
     DescriptorSource<OwnedFd> => HostDescriptor;
@@ -444,6 +548,10 @@ unsafe extern "C" fn extension(name: *const c_char) -> *const c_void {
         (&raw const DEVICE_TABLE).cast()
     } else if name == SESSION {
         (&raw const SESSION_TABLE).cast()
+    } else if name == ACTION {
+        (&raw const ACTION_TABLE).cast()
+    } else if name == SERVICES {
+        (&raw const SERVICES_TABLE).cast()
     } else {
         ptr::null()
     }
@@ -503,10 +611,10 @@ unsafe extern "C" fn queue_create(
     let sibling = unsafe { object::<QueueObject>(sibling) };
     // SAFETY: contract 4.
     let name = unsafe { text_of(name, name_len) };
-    let made = sibling.queue.create_beside(&name);
-    let failure = sibling.failure.clone();
+    let made = sibling.queue.create_beside(&name, QueueOptions::default());
+    let (failure, services) = (sibling.failure.clone(), sibling.services.clone());
     // SAFETY: contract 4.
-    unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure }))) }
+    unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure, services }))) }
 }
 
 unsafe extern "C" fn queue_retain(queue: *mut HostQueue) {
@@ -958,12 +1066,84 @@ static SESSION_TABLE: SessionTable = SessionTable { size: size_of::<SessionTable
 
 unsafe extern "C" fn reply(reply: *mut HostReply, status: i32, results: *const CallArguments) {
     // SAFETY: contract 2: made by `Instance::call`, given back once.
-    let sink = unsafe { Box::from_raw(reply.cast::<Box<dyn ReplySink>>()) };
+    let reply = unsafe { Box::from_raw(reply.cast::<ReplyObject>()) };
+    let ReplyObject { sink, given, .. } = *reply;
     let answer = IOReturn(status).result().and_then(|()| {
         // SAFETY: contract 4.
-        unsafe { copied(results) }
+        let mut results = unsafe { copied(results) }?;
+        if given.iter().any(|action| action.scalar >= results.scalars.len()) {
+            return Err(IOReturn::BAD_ARGUMENT);
+        }
+        results.actions = given;
+        Ok(results)
     });
     sink.deliver(answer);
+}
+
+static ACTION_TABLE: ActionTable = ActionTable {
+    size: size_of::<ActionTable>() as u32,
+    passed: action_passed,
+    take: action_take,
+    give: action_give,
+    invoke: action_invoke,
+    release: action_release,
+    ended: action_ended,
+};
+
+unsafe extern "C" fn action_passed(reply: *const HostReply) -> u64 {
+    // SAFETY: contract 2: made by `Instance::call`, not consumed; contract 5: nobody writes it.
+    let reply = unsafe { &*reply.cast::<ReplyObject>() };
+    reply.passed.iter().fold(0, |bits, action| bits | 1 << action.scalar)
+}
+
+unsafe extern "C" fn action_take(
+    reply: *mut HostReply,
+    scalar: u32,
+    action: *mut *mut HostAction,
+) -> i32 {
+    // SAFETY: contract 2: made by `Instance::call`, not consumed; contract 5: used by us alone.
+    let reply = unsafe { &mut *reply.cast::<ReplyObject>() };
+    let place = reply.passed.iter().position(|passed| passed.scalar == scalar as usize);
+    let target = place.and_then(|place| reply.passed.remove(place).target);
+    let taken = target.ok_or(IOReturn::NOT_FOUND);
+    // SAFETY: contract 4.
+    unsafe { written(action, taken.map(|target| give(ActionObject { target }))) }
+}
+
+unsafe extern "C" fn action_give(reply: *mut HostReply, scalar: u32, action: DriverAction) -> i32 {
+    let target: Arc<dyn ActionTarget> = Arc::new(DriverTarget(action));
+    // SAFETY: contract 2: made by `Instance::call`, not consumed; contract 5: used by us alone.
+    let reply = unsafe { &mut *reply.cast::<ReplyObject>() };
+    let scalar = scalar as usize;
+    let taken = reply.given.iter().any(|given| given.scalar == scalar);
+    if taken || scalar >= Arguments::MOST_SCALARS {
+        return IOReturn::BAD_ARGUMENT.0;
+    }
+    reply.given.push(PassedAction { scalar, target: Some(target) });
+    0
+}
+
+unsafe extern "C" fn action_invoke(
+    action: *mut HostAction,
+    arguments: *const CallArguments,
+) -> i32 {
+    // SAFETY: contract 2.
+    let action = unsafe { object::<ActionObject>(action) };
+    // SAFETY: contract 4.
+    let arguments = unsafe { copied(arguments) };
+    let invoked =
+        arguments.and_then(|arguments| action.target.invoke(arguments, Completion::default()));
+    IOReturn::code(&invoked)
+}
+
+unsafe extern "C" fn action_release(action: *mut HostAction) {
+    // SAFETY: contract 2.
+    unsafe { released::<ActionObject>(action) }
+}
+
+unsafe extern "C" fn action_ended(invocation: *mut HostInvocation) {
+    // SAFETY: contract 2: made by `DriverTarget::invoke`, given back once.
+    drop(unsafe { Box::from_raw(invocation.cast::<Completion>()) });
 }
 
 /// # Safety
@@ -990,4 +1170,43 @@ unsafe fn copied(results: *const CallArguments) -> Result<Arguments, IOReturn> {
         arguments.structure = bytes.to_vec();
     }
     Ok(arguments)
+}
+
+static SERVICES_TABLE: ServicesTable = ServicesTable {
+    size: size_of::<ServicesTable>() as u32,
+    watch: services_watch,
+    watch_release: services_watch_release,
+};
+
+unsafe extern "C" fn services_watch(
+    queue: *mut HostQueue,
+    handler: ServiceHandler,
+    watch: *mut *mut HostWatch,
+) -> i32 {
+    let watcher = Arc::new(ForeignWatcher(handler));
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    queue.services.watch(watcher.clone());
+    // SAFETY: contract 4.
+    unsafe { written(watch, Ok(Arc::into_raw(watcher).cast_mut().cast())) }
+}
+
+unsafe extern "C" fn services_watch_release(watch: *mut HostWatch) {
+    // SAFETY: contract 2.
+    unsafe { released::<ForeignWatcher>(watch) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_of_no_clock_is_a_bad_argument() {
+        let known = [0x80, 0x84, 0x88, 0xC4, 0xC8];
+        let others = (0..0x1000).chain([0x1_0000_0088, u64::MAX]);
+        for number in others.filter(|number| !known.contains(number)) {
+            assert_eq!(clock(number), Err(IOReturn::BAD_ARGUMENT), "{number:#x}");
+        }
+        assert!(known.into_iter().all(|number| clock(number).is_ok()));
+    }
 }

@@ -15,12 +15,14 @@ use iohost_device_backend::{
 };
 use iohost_dispatch::Engine;
 use iohost_event::{PacketError, Packets};
+use iohost_interface::IOReturn;
+use iohost_pci::{PciError, Sysfs};
 use log::{debug, info, warn};
 
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, SessionQueue};
 use crate::session::Sessions;
-use crate::{Device, Driver, plugin_file};
+use crate::{Device, Driver, Services, StartError, plugin_file};
 
 /// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
 pub fn run(daemon: Packets) -> Result<()> {
@@ -62,6 +64,16 @@ impl Conversation {
                 ToHost::CloseSession { session } => {
                     if let Some(sessions) = &running.sessions {
                         sessions.close(session);
+                    }
+                }
+                ToHost::ServiceBegan(service) => {
+                    if let Some(driver) = &running.driver {
+                        driver.services().began(service);
+                    }
+                }
+                ToHost::ServiceEnded { name } => {
+                    if let Some(driver) = &running.driver {
+                        driver.services().ended(&name);
                     }
                 }
                 ToHost::Query => self.send(&FromHost::Statistics(running.statistics()))?,
@@ -167,12 +179,13 @@ impl Running {
             message: format!("{plugin} cannot be loaded: {}", with_sources(&err)),
             next: "run `ldd` on it: a library it needs may be missing".to_owned(),
         })?;
-        let driver = Driver::start(&engine, plugin, device.clone()).map_err(|err| Failure {
-            code: "driver-start".to_owned(),
-            message: format!("the driver did not start: {err}"),
-            next: "see the driver's own log lines; the device may be another one than it expects"
-                .to_owned(),
-        })?;
+        let asker = daemon.clone();
+        let services = Services::new(move || {
+            // The daemon gone: nobody to hear of services from.
+            let _ = send(&asker, &FromHost::WatchServices);
+        });
+        let started = Driver::start(&engine, plugin, device.clone(), Arc::new(services));
+        let driver = started.map_err(|err| start_failure(&err, device.last_dma_refusal()))?;
         ready.driver = driver.name();
         ready.interface = driver.description();
         let driver = Arc::new(driver);
@@ -217,13 +230,9 @@ impl Running {
 fn open_device(location: &DeviceLocation) -> Result<Arc<dyn DeviceBackend>, Failure> {
     match location {
         DeviceLocation::Vfio { address } => {
-            let sysfs = Path::new("/sys/bus/pci/devices").join(address);
-            let opened = VfioBackend::open(&sysfs);
-            opened.map(|backend| Arc::new(backend) as _).map_err(|err| Failure {
-                code: vfio_code(&err).to_owned(),
-                message: format!("{address} cannot be opened: {}", with_sources(&err)),
-                next: err.next_step(),
-            })
+            let directory = Path::new("/sys/bus/pci/devices").join(address);
+            let opened = VfioBackend::open(&directory);
+            opened.map(|backend| Arc::new(backend) as _).map_err(|err| vfio_failure(address, &err))
         }
         DeviceLocation::VfioUser { socket } => {
             let opened = VfioUserBackend::open(Path::new(socket));
@@ -238,17 +247,62 @@ fn open_device(location: &DeviceLocation) -> Result<Arc<dyn DeviceBackend>, Fail
     }
 }
 
+fn vfio_failure(address: &str, err: &VfioError) -> Failure {
+    let (reason, next) = match (err, blockers(address)) {
+        // VFIO only says that there are some.
+        (VfioError::NotViable { .. }, Some(blockers)) => {
+            (blockers.to_string(), blockers.next_step())
+        }
+        _ => (with_sources(err), err.next_step()),
+    };
+    let message = format!("{address} cannot be opened: {reason}");
+    Failure { code: vfio_code(err).to_owned(), message, next }
+}
+
+/// The members that keep VFIO from using the device's group, where sysfs shows some.
+fn blockers(address: &str) -> Option<PciError> {
+    let group = Sysfs::default().group_of(address.parse().ok()?).ok()?;
+    let blockers = group.blockers();
+    (!blockers.is_empty()).then_some(PciError::GroupNotViable { group: group.number, blockers })
+}
+
 fn vfio_code(err: &VfioError) -> &'static str {
     match err {
         VfioError::NoSuchDevice { .. } => "no-such-device",
         VfioError::NoIommu { .. } | VfioError::NoIommuDriver => "no-iommu",
-        VfioError::NodeMissing { .. } | VfioError::NotBound { .. } => "device-not-bound",
+        VfioError::NodeMissing { .. } | VfioError::NotBound { .. } => "not-bound",
         VfioError::Permission { .. } => "vfio-permission",
         VfioError::Busy { .. } => "device-busy",
         VfioError::NotViable { .. } => "group-not-viable",
         VfioError::UnsafeInterrupts { .. } => "no-interrupt-remapping",
         VfioError::LockedMemory { .. } => "memlock-too-small",
         _ => "device-open",
+    }
+}
+
+/// Why a driver did not start. `refusal` is the mapping that it did not get, if there was one.
+fn start_failure(err: &StartError, refusal: Option<DeviceError>) -> Failure {
+    match refusal {
+        // A driver gets no more than the status, and cannot say more than that.
+        Some(refusal @ DeviceError::LockedMemory { need, .. })
+            if err.status == IOReturn::CANNOT_LOCK =>
+        {
+            Failure {
+                code: "memlock-too-small".to_owned(),
+                message: format!("the driver did not start: {refusal}"),
+                next: format!(
+                    "raise the daemon's limit to at least {need} bytes: LimitMEMLOCK= of its \
+                     service, or ulimit -l {}",
+                    need.div_ceil(1024)
+                ),
+            }
+        }
+        _ => Failure {
+            code: "driver-start".to_owned(),
+            message: format!("the driver did not start: {err}"),
+            next: "see the driver's own log lines; the device may be another one than it expects"
+                .to_owned(),
+        },
     }
 }
 
@@ -283,4 +337,35 @@ fn allowed(choices: &[InterruptChoice]) -> Vec<InterruptKind> {
 pub fn inherited() -> Result<Packets> {
     let socket = std::io::stdin().as_fd().try_clone_to_owned()?;
     Ok(Packets::from(socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(status: IOReturn, refusal: Option<DeviceError>) -> Failure {
+        start_failure(&StartError { status, message: None }, refusal)
+    }
+
+    fn too_little() -> Option<DeviceError> {
+        Some(DeviceError::LockedMemory { len: 0x1000, need: 0x3000, have: 0x2800 })
+    }
+
+    #[test]
+    fn a_start_that_failed_for_want_of_locked_memory_tells_need_and_have() {
+        let failure = failure(IOReturn::CANNOT_LOCK, too_little());
+        assert_eq!(failure.code, "memlock-too-small");
+        assert!(failure.message.contains("needs 12288 bytes"), "{}", failure.message);
+        assert!(failure.message.ends_with("the limit is 10240"), "{}", failure.message);
+        assert!(failure.next.contains("ulimit -l 12"), "{}", failure.next);
+    }
+
+    #[test]
+    fn a_start_that_failed_for_another_reason_is_not_blamed_on_the_limit() {
+        for (status, refusal) in
+            [(IOReturn::CANNOT_LOCK, None), (IOReturn::UNSUPPORTED, too_little())]
+        {
+            assert_eq!(failure(status, refusal).code, "driver-start");
+        }
+    }
 }

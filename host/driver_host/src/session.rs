@@ -7,18 +7,23 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Arc, Mutex, Weak};
 
-use iohost_dispatch::{DescriptorSource, Queue};
+use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
-use iohost_interface::packet::{self, Call, ReplyPacket};
-use iohost_interface::{Arguments, IOReturn, ReplySink};
+use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket};
+use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, ReplySink};
 
 use crate::Driver;
 use crate::device::with_sources;
 use crate::plugin::SessionQueue;
+use crate::session_actions::SessionActions;
 
-/// The most calls of one session that wait for their answer. A client that sends more is not
-/// read until some are answered; its own sends block then.
+/// The most calls of one session that wait for their answer, and invocations of the driver's
+/// actions that wait for their end. A client that sends more is not read until some are done; its
+/// own sends block then.
 const MOST_CALLS: usize = 64;
+
+/// Packets of one session that are dealt with before others get their turn.
+const PACKETS_PER_TURN: usize = 256;
 
 /// Why the locks here are never poisoned.
 const NO_PANIC: &str = "no foreign code runs under a session lock";
@@ -40,8 +45,9 @@ struct Session {
     id: u64,
     socket: Arc<Packets>,
     source: Mutex<Option<DescriptorSource<Arc<Packets>>>>,
-    /// Calls that wait for their answer.
+    /// Calls that wait for their answer, and invocations that wait for their end.
     waiting: AtomicUsize,
+    actions: SessionActions,
 }
 
 impl Sessions {
@@ -49,7 +55,7 @@ impl Sessions {
         driver: Arc<Driver>,
         on_end: impl Fn(u64, &str) + Send + Sync + 'static,
     ) -> Result<Arc<Self>, IOReturn> {
-        let queue = driver.queue().create_beside("sessions")?;
+        let queue = driver.queue().create_beside("sessions", QueueOptions::default())?;
         Ok(Arc::new_cyclic(|this| Self {
             driver,
             queue,
@@ -80,6 +86,7 @@ impl Sessions {
             socket: socket.clone(),
             source: Mutex::new(None),
             waiting: AtomicUsize::new(0),
+            actions: SessionActions::new(),
         });
         self.open.lock().expect(NO_PANIC).insert(id, session.clone());
         let (sessions, reading) = (self.this.clone(), Arc::downgrade(&session));
@@ -108,22 +115,79 @@ impl Sessions {
     /// Takes what a client sent, as far as it may have calls waiting.
     fn read(&self, session: &Arc<Session>) {
         let mut buffer = [0; packet::LONGEST];
-        while session.waiting.load(Acquire) < MOST_CALLS {
-            let call = match session.socket.receive(&mut buffer, 0) {
-                Ok(packet) => Call::decode(&buffer[..packet.len]).map_err(|err| err.to_string()),
+        for _ in 0..PACKETS_PER_TURN {
+            if session.waiting.load(Acquire) >= MOST_CALLS {
+                // Goes on when there is one less.
+                return;
+            }
+            let packet = match session.socket.receive(&mut buffer, 0) {
+                Ok(packet) => FromClient::decode(&buffer[..packet.len]),
                 Err(PacketError::WouldBlock) => return,
                 Err(PacketError::Closed) => return self.end(session.id, ""),
-                Err(err) => Err(with_sources(&err)),
+                Err(err) => return self.end(session.id, &with_sources(&err)),
             };
-            match call {
-                Ok(Call { id, selector, arguments }) => {
-                    session.waiting.fetch_add(1, AcqRel);
-                    let sink = Answer { sessions: self.this.clone(), session: session.clone(), id };
-                    self.driver.call(session.id, selector, arguments, Box::new(sink));
+            let done = packet.map_err(|fault| fault.to_string()).and_then(|packet| match packet {
+                FromClient::Call(call) => self.call(session, call),
+                FromClient::Invoke(invocation) => self.invoke(session, invocation),
+                FromClient::Release { action } => {
+                    let held = session.actions.take_back(action);
+                    held.map(drop).ok_or_else(|| format!("gives back action {action}, has none"))
                 }
-                Err(reason) => return self.end(session.id, &reason),
+                FromClient::Taken { action, count } => {
+                    match session.actions.taken(&session.socket, action, count) {
+                        None => Err(format!("took {count} of action {action}, were not sent")),
+                        Some(sent) => sent.map_err(|err| unread(&err)),
+                    }
+                }
+            });
+            if let Err(reason) = done {
+                return self.end(session.id, &reason);
             }
         }
+        if let Some(source) = &*session.source.lock().expect(NO_PANIC) {
+            source.nudge();
+        }
+    }
+
+    fn call(&self, session: &Arc<Session>, call: Call) -> Result<(), String> {
+        let Call { id, selector, mut arguments } = call;
+        for passed in &mut arguments.actions {
+            let action = arguments.scalars[passed.scalar];
+            let target = ClientAction {
+                sessions: self.this.clone(),
+                session: Arc::downgrade(session),
+                action,
+            };
+            let fits = session.actions.hold();
+            // Made in any case: its drop is what counts down.
+            passed.target = Some(Arc::new(target));
+            if !fits {
+                return Err("passes too many actions".to_owned());
+            }
+        }
+        session.waiting.fetch_add(1, AcqRel);
+        let sink = Answer { sessions: self.this.clone(), session: session.clone(), id };
+        self.driver.call(session.id, selector, arguments, Box::new(sink));
+        Ok(())
+    }
+
+    fn invoke(&self, session: &Arc<Session>, invocation: Invocation) -> Result<(), String> {
+        let Invocation { action, arguments } = invocation;
+        let target = session.actions.target(action);
+        let target = target.ok_or_else(|| format!("invokes action {action}, has none"))?;
+        session.waiting.fetch_add(1, AcqRel);
+        let ended = session.clone();
+        match target.invoke(arguments, Completion::new(move || ended.one_less())) {
+            Err(IOReturn::BAD_ARGUMENT) => Err(format!("invokes action {action} wrongly")),
+            // A cancelled one has counted it; nobody is told.
+            Ok(()) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Ends a session, but not inside this call, which can be one of the driver's.
+    fn end_later(self: &Arc<Self>, id: u64, reason: String) {
+        let sessions = self.clone();
+        self.queue.dispatch_async(move || sessions.end(id, &reason));
     }
 
     fn end(&self, id: u64, reason: &str) {
@@ -138,6 +202,7 @@ impl Sessions {
         // Ends the reading; the socket closes with the last answer that is under way.
         let source = session.source.lock().expect(NO_PANIC).take();
         drop(source);
+        session.actions.end();
         self.driver.session_closed(id);
         true
     }
@@ -151,31 +216,75 @@ struct Answer {
 }
 
 impl ReplySink for Answer {
-    fn deliver(self: Box<Self>, answer: Result<Arguments, IOReturn>) {
+    fn deliver(self: Box<Self>, mut answer: Result<Arguments, IOReturn>) {
+        if let Ok(results) = &mut answer {
+            self.session.actions.give(results);
+        }
         let reply = ReplyPacket { id: self.id, answer }.encode();
         let sent = self.session.socket.send(&reply, &[]);
-        let before = self.session.waiting.fetch_sub(1, AcqRel);
-        match sent {
-            Ok(()) if before == MOST_CALLS => {
-                // Reading had stopped.
-                if let Some(source) = &*self.session.source.lock().expect(NO_PANIC) {
-                    source.nudge();
-                }
-            }
-            Ok(()) | Err(PacketError::Closed) => {}
-            Err(err) => {
-                // A client that asks and never reads the answers.
-                if let Some(sessions) = self.sessions.upgrade() {
-                    let session = self.session.id;
-                    let reason = match err {
-                        PacketError::WouldBlock => "does not read its answers".to_owned(),
-                        err => with_sources(&err),
-                    };
-                    // Not here: this can be the driver's own call of `complete`.
-                    let queue = sessions.queue.clone();
-                    queue.dispatch_async(move || sessions.end(session, &reason));
-                }
+        self.session.one_less();
+        end_unless(sent, &self.sessions, self.session.id);
+    }
+}
+
+impl Session {
+    /// A call was answered, or an invocation has ended.
+    fn one_less(&self) {
+        if self.waiting.fetch_sub(1, AcqRel) == MOST_CALLS {
+            // Reading had stopped.
+            if let Some(source) = &*self.source.lock().expect(NO_PANIC) {
+                source.nudge();
             }
         }
+    }
+}
+
+/// An action of a client's, in the driver's hands.
+struct ClientAction {
+    sessions: Weak<Sessions>,
+    session: Weak<Session>,
+    /// The client's number for it.
+    action: u64,
+}
+
+impl ActionTarget for ClientAction {
+    fn invoke(&self, arguments: Arguments, _: Completion) -> Result<(), IOReturn> {
+        let session = self.session.upgrade().ok_or(IOReturn::OFFLINE)?;
+        let invocation = Invocation { action: self.action, arguments };
+        let sent = session.actions.invoke(&session.socket, &invocation)?;
+        let gone = matches!(sent, Err(PacketError::Closed));
+        end_unless(sent, &self.sessions, session.id);
+        if gone { Err(IOReturn::OFFLINE) } else { Ok(()) }
+    }
+}
+
+impl Drop for ClientAction {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.upgrade() {
+            let sent = session.actions.release(&session.socket, self.action);
+            end_unless(sent, &self.sessions, session.id);
+        }
+    }
+}
+
+/// Ends a session whose client could not be sent something.
+fn end_unless(sent: Result<(), PacketError>, sessions: &Weak<Sessions>, session: u64) {
+    match sent {
+        // One that is gone is noticed by the reading.
+        Ok(()) | Err(PacketError::Closed) => {}
+        Err(err) => {
+            if let Some(sessions) = sessions.upgrade() {
+                sessions.end_later(session, unread(&err));
+            }
+        }
+    }
+}
+
+/// Why nothing could be sent.
+fn unread(err: &PacketError) -> String {
+    match err {
+        PacketError::WouldBlock => "does not read what it is sent".to_owned(),
+        PacketError::Closed => String::new(),
+        err => with_sources(err),
     }
 }

@@ -1,7 +1,9 @@
 //! The arguments of a call, in the form of `IOUserClientMethodArguments`: up to sixteen integers
 //! and one run of bytes, each way.
 
-use crate::IOReturn;
+use std::sync::Arc;
+
+use crate::{ActionTarget, IOReturn, PassedAction};
 
 /// What travels with a call or with its answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -10,6 +12,8 @@ pub struct Arguments {
     pub scalars: Vec<u64>,
     /// Bytes; at most [`Arguments::LONGEST_STRUCTURE`].
     pub structure: Vec<u8>,
+    /// Actions: which scalars stand for one, in ascending order.
+    pub actions: Vec<PassedAction>,
 }
 
 impl Arguments {
@@ -47,19 +51,44 @@ pub trait Argument: Sized {
 #[derive(Debug)]
 pub struct Taken {
     scalars: std::vec::IntoIter<u64>,
+    /// Scalars taken so far.
+    taken: usize,
     structure: Option<Vec<u8>>,
+    actions: Vec<PassedAction>,
 }
 
 impl From<Arguments> for Taken {
     fn from(arguments: Arguments) -> Self {
-        Self { scalars: arguments.scalars.into_iter(), structure: Some(arguments.structure) }
+        let Arguments { scalars, structure, actions } = arguments;
+        Self { scalars: scalars.into_iter(), taken: 0, structure: Some(structure), actions }
     }
 }
 
 impl Taken {
+    /// The next scalar, with the action it stands for if it does.
+    fn next(&mut self) -> Result<(u64, Option<PassedAction>), IOReturn> {
+        let scalar = self.scalars.next().ok_or(IOReturn::BAD_ARGUMENT)?;
+        let place = self.actions.iter().position(|action| action.scalar == self.taken);
+        self.taken += 1;
+        Ok((scalar, place.map(|place| self.actions.remove(place))))
+    }
+
+    fn scalar(&mut self) -> Result<u64, IOReturn> {
+        match self.next()? {
+            (scalar, None) => Ok(scalar),
+            (_, Some(_)) => Err(IOReturn::BAD_ARGUMENT),
+        }
+    }
+
+    pub(crate) fn action(&mut self) -> Result<Arc<dyn ActionTarget>, IOReturn> {
+        let (_, action) = self.next()?;
+        action.and_then(|action| action.target).ok_or(IOReturn::BAD_ARGUMENT)
+    }
+
     /// `BAD_ARGUMENT` when something is left over that nobody took.
     pub fn finish(self) -> Result<(), IOReturn> {
         let bytes_left = self.structure.is_some_and(|bytes| !bytes.is_empty());
+        // An action that is left over has a scalar that is.
         if bytes_left || self.scalars.len() != 0 { Err(IOReturn::BAD_ARGUMENT) } else { Ok(()) }
     }
 }
@@ -75,7 +104,7 @@ macro_rules! integers {
             }
 
             fn take(from: &mut Taken) -> Result<Self, IOReturn> {
-                let scalar = from.scalars.next().ok_or(IOReturn::BAD_ARGUMENT)?;
+                let scalar = from.scalar()?;
                 let value = scalar as $int;
                 if value as i64 as u64 == scalar { Ok(value) } else { Err(IOReturn::BAD_ARGUMENT) }
             }
@@ -92,9 +121,9 @@ impl Argument for bool {
     }
 
     fn take(from: &mut Taken) -> Result<Self, IOReturn> {
-        match from.scalars.next() {
-            Some(0) => Ok(false),
-            Some(1) => Ok(true),
+        match from.scalar() {
+            Ok(0) => Ok(false),
+            Ok(1) => Ok(true),
             _ => Err(IOReturn::BAD_ARGUMENT),
         }
     }
@@ -189,16 +218,16 @@ mod tests {
 
     #[test]
     fn a_value_that_does_not_fit_its_type_is_refused() {
-        let too_large = Arguments { scalars: vec![256], structure: vec![] };
+        let too_large = Arguments { scalars: vec![256], structure: vec![], ..Default::default() };
         assert_eq!(u8::from_arguments(too_large), Err(IOReturn::BAD_ARGUMENT));
     }
 
     #[test]
     fn missing_and_left_over_arguments_are_refused() {
-        let two = Arguments { scalars: vec![1, 2], structure: vec![] };
+        let two = Arguments { scalars: vec![1, 2], structure: vec![], ..Default::default() };
         assert_eq!(u64::from_arguments(two.clone()), Err(IOReturn::BAD_ARGUMENT));
         assert_eq!(<(u64, u64, u64)>::from_arguments(two), Err(IOReturn::BAD_ARGUMENT));
-        let bytes = Arguments { scalars: vec![], structure: vec![1] };
+        let bytes = Arguments { scalars: vec![], structure: vec![1], ..Default::default() };
         assert_eq!(<()>::from_arguments(bytes), Err(IOReturn::BAD_ARGUMENT));
     }
 }

@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+mod action;
 mod arguments;
 mod call;
 mod declaration;
@@ -16,7 +17,8 @@ mod description;
 mod io_return;
 pub mod packet;
 
-pub use arguments::{Argument, Arguments, Results};
+pub use action::{Action, ActionTarget, Completion, PassedAction};
+pub use arguments::{Argument, Arguments, Results, Taken};
 pub use call::{Answer, Caller, InterfaceClient, PendingAnswer, Reply, ReplySink, answer_pair};
 pub use declaration::{ToClient, ToDriver};
 pub use description::{Description, DescriptionError, Direction, Method, Queue};

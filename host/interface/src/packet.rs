@@ -1,18 +1,31 @@
-//! The packets of a session: calls from the client, replies from the driver host.
+//! The packets of a session: calls from the client, replies from the driver host, and what belongs
+//! to actions, both ways.
 //!
 //! One packet of a `SOCK_SEQPACKET` socket each, in the machine's byte order (both ends run on
 //! one machine): a header of 32 bytes, the scalars, the structure, and not a byte more.
 //!
 //! | offset | size | field |
 //! | --- | --- | --- |
-//! | 0 | u32 | magic: `IOC1` for a call, `IOR1` for a reply |
+//! | 0 | u32 | magic: what kind of packet it is, see below |
 //! | 4 | u32 | number of scalars |
 //! | 8 | u32 | bytes of structure |
-//! | 12 | i32 | reply: status; call: zero |
-//! | 16 | u64 | the call's number, chosen by the client, returned in the reply |
-//! | 24 | u64 | call: selector; reply: zero |
+//! | 12 | i32 | reply: status; else: which scalars of a call are actions |
+//! | 16 | u64 | call, reply: the call's number, chosen by the client; else: the action's number |
+//! | 24 | u64 | call: selector; reply: which scalars are actions; taken: how many |
+//!
+//! | magic | kind | from |
+//! | --- | --- | --- |
+//! | `IOC1` | a call | the client |
+//! | `IOR1` | a reply | the driver host |
+//! | `IOI1` | invokes an action that the receiver passed | both |
+//! | `IOX1` | the last handle to an action that the receiver passed is gone | both |
+//! | `IOT1` | invocations of the sender's action that it has taken | the client |
+//!
+//! Which scalars are actions is a bit for each, bit 0 the first. Such a scalar is a number that
+//! its sender gave the action in this session, never twice. Fields without a meaning are zero; in
+//! the packets of actions that is checked.
 
-use crate::{Arguments, IOReturn};
+use crate::{Arguments, IOReturn, PassedAction};
 
 /// The longest packet there is.
 pub const LONGEST: usize = HEADER + 8 * Arguments::MOST_SCALARS + Arguments::LONGEST_STRUCTURE;
@@ -20,6 +33,53 @@ pub const LONGEST: usize = HEADER + 8 * Arguments::MOST_SCALARS + Arguments::LON
 const HEADER: usize = 32;
 const CALL: u32 = u32::from_be_bytes(*b"IOC1");
 const REPLY: u32 = u32::from_be_bytes(*b"IOR1");
+const INVOKE: u32 = u32::from_be_bytes(*b"IOI1");
+const RELEASE: u32 = u32::from_be_bytes(*b"IOX1");
+const TAKEN: u32 = u32::from_be_bytes(*b"IOT1");
+
+/// A packet from a client.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FromClient {
+    /// A call.
+    Call(Call),
+    /// Invokes an action of the driver's.
+    Invoke(Invocation),
+    /// The client holds an action of the driver's no more.
+    Release {
+        /// The driver host's number for it.
+        action: u64,
+    },
+    /// The client took invocations of its own action, and has room for as many more.
+    Taken {
+        /// The client's number for it.
+        action: u64,
+        /// How many; not zero.
+        count: u64,
+    },
+}
+
+/// A packet from a driver host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FromDriver {
+    /// A reply.
+    Reply(ReplyPacket),
+    /// Invokes an action of the client's.
+    Invoke(Invocation),
+    /// The driver holds an action of the client's no more.
+    Release {
+        /// The client's number for it.
+        action: u64,
+    },
+}
+
+/// An invocation as it travels. There are no actions among its arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Invocation {
+    /// The number that the action's owner gave it.
+    pub action: u64,
+    /// The arguments.
+    pub arguments: Arguments,
+}
 
 /// A call as it travels.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,6 +127,24 @@ pub enum PacketFault {
         /// Bytes announced.
         bytes: u32,
     },
+    /// Actions where there are no scalars, or in a kind of packet that has none.
+    #[error("packet with actions {actions:#x} among {scalars} scalars")]
+    Actions {
+        /// A bit for each.
+        actions: u64,
+        /// Scalars in the packet.
+        scalars: usize,
+    },
+    /// A field that has to be zero is not, or the other way round.
+    #[error("packet of kind {magic:#010x} with {value:#x} at offset {offset}")]
+    Field {
+        /// What it starts with.
+        magic: u32,
+        /// Where the field is.
+        offset: usize,
+        /// What it holds.
+        value: u64,
+    },
     /// The header announces another length than the packet has.
     #[error("packet of {len} bytes whose header announces {announced}")]
     Length {
@@ -77,55 +155,172 @@ pub enum PacketFault {
     },
 }
 
+impl FromClient {
+    /// Reads a packet from a client, of which nothing is believed.
+    pub fn decode(packet: &[u8]) -> Result<Self, PacketFault> {
+        match magic_of(packet)? {
+            INVOKE => Ok(Self::Invoke(Invocation::decode(packet)?)),
+            RELEASE => Ok(Self::Release { action: decode_release(packet)? }),
+            TAKEN => {
+                let (header, _) = decode_bare(TAKEN, packet)?;
+                let count = header.last;
+                if count == 0 {
+                    return Err(PacketFault::Field { magic: TAKEN, offset: 24, value: 0 });
+                }
+                Ok(Self::Taken { action: header.id, count })
+            }
+            _ => Ok(Self::Call(Call::decode(packet)?)),
+        }
+    }
+}
+
+impl FromDriver {
+    /// Reads a packet from a driver host.
+    pub fn decode(packet: &[u8]) -> Result<Self, PacketFault> {
+        match magic_of(packet)? {
+            INVOKE => Ok(Self::Invoke(Invocation::decode(packet)?)),
+            RELEASE => Ok(Self::Release { action: decode_release(packet)? }),
+            _ => Ok(Self::Reply(ReplyPacket::decode(packet)?)),
+        }
+    }
+}
+
 impl Call {
     /// The packet. `BAD_ARGUMENT` or `MESSAGE_TOO_LARGE` when the arguments exceed the limits.
+    /// The scalars of actions hold their numbers already.
     pub fn encode(&self) -> Result<Vec<u8>, IOReturn> {
         self.arguments.check()?;
-        Ok(encode(CALL, 0, self.id, self.selector, &self.arguments))
+        let actions = bits(&self.arguments);
+        Ok(encode(CALL, actions as i32, self.id, self.selector, &self.arguments))
     }
 
     /// Reads a packet from a client, of which nothing is believed.
     pub fn decode(packet: &[u8]) -> Result<Self, PacketFault> {
-        let (header, arguments) = decode(CALL, packet)?;
-        Ok(Self { id: header.id, selector: header.selector, arguments })
+        let (header, mut arguments) = decode(CALL, packet)?;
+        mark(&mut arguments, u64::from(header.status as u32))?;
+        Ok(Self { id: header.id, selector: header.last, arguments })
     }
 }
 
 impl ReplyPacket {
     /// The packet. The answer's arguments are within their limits, as [`crate::Reply`] checked.
+    /// The scalars of actions hold their numbers already.
     pub fn encode(&self) -> Vec<u8> {
         match &self.answer {
-            Ok(arguments) => encode(REPLY, 0, self.id, 0, arguments),
+            Ok(arguments) => encode(REPLY, 0, self.id, bits(arguments), arguments),
             Err(status) => encode(REPLY, status.0, self.id, 0, &Arguments::default()),
         }
     }
 
     /// Reads a packet from a driver host.
     pub fn decode(packet: &[u8]) -> Result<Self, PacketFault> {
-        let (header, arguments) = decode(REPLY, packet)?;
+        let (header, mut arguments) = decode(REPLY, packet)?;
+        mark(&mut arguments, header.last)?;
         let answer = IOReturn(header.status).result().map(|()| arguments);
         Ok(Self { id: header.id, answer })
     }
 }
 
+impl Invocation {
+    /// The packet. `BAD_ARGUMENT` or `MESSAGE_TOO_LARGE` when the arguments exceed the limits,
+    /// `UNSUPPORTED` when there are actions among them.
+    pub fn encode(&self) -> Result<Vec<u8>, IOReturn> {
+        self.arguments.check()?;
+        if !self.arguments.actions.is_empty() {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        Ok(encode(INVOKE, 0, self.action, 0, &self.arguments))
+    }
+
+    fn decode(packet: &[u8]) -> Result<Self, PacketFault> {
+        let (header, arguments) = decode(INVOKE, packet)?;
+        header.has_zero_status(INVOKE)?;
+        header.has_zero_last(INVOKE)?;
+        Ok(Self { action: header.id, arguments })
+    }
+}
+
+/// The packet that says that nobody here holds an action of the receiver's any more.
+pub fn encode_release(action: u64) -> Vec<u8> {
+    encode(RELEASE, 0, action, 0, &Arguments::default())
+}
+
+/// The packet that says that invocations of the sender's action were taken.
+pub fn encode_taken(action: u64, count: u64) -> Vec<u8> {
+    encode(TAKEN, 0, action, count, &Arguments::default())
+}
+
+fn decode_release(packet: &[u8]) -> Result<u64, PacketFault> {
+    let (header, _) = decode_bare(RELEASE, packet)?;
+    header.has_zero_last(RELEASE)?;
+    Ok(header.id)
+}
+
+/// Which scalars are actions, a bit for each.
+fn bits(arguments: &Arguments) -> u64 {
+    arguments.actions.iter().fold(0, |bits, action| bits | 1 << action.scalar)
+}
+
+/// Notes which scalars are actions.
+fn mark(arguments: &mut Arguments, actions: u64) -> Result<(), PacketFault> {
+    let scalars = arguments.scalars.len();
+    // At most 16 scalars, so the shift is one.
+    if actions >> scalars != 0 {
+        return Err(PacketFault::Actions { actions, scalars });
+    }
+    let marked = (0..scalars).filter(|scalar| actions >> scalar & 1 == 1);
+    arguments.actions = marked.map(|scalar| PassedAction { scalar, target: None }).collect();
+    Ok(())
+}
+
 struct Header {
     status: i32,
     id: u64,
-    selector: u64,
+    /// What stands at offset 24.
+    last: u64,
 }
 
-fn encode(magic: u32, status: i32, id: u64, selector: u64, arguments: &Arguments) -> Vec<u8> {
-    let Arguments { scalars, structure } = arguments;
+impl Header {
+    fn has_zero_status(&self, magic: u32) -> Result<(), PacketFault> {
+        let value = u64::from(self.status as u32);
+        if value == 0 { Ok(()) } else { Err(PacketFault::Field { magic, offset: 12, value }) }
+    }
+
+    fn has_zero_last(&self, magic: u32) -> Result<(), PacketFault> {
+        let value = self.last;
+        if value == 0 { Ok(()) } else { Err(PacketFault::Field { magic, offset: 24, value }) }
+    }
+}
+
+fn encode(magic: u32, status: i32, id: u64, last: u64, arguments: &Arguments) -> Vec<u8> {
+    let Arguments { scalars, structure, .. } = arguments;
     let mut packet = Vec::with_capacity(HEADER + 8 * scalars.len() + structure.len());
     packet.extend(magic.to_ne_bytes());
     packet.extend((scalars.len() as u32).to_ne_bytes());
     packet.extend((structure.len() as u32).to_ne_bytes());
     packet.extend(status.to_ne_bytes());
     packet.extend(id.to_ne_bytes());
-    packet.extend(selector.to_ne_bytes());
+    packet.extend(last.to_ne_bytes());
     packet.extend(scalars.iter().flat_map(|scalar| scalar.to_ne_bytes()));
     packet.extend(structure);
     packet
+}
+
+/// A packet with neither scalars nor structure.
+fn decode_bare(expected: u32, packet: &[u8]) -> Result<(Header, Arguments), PacketFault> {
+    let (header, arguments) = decode(expected, packet)?;
+    let Arguments { scalars, structure, .. } = &arguments;
+    if !scalars.is_empty() || !structure.is_empty() {
+        let (scalars, bytes) = (scalars.len() as u32, structure.len() as u32);
+        return Err(PacketFault::Limits { scalars, bytes });
+    }
+    header.has_zero_status(expected)?;
+    Ok((header, arguments))
+}
+
+fn magic_of(packet: &[u8]) -> Result<u32, PacketFault> {
+    let magic = packet.first_chunk().ok_or(PacketFault::Short { len: packet.len() })?;
+    Ok(u32::from_ne_bytes(*magic))
 }
 
 fn decode(expected: u32, packet: &[u8]) -> Result<(Header, Arguments), PacketFault> {
@@ -149,11 +344,12 @@ fn decode(expected: u32, packet: &[u8]) -> Result<(Header, Arguments), PacketFau
     let arguments = Arguments {
         scalars: scalars.iter().map(|bytes| u64::from_ne_bytes(*bytes)).collect(),
         structure: structure.to_vec(),
+        actions: Vec::new(),
     };
     let header = Header {
         status: u32_at(header, 12) as i32,
         id: u64_at(header, 16),
-        selector: u64_at(header, 24),
+        last: u64_at(header, 24),
     };
     Ok((header, arguments))
 }
@@ -171,7 +367,8 @@ mod tests {
     use super::*;
 
     fn call() -> Call {
-        let arguments = Arguments { scalars: vec![5, 6], structure: b"abc".to_vec() };
+        let arguments =
+            Arguments { scalars: vec![5, 6], structure: b"abc".to_vec(), ..Default::default() };
         Call { id: 1, selector: 2, arguments }
     }
 
@@ -199,5 +396,48 @@ mod tests {
         packet[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
         let fault = PacketFault::Limits { scalars: u32::MAX, bytes: 3 };
         assert_eq!(Call::decode(&packet), Err(fault));
+    }
+
+    #[test]
+    fn the_packets_of_actions_come_back_as_they_went() {
+        let invocation = Invocation { action: 7, arguments: call().arguments };
+        let packet = invocation.encode().unwrap();
+        assert_eq!(FromClient::decode(&packet), Ok(FromClient::Invoke(invocation.clone())));
+        assert_eq!(FromDriver::decode(&packet), Ok(FromDriver::Invoke(invocation)));
+        let release = encode_release(8);
+        assert_eq!(FromClient::decode(&release), Ok(FromClient::Release { action: 8 }));
+        assert_eq!(FromDriver::decode(&release), Ok(FromDriver::Release { action: 8 }));
+        let taken = encode_taken(9, 3);
+        assert_eq!(FromClient::decode(&taken), Ok(FromClient::Taken { action: 9, count: 3 }));
+        assert!(FromDriver::decode(&taken).is_err(), "a driver host takes none");
+
+        let mut passing = call();
+        passing.arguments.actions = vec![PassedAction { scalar: 1, target: None }];
+        assert_eq!(Call::decode(&passing.encode().unwrap()), Ok(passing.clone()));
+        let reply = ReplyPacket { id: 9, answer: Ok(passing.arguments) };
+        assert_eq!(ReplyPacket::decode(&reply.encode()), Ok(reply));
+    }
+
+    #[test]
+    fn a_field_that_has_to_be_zero_is_looked_at() {
+        let packets = [
+            encode_release(1),
+            Invocation { action: 1, arguments: call().arguments }.encode().unwrap(),
+        ];
+        for packet in packets {
+            assert!(FromClient::decode(&packet).is_ok());
+            for offset in [12, 24] {
+                let mut wrong = packet.clone();
+                wrong[offset] = 1;
+                assert!(FromClient::decode(&wrong).is_err(), "offset {offset}");
+            }
+            assert!(FromClient::decode(&packet[..packet.len() - 1]).is_err());
+            assert!(FromClient::decode(&packet[..2]).is_err());
+        }
+        assert!(FromClient::decode(&encode_taken(1, 0)).is_err());
+        let mut marked = call().encode().unwrap();
+        marked[12] = 0b100;
+        let fault = PacketFault::Actions { actions: 4, scalars: 2 };
+        assert_eq!(FromClient::decode(&marked), Err(fault), "there is no third scalar");
     }
 }

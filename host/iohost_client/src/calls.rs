@@ -1,31 +1,42 @@
-//! Calls over a session's socket.
+//! Calls over a session's socket, and invocations of actions both ways.
 //!
-//! One thread per session receives replies and hands each to the call it answers; calls are sent
-//! by whoever makes them. Neither waits for the other.
+//! One thread per session receives replies and hands each to the call it answers, and invocations
+//! to the client's action; calls are sent by whoever makes them. Neither waits for the other.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread;
 
 use iohost_event::{PacketError, Packets, Poller, Ready};
-use iohost_interface::packet::{self, Call, ReplyPacket};
-use iohost_interface::{Arguments, Caller, IOReturn, PendingAnswer, ReplySink, answer_pair};
+use iohost_interface::packet::{
+    self, Call, FromDriver, Invocation, ReplyPacket, encode_release, encode_taken,
+};
+use iohost_interface::{
+    ActionTarget, Arguments, Caller, Completion, IOReturn, PassedAction, PendingAnswer, ReplySink,
+    answer_pair,
+};
 
 /// The calls under way on one session.
 #[derive(Debug)]
 pub(crate) struct Calls {
     socket: Packets,
     waiting: Mutex<Waiting>,
+    /// Small packets that have to arrive and found no room yet, in order.
+    unsent: Mutex<VecDeque<Vec<u8>>>,
+    this: Weak<Calls>,
 }
 
-/// Invariant: once `is_offline`, `sinks` is empty and stays so.
+/// Invariant: once `is_offline`, `sinks` and `actions` are empty and stay so.
 struct Waiting {
     sinks: HashMap<u64, Box<dyn ReplySink>>,
     next_id: u64,
+    /// Our actions that the driver holds, by the number we gave them.
+    actions: HashMap<u64, Arc<dyn ActionTarget>>,
+    next_action: u64,
     is_offline: bool,
 }
 
@@ -42,8 +53,19 @@ impl Calls {
         socket.set_nonblocking()?;
         let poller = Poller::new()?;
         poller.watch(&socket, 0)?;
-        let waiting = Mutex::new(Waiting { sinks: HashMap::new(), next_id: 1, is_offline: false });
-        let calls = Arc::new(Self { socket, waiting });
+        let waiting = Waiting {
+            sinks: HashMap::new(),
+            next_id: 1,
+            actions: HashMap::new(),
+            next_action: 1,
+            is_offline: false,
+        };
+        let calls = Arc::new_cyclic(|this| Self {
+            socket,
+            waiting: Mutex::new(waiting),
+            unsent: Mutex::default(),
+            this: this.clone(),
+        });
         let receiver = calls.clone();
         thread::Builder::new()
             .name("iohost-session".into())
@@ -70,11 +92,13 @@ impl Calls {
         let mut ready = Ready::new(1);
         loop {
             match self.socket.receive(&mut buffer, 0) {
-                Ok(packet) => match ReplyPacket::decode(&buffer[..packet.len]) {
-                    Ok(reply) => self.deliver(reply),
-                    // Whoever sends this is no driver host of ours.
-                    Err(_) => break,
-                },
+                Ok(packet) => {
+                    if self.take_in(&buffer[..packet.len]).is_none() {
+                        // Whoever sends this is no driver host of ours.
+                        break;
+                    }
+                    self.send_unsent();
+                }
                 Err(PacketError::WouldBlock) => {
                     if poller.wait(&mut ready, None).is_err() {
                         break;
@@ -84,22 +108,101 @@ impl Calls {
             }
         }
         self.close();
-        let sinks = {
+        let (sinks, actions) = {
             let mut waiting = self.waiting();
             waiting.is_offline = true;
-            std::mem::take(&mut waiting.sinks)
+            (std::mem::take(&mut waiting.sinks), std::mem::take(&mut waiting.actions))
         };
+        drop(actions);
         for sink in sinks.into_values() {
             sink.deliver(Err(IOReturn::OFFLINE));
         }
     }
 
-    fn deliver(&self, reply: ReplyPacket) {
+    /// `None` for what cannot come from a driver host.
+    fn take_in(&self, packet: &[u8]) -> Option<()> {
+        match FromDriver::decode(packet).ok()? {
+            FromDriver::Reply(reply) => self.deliver(reply),
+            FromDriver::Invoke(Invocation { action, arguments }) => {
+                let target = self.waiting().actions.get(&action).cloned()?;
+                let calls = self.this.clone();
+                let taken = Completion::new(move || {
+                    if let Some(calls) = calls.upgrade() {
+                        calls.send_for_sure(encode_taken(action, 1));
+                    }
+                });
+                // Refused, because its owner is gone or overrun: it counts as taken.
+                let _ = target.invoke(arguments, taken);
+            }
+            FromDriver::Release { action } => {
+                let target = self.waiting().actions.remove(&action)?;
+                drop(target);
+            }
+        }
+        Some(())
+    }
+
+    fn deliver(&self, mut reply: ReplyPacket) {
+        if let Ok(results) = &mut reply.answer {
+            for PassedAction { scalar, target } in &mut results.actions {
+                // In any case, so that an action that nobody takes is released.
+                let action = results.scalars[*scalar];
+                *target = Some(Arc::new(DriverAction { calls: self.this.clone(), action }));
+            }
+        }
         let sink = self.waiting().sinks.remove(&reply.id);
         // An answer to a call that nobody made is the driver host's mistake, and nobody's loss.
         if let Some(sink) = sink {
             sink.deliver(reply.answer);
         }
+    }
+
+    /// Numbers our actions among arguments, and keeps them for the driver to invoke.
+    fn offer(&self, waiting: &mut Waiting, arguments: &mut Arguments) -> Vec<u64> {
+        let mut numbers = Vec::new();
+        for PassedAction { scalar, target } in &mut arguments.actions {
+            let Some(target) = target.take() else { continue };
+            let number = waiting.next_action;
+            waiting.next_action += 1;
+            waiting.actions.insert(number, target);
+            arguments.scalars[*scalar] = number;
+            numbers.push(number);
+        }
+        numbers
+    }
+
+    /// Sends a packet that has to arrive, now or when there is room.
+    fn send_for_sure(&self, packet: Vec<u8>) {
+        self.unsent().push_back(packet);
+        self.send_unsent();
+    }
+
+    /// Whether everything that has to arrive was sent.
+    fn send_unsent(&self) -> bool {
+        let mut unsent = self.unsent();
+        while let Some(packet) = unsent.front() {
+            match self.socket.send(packet, &[]) {
+                Err(PacketError::WouldBlock) => return false,
+                // On a connection that has ended nothing has to arrive.
+                Ok(()) | Err(_) => drop(unsent.pop_front()),
+            }
+        }
+        true
+    }
+
+    fn send(&self, packet: &[u8]) -> Result<(), IOReturn> {
+        if !self.send_unsent() {
+            return Err(IOReturn::BUSY);
+        }
+        self.socket.send(packet, &[]).map_err(|err| match err {
+            PacketError::WouldBlock => IOReturn::BUSY,
+            PacketError::Closed => IOReturn::OFFLINE,
+            _ => IOReturn::IPC_ERROR,
+        })
+    }
+
+    fn unsent(&self) -> MutexGuard<'_, VecDeque<Vec<u8>>> {
+        self.unsent.lock().expect("no code that can panic runs under this lock")
     }
 
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
@@ -110,9 +213,9 @@ impl Calls {
 impl Caller for Calls {
     /// Sends at once, or answers at once with why not: `OFFLINE`, `BUSY` when the driver host has
     /// not read the earlier calls, or what is wrong with the arguments.
-    fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
+    fn call(&self, selector: u64, mut arguments: Arguments) -> Box<dyn PendingAnswer> {
         let (sink, pending) = answer_pair();
-        let id = {
+        let (id, offered) = {
             let mut waiting = self.waiting();
             if waiting.is_offline {
                 drop(waiting);
@@ -123,19 +226,43 @@ impl Caller for Calls {
             waiting.next_id += 1;
             // Before it is sent: the answer may come before `send` returns.
             waiting.sinks.insert(id, sink);
-            id
+            (id, self.offer(&mut waiting, &mut arguments))
         };
-        let sent = Call { id, selector, arguments }.encode().and_then(|packet| {
-            self.socket.send(&packet, &[]).map_err(|err| match err {
-                PacketError::WouldBlock => IOReturn::BUSY,
-                PacketError::Closed => IOReturn::OFFLINE,
-                _ => IOReturn::IPC_ERROR,
-            })
-        });
-        if let Err(status) = sent {
+        let packet = Call { id, selector, arguments }.encode();
+        if let Err(status) = packet.and_then(|packet| self.send(&packet)) {
+            for action in offered {
+                // Bound first: what is dropped must not find the lock held.
+                let unsent = self.waiting().actions.remove(&action);
+                drop(unsent);
+            }
             self.deliver(ReplyPacket { id, answer: Err(status) });
         }
         pending
+    }
+}
+
+/// An action of the driver's, in our hands.
+struct DriverAction {
+    calls: Weak<Calls>,
+    /// The driver host's number for it.
+    action: u64,
+}
+
+impl ActionTarget for DriverAction {
+    fn invoke(&self, arguments: Arguments, _: Completion) -> Result<(), IOReturn> {
+        let calls = self.calls.upgrade().ok_or(IOReturn::OFFLINE)?;
+        if calls.waiting().is_offline {
+            return Err(IOReturn::OFFLINE);
+        }
+        calls.send(&Invocation { action: self.action, arguments }.encode()?)
+    }
+}
+
+impl Drop for DriverAction {
+    fn drop(&mut self) {
+        if let Some(calls) = self.calls.upgrade() {
+            calls.send_for_sure(encode_release(self.action));
+        }
     }
 }
 
@@ -157,7 +284,7 @@ mod tests {
     }
 
     fn number(scalar: u64) -> Arguments {
-        Arguments { scalars: vec![scalar], structure: Vec::new() }
+        Arguments { scalars: vec![scalar], ..Default::default() }
     }
 
     #[test]
@@ -196,7 +323,7 @@ mod tests {
     #[test]
     fn a_driver_host_that_does_not_read_makes_calls_fail_not_block() {
         let (_theirs, calls) = session();
-        let long = || Arguments { scalars: Vec::new(), structure: vec![0; 4096] };
+        let long = || Arguments { structure: vec![0; 4096], ..Default::default() };
         let mut pending: Vec<_> = (0..1000).map(|_| calls.call(0, long())).collect();
         let last = pending.last_mut().unwrap();
         assert_eq!(last.wait(Some(Duration::from_secs(60))), Err(IOReturn::BUSY));

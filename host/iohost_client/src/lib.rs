@@ -22,24 +22,30 @@
 //! # }
 //! ```
 //!
+//! [`OSAction`] is for what a driver has to say unasked: pass its handle with a call, take what the
+//! driver invokes it with.
+//!
 //! [`Daemon`] is a connection to the daemon; every method of it blocks until it is answered.
 //! [`Session`] is a conversation with one driver: typed calls over a socket, entries through rings
 //! in shared memory. The daemon is not in between. When the driver's process ends, for whatever
-//! reason, every call that waits and every wait on a ring ends too, with `OFFLINE`; then open
-//! another session.
+//! reason, every call that waits and every wait on a ring ends too, with `OFFLINE`, and the wait
+//! for an action that only this driver held with `ABORTED`; then open another session.
 
 #![forbid(unsafe_code)]
 
+mod action;
 mod calls;
 mod daemon;
 mod error;
 mod queue;
 mod session;
 
+pub use action::OSAction;
 pub use daemon::{DEFAULT_SOCKET, Daemon};
 pub use error::ClientError;
 pub use iohost_control::host::Failure;
 pub use iohost_control::varlink;
+pub use iohost_interface::Action;
 pub use iohost_memory::ring::{Entry, QueueError, WaitError};
 pub use queue::{QueueConsumer, QueueProducer};
 pub use session::Session;

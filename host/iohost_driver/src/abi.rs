@@ -12,6 +12,8 @@
 //!    one at a time; `instance` is what our `start` wrote; `release` comes last and once.
 //! 5. A pointer and a length given to us are valid for the call; descriptors given to us are
 //!    ours.
+//! 6. A reply is ours until we answer it. A `DriverAction` that we gave is dropped once, after
+//!    the last `invoke`, a `ServiceHandler` after the last `call`; the invocation that came with one is ours until we say that it ended.
 //!
 //! The wrappers below keep our side: each owns exactly one reference, all are made from what a
 //! table returned with status 0, and no reference to foreign memory is kept.
@@ -25,19 +27,21 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::{self, NonNull};
 use std::slice;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 pub use iohost_driver_abi::DriverDescriptor;
 pub(crate) use iohost_driver_abi::Personality;
 use iohost_driver_abi::{
-    ABI_VERSION, CallArguments, DEVICE, DISPATCH, DescriptorHeader, DeviceBar, DeviceTable,
-    DispatchTable, DriverEntry, Handler, HostDescriptor, HostDevice, HostInterrupt, HostMemory,
-    HostQueue, HostReply, HostTable, HostTimer, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SESSION,
-    SessionInfo, SessionTable, Work,
+    ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DescriptorHeader, DeviceBar,
+    DeviceTable, DispatchTable, DriverAction, DriverEntry, Handler, HostAction, HostDescriptor,
+    HostDevice, HostInterrupt, HostInvocation, HostMemory, HostQueue, HostReply, HostTable,
+    HostTimer, HostWatch, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SERVICES, SESSION, ServiceHandler,
+    ServiceText, ServicesTable, SessionInfo, SessionTable, Work,
 };
-use iohost_interface::{Arguments, IOReturn, ReplySink};
+use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, PassedAction, ReplySink};
 use iohost_registers::RegisterWindow;
 
+use crate::ServiceInfo;
 use crate::logger;
 use crate::service::{Exported, Instance, SessionEnds};
 
@@ -166,9 +170,10 @@ unsafe extern "C" fn call<D: Exported>(
     // SAFETY: contract 4.
     let instance = unsafe { Instance::<D>::of(instance) };
     // SAFETY: contract 5.
-    let arguments = unsafe { copied(arguments) };
+    let mut arguments = unsafe { copied(arguments) };
     // Made first: whatever happens, its drop answers the caller.
     let sink = Box::new(HostSink { reply });
+    arguments.actions = sink.passed();
     instance.guarded(|| instance.call(session, selector, arguments, sink));
 }
 
@@ -252,7 +257,7 @@ unsafe fn copied(arguments: *const CallArguments) -> Arguments {
         // SAFETY: as above.
         len => unsafe { slice::from_raw_parts(arguments.structure, len) },
     };
-    Arguments { scalars: scalars.to_vec(), structure: structure.to_vec() }
+    Arguments { scalars: scalars.to_vec(), structure: structure.to_vec(), actions: Vec::new() }
 }
 
 // ---- The functions of the host ----
@@ -263,6 +268,8 @@ struct Tables {
     dispatch: &'static DispatchTable,
     device: &'static DeviceTable,
     session: &'static SessionTable,
+    action: &'static ActionTable,
+    services: &'static ServicesTable,
 }
 
 static TABLES: OnceLock<Tables> = OnceLock::new();
@@ -283,13 +290,18 @@ impl Tables {
                 .ok_or(IOReturn::UNSUPPORTED)
         };
         let (dispatch, device, session) = (table(DISPATCH)?, table(DEVICE)?, table(SESSION)?);
+        let (action, services) = (table(ACTION)?, table(SERVICES)?);
         // SAFETY: contract 1: a table of this name is of this type and lives for ever.
         let dispatch = unsafe { dispatch.cast::<DispatchTable>().as_ref() };
         // SAFETY: the same.
         let device = unsafe { device.cast::<DeviceTable>().as_ref() };
         // SAFETY: the same.
         let session = unsafe { session.cast::<SessionTable>().as_ref() };
-        let _ = TABLES.set(Self { host, dispatch, device, session });
+        // SAFETY: the same.
+        let action = unsafe { action.cast::<ActionTable>().as_ref() };
+        // SAFETY: the same.
+        let services = unsafe { services.cast::<ServicesTable>().as_ref() };
+        let _ = TABLES.set(Self { host, dispatch, device, session, action, services });
         if host.log.is_some() {
             logger::install();
         }
@@ -370,6 +382,18 @@ owned! {
 owned! {
     /// A device.
     Device(HostDevice) released by device.release
+}
+owned! {
+    /// A client's action.
+    ClientAction(HostAction) released by action.release
+}
+owned! {
+    /// An invocation of one of our actions, which has ended when this is dropped.
+    Invocation(HostInvocation) released by action.ended
+}
+owned! {
+    /// A source of news of services.
+    Watch(HostWatch) released by services.watch_release
 }
 owned! {
     /// Memory for a device.
@@ -618,6 +642,57 @@ impl Descriptor {
     }
 }
 
+impl Watch {
+    pub(crate) fn create<F: Fn(bool, ServiceInfo) + Send + Sync + 'static>(
+        queue: &Queue,
+        hear: F,
+    ) -> Result<Self, IOReturn> {
+        unsafe extern "C" fn call<F: Fn(bool, ServiceInfo)>(
+            context: *const c_void,
+            began: u32,
+            service: *const ServiceText,
+        ) {
+            // SAFETY: contract 6: made below with `Box::into_raw`, not dropped yet; shared
+            // references only are ever made from it.
+            let hear = unsafe { &*context.cast::<F>() };
+            // SAFETY: contract 5.
+            let text = unsafe { service.read() };
+            let service = ServiceInfo {
+                // SAFETY: contract 5.
+                name: unsafe { text_of(text.name, text.name_len) },
+                // SAFETY: contract 5.
+                driver: unsafe { text_of(text.driver, text.driver_len) },
+                // SAFETY: contract 5.
+                interface: unsafe { text_of(text.interface, text.interface_len) },
+            };
+            // It is our own code, which notes the news; it does not panic.
+            let _ = guarded(|| hear(began != 0, service));
+        }
+        unsafe extern "C" fn drop_context<F>(context: *mut c_void) {
+            // SAFETY: contract 6: made below with `Box::into_raw`, and dropped once.
+            let hear = unsafe { Box::from_raw(context.cast::<F>()) };
+            let _ = guarded(move || drop(hear));
+        }
+        let context = Box::into_raw(Box::new(hear)).cast();
+        let handler = ServiceHandler { call: call::<F>, drop: drop_context::<F>, context };
+        let mut watch = ptr::null_mut();
+        let status = host!(services.watch(queue.0.as_ptr(), handler, &raw mut watch));
+        Ok(Self(adopt(status, watch)?))
+    }
+}
+
+/// # Safety
+///
+/// Contract 5 holds for `text` and `len`.
+unsafe fn text_of(text: *const u8, len: usize) -> String {
+    if len == 0 {
+        return String::new();
+    }
+    // SAFETY: the caller's promise, and not empty, so the pointer is one.
+    let bytes = unsafe { slice::from_raw_parts(text, len) };
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
 impl Device {
     /// # Safety
     ///
@@ -736,14 +811,77 @@ impl HostSink {
             Ok(arguments) => (0, arguments),
             Err(status) => (status.0, Arguments::default()),
         };
-        let results = CallArguments {
-            scalars: arguments.scalars.as_ptr(),
-            scalar_count: arguments.scalars.len(),
-            structure: arguments.structure.as_ptr(),
-            structure_len: arguments.structure.len(),
-        };
+        for PassedAction { scalar, target } in &arguments.actions {
+            let Some(target) = target else { continue };
+            // Refused only for a scalar that does not exist; then the host says so to the caller.
+            host!(action.give(reply, *scalar as u32, driver_action(target.clone())));
+        }
+        let results = lent(&arguments);
         host!(session.reply(reply, status, &raw const results));
     }
+
+    /// Takes the actions of the call that this answers.
+    fn passed(&self) -> Vec<PassedAction> {
+        let bits = host!(action.passed(self.reply));
+        let scalars = (0..Arguments::MOST_SCALARS).filter(|scalar| bits >> scalar & 1 == 1);
+        scalars.filter_map(|scalar| self.take(scalar)).collect()
+    }
+
+    fn take(&self, scalar: usize) -> Option<PassedAction> {
+        let mut action = ptr::null_mut();
+        let status = host!(action.take(self.reply, scalar as u32, &raw mut action));
+        let target = Arc::new(ClientAction(adopt(status, action).ok()?));
+        Some(PassedAction { scalar, target: Some(target) })
+    }
+}
+
+/// Arguments for the length of a call, without their actions.
+fn lent(arguments: &Arguments) -> CallArguments {
+    CallArguments {
+        scalars: arguments.scalars.as_ptr(),
+        scalar_count: arguments.scalars.len(),
+        structure: arguments.structure.as_ptr(),
+        structure_len: arguments.structure.len(),
+    }
+}
+
+impl ActionTarget for ClientAction {
+    fn invoke(&self, arguments: Arguments, _: Completion) -> Result<(), IOReturn> {
+        if !arguments.actions.is_empty() {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        let arguments = lent(&arguments);
+        check(host!(action.invoke(self.0.as_ptr(), &raw const arguments)))
+    }
+}
+
+/// A handle to an action, for the host.
+fn driver_action(target: Arc<dyn ActionTarget>) -> DriverAction {
+    unsafe extern "C" fn invoke(
+        context: *const c_void,
+        arguments: *const CallArguments,
+        invocation: *mut HostInvocation,
+    ) -> i32 {
+        // SAFETY: contract 6: made below with `Box::into_raw`, not dropped yet; shared
+        // references only are ever made from it.
+        let target = unsafe { &*context.cast::<Arc<dyn ActionTarget>>() };
+        let invocation = NonNull::new(invocation).map(Invocation);
+        let completion = Completion::new(move || drop(invocation));
+        // SAFETY: contract 5.
+        let arguments = unsafe { copied(arguments) };
+        match guarded(|| target.invoke(arguments, completion)) {
+            Ok(invoked) => IOReturn::code(&invoked),
+            Err(_) => IOReturn::INTERNAL_ERROR.0,
+        }
+    }
+    unsafe extern "C" fn drop_context(context: *mut c_void) {
+        // SAFETY: contract 6: made below with `Box::into_raw`, and dropped once.
+        let target = unsafe { Box::from_raw(context.cast::<Arc<dyn ActionTarget>>()) };
+        // The end of the last handle may run the driver's code that something it owned has.
+        let _ = guarded(move || drop(target));
+    }
+    let context = Box::into_raw(Box::new(target)).cast();
+    DriverAction { invoke, drop: drop_context, context }
 }
 
 impl ReplySink for HostSink {

@@ -27,18 +27,22 @@ pub struct IODataQueueDispatchSource<End> {
 }
 
 impl<End> IODataQueueDispatchSource<End> {
-    /// Watches the other end from now on. A queue that holds entries already leads to a call.
+    /// Watches the other end from now on. A queue to take from that holds entries already leads
+    /// to a call.
     pub fn create<S: Send + 'static>(
         end: QueueEnd<End>,
         queue: &IODispatchQueue<S>,
         mut handler: impl FnMut(&mut S) + Send + 'static,
     ) -> Result<Self> {
         use std::os::fd::AsFd;
-        let QueueEnd { end, doorbell } = end;
+        let QueueEnd { end, doorbell, holds_entries } = end;
         let mut handler = queue.handler(move |state, (), ()| handler(state));
         // Watching is edge-triggered, so the doorbell is never read: one write, one call.
         let bell = abi::Descriptor::create(queue.raw(), doorbell.as_fd(), move || handler((), ()))?;
-        bell.nudge();
+        // Looked at after the watching began, so an entry is seen by one of the two.
+        if holds_entries(&end) {
+            bell.nudge();
+        }
         Ok(Self { end, bell, _doorbell: doorbell })
     }
 
@@ -72,16 +76,27 @@ impl<End> fmt::Debug for IODataQueueDispatchSource<End> {
 /// How an end is made from what a session has.
 pub(crate) trait RingEnd: Sized {
     fn of(ring: iohost_memory::ring::Ring, bell: Bell) -> Result<Self, crate::QueueError>;
+
+    /// Whether there is something to take.
+    fn holds_entries(&self) -> bool;
 }
 
 impl RingEnd for Consumer {
     fn of(ring: iohost_memory::ring::Ring, bell: Bell) -> Result<Self, crate::QueueError> {
         Consumer::new(ring, bell)
     }
+
+    fn holds_entries(&self) -> bool {
+        self.is_data_available()
+    }
 }
 
 impl RingEnd for Producer {
     fn of(ring: iohost_memory::ring::Ring, bell: Bell) -> Result<Self, crate::QueueError> {
         Producer::new(ring, bell)
+    }
+
+    fn holds_entries(&self) -> bool {
+        false
     }
 }

@@ -16,8 +16,12 @@ use crate::{IOTimerClock, Result, abi};
 /// Priorities do not exist: DriverKit's `priority` argument has to be 0 there and is left out here.
 pub struct IODispatchQueue<S: 'static = ()> {
     raw: abi::Queue,
+    name: Arc<str>,
     state: Arc<QueueState<S>>,
 }
+
+/// The name of a driver's default queue. `kIOServiceDefaultQueueName`.
+const DEFAULT_NAME: &str = "Default";
 
 /// The state of a queue; `None` before a driver's `start` returned and after it was stopped.
 ///
@@ -31,12 +35,18 @@ impl<S: Send + 'static> IODispatchQueue<S> {
     /// Errors: `BAD_ARGUMENT` for a name of more than 255 bytes.
     pub fn create<T: Send>(beside: &IODispatchQueue<T>, name: &str, state: S) -> Result<Self> {
         let raw = abi::Queue::create(&beside.raw, name)?;
-        Ok(Self { raw, state: Arc::new(QueueState(Mutex::new(Some(state)))) })
+        Ok(Self { raw, name: name.into(), state: Arc::new(QueueState(Mutex::new(Some(state)))) })
     }
 
-    /// A queue whose state is set later.
+    /// A driver's default queue, whose state is set later.
     pub(crate) fn without_state(raw: abi::Queue) -> Self {
-        Self { raw, state: Arc::new(QueueState(Mutex::new(None))) }
+        let state = Arc::new(QueueState(Mutex::new(None)));
+        Self { raw, name: DEFAULT_NAME.into(), state }
+    }
+
+    /// The name it was made with; a driver's default queue is called `Default`. `GetName`.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Whether the calling thread is running work of this queue, also further out.
@@ -139,12 +149,12 @@ impl<S> QueueState<S> {
 
 impl<S> Clone for IODispatchQueue<S> {
     fn clone(&self) -> Self {
-        Self { raw: self.raw.clone(), state: self.state.clone() }
+        Self { raw: self.raw.clone(), name: self.name.clone(), state: self.state.clone() }
     }
 }
 
 impl<S> fmt::Debug for IODispatchQueue<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("IODispatchQueue").field(&self.raw).finish()
+        f.debug_tuple("IODispatchQueue").field(&self.name).finish()
     }
 }

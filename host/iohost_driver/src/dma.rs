@@ -6,7 +6,7 @@ use std::mem;
 use iohost_interface::IOReturn;
 use iohost_memory::SharedMemory;
 
-use crate::{IOPCIDevice, Result, abi, ensure};
+use crate::{Error, IOPCIDevice, Result, abi, ensure};
 
 /// `IOBufferMemoryDescriptor`: zeroed, page-aligned memory that a device can be given.
 pub struct IOBufferMemoryDescriptor {
@@ -75,19 +75,20 @@ pub struct IODMACommand {
 impl IODMACommand {
     /// A command for a device that drives `max_address_bits` address lines, 0 for no limit.
     ///
-    /// Errors: `BAD_ARGUMENT` above 64 bits, `NO_MEMORY` below the 12 bits of a page.
+    /// Errors: `BAD_ARGUMENT` above 255 bits, `NO_MEMORY` where no page can be reached, up to 12.
     pub fn create(device: &IOPCIDevice, max_address_bits: u32) -> Result<Self> {
         ensure!(
-            max_address_bits <= 64,
+            max_address_bits <= 255,
             IOReturn::BAD_ARGUMENT,
-            "{max_address_bits} address bits, the most is 64"
+            "{max_address_bits} address bits, the most is 255"
         );
         ensure!(
             max_address_bits == 0 || max_address_bits > 12,
             IOReturn::NO_MEMORY,
             "no page lies below 2^{max_address_bits}"
         );
-        Ok(Self { device: device.clone(), max_address_bits })
+        // An address has 64; DriverKit takes more.
+        Ok(Self { device: device.clone(), max_address_bits: max_address_bits.min(64) })
     }
 
     /// Lets the device reach a buffer, as one contiguous range. The buffer moves into the result:
@@ -121,16 +122,16 @@ impl PreparedDma {
     }
 
     /// Copies bytes out while the device may be writing: what it is writing now arrives torn.
-    /// `PerformOperation` with `Read`. Errors: `OVERRUN` past the end.
+    /// `PerformOperation` with `Read`. Errors: `UNDERRUN` past the end.
     pub fn read_at(&self, offset: usize, data: &mut [u8]) -> Result<()> {
-        self.buffer().read_at(offset, data)
+        self.buffer().read_at(offset, data).map_err(underrun)
     }
 
     /// Copies bytes in while the device may be reading. `PerformOperation` with `Write`.
-    /// Errors: `OVERRUN` past the end.
+    /// Errors: `UNDERRUN` past the end.
     pub fn write_at(&mut self, offset: usize, data: &[u8]) -> Result<()> {
         let (_, buffer) = self.state.as_mut().expect(HELD);
-        buffer.write_at(offset, data)
+        buffer.write_at(offset, data).map_err(underrun)
     }
 
     /// Takes the buffer back. Afterwards the device's accesses to the address fault.
@@ -143,6 +144,11 @@ impl PreparedDma {
     fn buffer(&self) -> &IOBufferMemoryDescriptor {
         &self.state.as_ref().expect(HELD).1
     }
+}
+
+/// What DriverKit calls an access past the end of a prepared range.
+fn underrun(err: Error) -> Error {
+    Error::new(IOReturn::UNDERRUN, err.message().to_owned())
 }
 
 /// Why the state is there.

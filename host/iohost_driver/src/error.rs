@@ -25,6 +25,11 @@ impl Error {
     pub fn code(&self) -> IOReturn {
         self.code
     }
+
+    /// What happened, in words; empty when there is nothing to add to the status.
+    pub fn message(&self) -> &str {
+        &self.message
+    }
 }
 
 impl From<IOReturn> for Error {

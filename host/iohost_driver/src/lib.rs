@@ -7,6 +7,9 @@
 //! - [`IOPCIDevice`] and [`Bar`]: its device.
 //! - [`IODispatchQueue`], [`IOInterruptDispatchSource`], [`IOTimerDispatchSource`],
 //!   [`IODataQueueDispatchSource`]: when its code runs.
+//! - [`OSAction`] and [`Action`]: methods of it that others can invoke.
+//! - [`IOServiceNotificationDispatchSource`], [`IOServiceStateNotificationDispatchSource`]: news of
+//!   other services, and of its own state.
 //! - [`IOBufferMemoryDescriptor`], [`IODMACommand`]: memory it shares with the device.
 //! - [`Session`], [`Reply`]: its clients. The calls they can make come from
 //!   [`iohost_interface::interface!`].
@@ -16,26 +19,33 @@
 //! `Result`s, and reference counts are `Clone` and `Drop`.
 
 mod abi;
+mod action;
 mod data_queue;
 mod dispatch_queue;
 mod dma;
 mod error;
 mod interrupt;
 mod logger;
+mod notification;
 mod pci;
 mod service;
 mod timer;
 pub mod wdm;
 
+pub use action::{ActionWait, OSAction};
 pub use data_queue::IODataQueueDispatchSource;
 pub use dispatch_queue::IODispatchQueue;
 pub use dma::{IOBufferMemoryDescriptor, IODMACommand, PreparedDma};
 pub use error::{Error, Result};
 pub use interrupt::{IOInterruptDispatchSource, InterruptEvent, InterruptType};
-pub use iohost_interface::{IOReturn, Reply, ReplySink, ToClient, ToDriver};
+pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDriver};
 pub use iohost_memory::ring::{Consumer, Entry, Producer, QueueError, Slot};
 pub use iohost_registers::{RegisterMap, register_bits, register_map};
 pub use log;
+pub use notification::{
+    IOServiceNotificationDispatchSource, IOServiceState, IOServiceStateNotificationDispatchSource,
+    ServiceInfo, ServiceMatching, ServiceNotification, StateItem,
+};
 pub use pci::{Bar, BarInfo, Command, IOPCIDevice};
 pub use service::{Exported, IOService, Personality, QueueEnd, Session, SessionId};
 pub use timer::{IOTimerClock, IOTimerDispatchSource};
@@ -43,10 +53,10 @@ pub use timer::{IOTimerClock, IOTimerDispatchSource};
 /// What almost every driver needs.
 pub mod prelude {
     pub use crate::{
-        Bar, Error, IOBufferMemoryDescriptor, IODMACommand, IODataQueueDispatchSource,
+        Action, Bar, Error, IOBufferMemoryDescriptor, IODMACommand, IODataQueueDispatchSource,
         IODispatchQueue, IOInterruptDispatchSource, IOPCIDevice, IOReturn, IOService, IOTimerClock,
-        IOTimerDispatchSource, InterruptEvent, InterruptType, Personality, PreparedDma, Reply,
-        Result, Session, SessionId, ensure,
+        IOTimerDispatchSource, InterruptEvent, InterruptType, OSAction, Personality, PreparedDma,
+        Reply, Result, Session, SessionId, ensure,
     };
     pub use log::{debug, error, info, trace, warn};
 }

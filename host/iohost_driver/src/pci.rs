@@ -133,11 +133,13 @@ impl IOPCIDevice {
     }
 
     /// Chooses the kind of interrupt and how many: at least `required`, `requested` if the device
-    /// has them. The first choice lasts as long as the driver; call it before making a source.
+    /// has them; MSI vectors come in powers of two, so there may be more. The first choice lasts
+    /// as long as the driver; call it before making a source or asking for a type, which choose
+    /// the default: the INTx line, if the device has one, then one MSI vector.
     ///
     /// Errors: `UNSUPPORTED` when the device has none of the kind or something else was chosen,
     /// `NO_SPACE` when it has fewer than `required`, `BAD_ARGUMENT` when `required` is 0 or more
-    /// than `requested`.
+    /// than `requested`, or when the device has the other kind of message only.
     pub fn configure_interrupts(
         &self,
         kind: InterruptType,

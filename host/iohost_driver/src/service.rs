@@ -99,6 +99,7 @@ pub(crate) struct SessionEnds {
 pub struct QueueEnd<End> {
     pub(crate) end: End,
     pub(crate) doorbell: OwnedFd,
+    pub(crate) holds_entries: fn(&End) -> bool,
 }
 
 impl Session {
@@ -143,7 +144,7 @@ impl SessionEnds {
         let ring =
             Ring::attach(self.memory, u64::from(self.bytes)).map_err(|err| unusable(&err))?;
         let end = End::of(ring, Bell::from(rings)).map_err(|err| unusable(&err))?;
-        Ok(QueueEnd { end, doorbell })
+        Ok(QueueEnd { end, doorbell, holds_entries: End::holds_entries })
     }
 }
 
@@ -218,6 +219,14 @@ impl<D: Exported> Instance<D> {
 
     pub(crate) fn session_closed(&self, session: u64) {
         let _ = self.queue.enter(|driver| driver.session_closed(session));
+    }
+}
+
+impl<D: Exported> Drop for Instance<D> {
+    /// Stops a driver that could not be stopped on its queue because it cancelled that. Its
+    /// state refers to the queue, which owns the state, so it would never be freed.
+    fn drop(&mut self) {
+        self.stop();
     }
 }
 

@@ -12,7 +12,8 @@ use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use iohost_control::host::{
-    Failure, FromHost, MOST_DESCRIPTORS, OpenSession, QueueSize, Ready, Start, ToHost,
+    Failure, FromHost, MOST_DESCRIPTORS, OpenSession, QueueSize, Ready, RunningService, Start,
+    ToHost,
 };
 use iohost_control::plugin::PciIds;
 use iohost_control::varlink::{
@@ -42,6 +43,9 @@ const HOSTS: u64 = 2;
 /// Messages of one driver host that are dealt with before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
 
+/// When a driver host that was behind is told of services again.
+const TELL_AGAIN: Duration = Duration::from_millis(100);
+
 /// Everything the daemon knows and holds.
 pub(crate) struct Actor {
     options: Options,
@@ -51,6 +55,8 @@ pub(crate) struct Actor {
     inbox: Inbox,
     signals: UnixStream,
     poller: Poller,
+    /// A driver host has not read what it was told of services, so that it has to be told later.
+    is_behind: bool,
     /// Driver hosts that said more than fits into a turn.
     talkative: BTreeSet<u64>,
     started: Instant,
@@ -86,6 +92,7 @@ impl Actor {
             inbox,
             signals,
             poller,
+            is_behind: false,
             talkative: BTreeSet::new(),
             started: Instant::now(),
             next_host: 0,
@@ -116,6 +123,7 @@ impl Actor {
                 }
             }
             self.check_deadlines(Instant::now());
+            self.tell_of_services();
         }
         self.trouble.take().map_or(Ok(()), Err)
     }
@@ -128,7 +136,8 @@ impl Actor {
         if !self.talkative.is_empty() {
             return Some(Duration::ZERO);
         }
-        let next = self.services.iter().filter_map(Service::deadline).min()?;
+        let later = self.is_behind.then(|| Instant::now() + TELL_AGAIN);
+        let next = self.services.iter().filter_map(Service::deadline).chain(later).min()?;
         // A nanosecond late rather than early: epoll rounds down, and early means a busy loop.
         Some(next.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
     }
@@ -472,6 +481,7 @@ impl Actor {
             was_ready: false,
             is_retry: cause == Cause::Death,
             killed: false,
+            told: None,
         })
     }
 
@@ -863,13 +873,19 @@ impl Actor {
                     )));
                 }
             }
+            (State::Starting(host) | State::Running { host, .. }, FromHost::WatchServices)
+                if host.told.is_none() =>
+            {
+                host.told = Some(BTreeMap::new())
+            }
             // Sent before it read that it has to stop.
             (
                 State::Stopping(_),
                 FromHost::Ready(_)
                 | FromHost::SessionOpened { .. }
                 | FromHost::SessionClosed { .. }
-                | FromHost::Statistics(_),
+                | FromHost::Statistics(_)
+                | FromHost::WatchServices,
             )
             | (State::Running { .. }, FromHost::Statistics(_)) => {}
             (_, message) => {
@@ -878,6 +894,52 @@ impl Actor {
             }
         }
     }
+}
+
+/// What driver hosts hear of services.
+impl Actor {
+    /// Tells each driver host that asked what has changed since it was told last: what has ended
+    /// first. A service that restarted meanwhile has ended and begun.
+    fn tell_of_services(&mut self) {
+        self.is_behind = false;
+        if !self.services.iter().any(|service| service.host().is_some_and(|h| h.told.is_some())) {
+            return;
+        }
+        let running: Vec<RunningService> =
+            self.services.iter().filter_map(Service::running).collect();
+        for service in &mut self.services {
+            let Some(host) = service.host_mut() else { continue };
+            let Some(told) = &mut host.told else { continue };
+            match tell(&host.process, told, &running) {
+                // One that is gone hears nothing, and its end is dealt with elsewhere.
+                Ok(()) | Err(PacketError::Closed) => {}
+                Err(_) => self.is_behind = true,
+            }
+        }
+    }
+}
+
+fn tell(
+    process: &DriverProcess,
+    told: &mut BTreeMap<String, u64>,
+    running: &[RunningService],
+) -> Result<(), PacketError> {
+    let runs = |(name, incarnation): (&String, &u64)| {
+        running.iter().any(|is| is.name == *name && is.incarnation == *incarnation)
+    };
+    let ended: Vec<String> =
+        told.iter().filter(|told| !runs(*told)).map(|(name, _)| name.clone()).collect();
+    for name in ended {
+        process.send(&ToHost::ServiceEnded { name: name.clone() }, &[])?;
+        told.remove(&name);
+    }
+    for service in running {
+        if !told.contains_key(&service.name) {
+            process.send(&ToHost::ServiceBegan(service.clone()), &[])?;
+            told.insert(service.name.clone(), service.incarnation);
+        }
+    }
+    Ok(())
 }
 
 fn why(words: Option<LastWords>) -> Option<Failure> {
@@ -927,7 +989,7 @@ fn from_pci(err: PciError) -> Failure {
         PciError::DriverNotLoaded { .. } => "no-vfio-pci",
         PciError::GroupNotViable { .. } => "group-not-viable",
         PciError::Permission { .. } => "no-permission",
-        PciError::NotBound { .. } => "not-bound",
+        PciError::NotBound { .. } => "bind-failed",
         _ => "sysfs",
     };
     let source = std::error::Error::source(&err).map(|source| format!(": {source}"));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, Ready};
+use iohost_control::host::{Failure, Ready, RunningService};
 use iohost_control::varlink::{Bound, Opened, State as Shown, Unbound};
 use iohost_interface::Description;
 use iohost_pci::Former;
@@ -74,6 +74,8 @@ pub(crate) struct Host {
     pub(crate) is_retry: bool,
     /// Whether it was killed, so that nothing is left but to wait for its end.
     pub(crate) killed: bool,
+    /// The services it was told to run, with their incarnations; `None` while it has not asked.
+    pub(crate) told: Option<BTreeMap<String, u64>>,
 }
 
 /// Why a driver host ends.
@@ -143,6 +145,17 @@ impl Service {
             }
             State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => None,
         }
+    }
+
+    /// The service as other drivers see it, if it runs.
+    pub(crate) fn running(&self) -> Option<RunningService> {
+        let State::Running { ready, interface, .. } = &self.state else { return None };
+        Some(RunningService {
+            name: self.device.name.clone(),
+            driver: ready.driver.clone(),
+            interface: interface.name.clone(),
+            incarnation: self.incarnation,
+        })
     }
 
     /// The next moment at which something is due.

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal::{SIGKILL, SIGTERM};
 use rig::{Rig, WATCHDOG};
 
 fn number(scalar: u64) -> Arguments {
-    Arguments { scalars: vec![scalar], structure: Vec::new() }
+    Arguments { scalars: vec![scalar], ..Default::default() }
 }
 
 fn refused<T>(result: Result<T, ClientError>) -> Failure {

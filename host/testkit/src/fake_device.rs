@@ -25,6 +25,20 @@ impl<M: DeviceModel> FakeDevice<M> {
         let bars = function.identity().bars.iter().map(|bar| bar.map(|bar| info(bar.size)));
         Self { bars: bars.collect(), function }
     }
+
+    /// Refuses what the other backends refuse: an access off its natural alignment. (A register
+    /// map makes none to a BAR.)
+    fn check_config(&self, offset: u16, len: usize) -> Result<(), DeviceError> {
+        match len.is_power_of_two() && usize::from(offset).is_multiple_of(len) {
+            true => Ok(()),
+            false => Err(DeviceError::Range {
+                region: "configuration space".to_owned(),
+                offset: offset.into(),
+                len,
+                size: self.function.config_size().into(),
+            }),
+        }
+    }
 }
 
 impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
@@ -33,10 +47,12 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
+        self.check_config(offset, data.len())?;
         self.function.config_read(offset, data).map_err(refusal)
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
+        self.check_config(offset, data.len())?;
         self.function.config_write(offset, data).map_err(refusal)
     }
 

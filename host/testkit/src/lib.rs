@@ -11,4 +11,5 @@ mod fake_device;
 mod rig;
 
 pub use fake_device::FakeDevice;
+pub use iohost_interface as interface;
 pub use rig::{Rig, RigSession};

@@ -1,11 +1,13 @@
 //! A driver, an emulated device, and a test that moves both.
 
+use std::cell::Cell;
 use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use iohost_control::host::RunningService;
 use iohost_device_backend::InterruptKind;
 use iohost_device_models::{Bus, DeviceModel, Function};
 use iohost_dispatch::{Engine, EngineClock};
@@ -26,6 +28,8 @@ pub struct Rig<D: Exported, M: DeviceModel> {
     function: Arc<Function<M>>,
     driver: Option<Arc<Driver>>,
     next_session: u64,
+    /// Other services that began.
+    incarnations: Cell<u64>,
     kind: PhantomData<fn() -> D>,
 }
 
@@ -49,9 +53,17 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
         let backend = Arc::new(FakeDevice::new(function.clone()));
         let (device, _) = Device::take_over(backend, interrupts.to_vec())
             .expect("an emulated function can be reset");
-        let driver = Driver::start(&engine, Plugin::linked(D::descriptor()), device)?;
+        let driver =
+            Driver::start(&engine, Plugin::linked(D::descriptor()), device, Arc::default())?;
         let driver = Some(Arc::new(driver));
-        Ok(Self { engine: Arc::new(engine), function, driver, next_session: 1, kind: PhantomData })
+        Ok(Self {
+            engine: Arc::new(engine),
+            function,
+            driver,
+            next_session: 1,
+            incarnations: Cell::new(0),
+            kind: PhantomData,
+        })
     }
 
     /// Runs everything that can run now: handlers of interrupts that came, of timers that are
@@ -81,6 +93,11 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
         C::new(Arc::new(DirectCalls { driver: self.driver().clone() }))
     }
 
+    /// Calls a method by its number, with arguments that no typed client would send.
+    pub fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
+        DirectCalls { driver: self.driver().clone() }.call(selector, arguments)
+    }
+
     /// Opens a session whose data queues have `queue_byte_count` bytes each.
     pub fn open_session(&mut self, queue_byte_count: u32) -> Result<RigSession, IOReturn> {
         let description = D::description().unwrap_or_default();
@@ -97,6 +114,22 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
     /// Tells the driver that a session is over; it hears of it at [`settle`](Self::settle).
     pub fn close_session(&self, session: RigSession) {
         self.driver().session_closed(session.number);
+    }
+
+    /// Has another service run, for a driver that watches services. Its driver has its name.
+    pub fn service_began(&self, name: &str, interface: &str) {
+        self.incarnations.set(self.incarnations.get() + 1);
+        self.driver().services().began(RunningService {
+            name: name.to_owned(),
+            driver: name.to_owned(),
+            interface: interface.to_owned(),
+            incarnation: self.incarnations.get(),
+        });
+    }
+
+    /// Has another service end.
+    pub fn service_ended(&self, name: &str) {
+        self.driver().services().ended(name);
     }
 
     /// Stops the driver. What it owed its callers they have been told.
@@ -204,7 +237,11 @@ struct DirectCalls {
 impl Caller for DirectCalls {
     fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
         let (sink, pending) = answer_pair();
-        self.driver.call(0, selector, arguments, sink);
+        match arguments.check() {
+            Ok(()) => self.driver.call(0, selector, arguments, sink),
+            // A session's transport carries no more.
+            Err(status) => sink.deliver(Err(status)),
+        }
         pending
     }
 }

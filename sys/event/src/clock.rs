@@ -1,7 +1,5 @@
 //! The three clocks that timers can follow.
 
-use std::time::Duration;
-
 use nix::sys::timerfd::ClockId as TimerClock;
 use nix::time::{ClockId, clock_gettime};
 
@@ -24,8 +22,9 @@ impl Clock {
             Clock::Continuous => ClockId::CLOCK_BOOTTIME,
             Clock::Wall => ClockId::CLOCK_REALTIME,
         };
-        let now = Duration::from(clock_gettime(id).expect("every Linux has these clocks"));
-        u64::try_from(now.as_nanos()).expect("clocks stay below 584 years")
+        let now = clock_gettime(id).expect("every Linux has these clocks");
+        // Neither part is negative: no clock of these starts before 1970, and no fraction does.
+        now.tv_sec() as u64 * 1_000_000_000 + now.tv_nsec() as u64
     }
 
     pub(crate) fn timer_clock(self) -> TimerClock {

@@ -7,6 +7,7 @@ mod packets;
 mod poller;
 mod process;
 mod signal;
+mod ticks;
 mod timer;
 
 pub use clock::Clock;
@@ -14,4 +15,5 @@ pub use packets::{Packet, PacketError, Packets};
 pub use poller::{Poller, Ready};
 pub use process::ProcessHandle;
 pub use signal::Signal;
+pub use ticks::{TickRate, TickScale, ticks};
 pub use timer::Timer;

@@ -312,7 +312,8 @@ mod tests {
         let err = tree.sysfs().bind(edu()).unwrap_err();
 
         assert_eq!(err.to_string(), "IOMMU group 3 cannot be used: 0000:01:00.1 is bound to nvme");
-        assert!(err.next_step().contains("0000:01:00.1"));
+        let command = "echo 0000:01:00.1 > /sys/bus/pci/devices/0000:01:00.1/driver/unbind";
+        assert!(err.next_step().ends_with(command), "{}", err.next_step());
         let driver = tree.sysfs().function(edu()).unwrap().driver;
         assert_eq!(driver.as_deref(), Some("edu_driver"));
     }

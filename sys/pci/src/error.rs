@@ -104,11 +104,10 @@ impl PciError {
             }
             PciError::DriverNotLoaded { driver } => format!("load it: modprobe {driver}"),
             PciError::GroupNotViable { blockers, .. } => {
-                let addresses: Vec<String> =
-                    blockers.iter().map(|member| member.address.to_string()).collect();
+                let commands: Vec<String> = blockers.iter().map(unbind_command).collect();
                 format!(
-                    "bind these to vfio-pci too, or unbind them from their drivers: {}",
-                    addresses.join(" ")
+                    "take these from their drivers, or bind them to vfio-pci too: {}",
+                    commands.join("; ")
                 )
             }
             PciError::Permission { .. } => "run the iohost daemon as root".to_owned(),
@@ -123,6 +122,10 @@ impl PciError {
             }
         }
     }
+}
+
+fn unbind_command(member: &GroupMember) -> String {
+    format!("echo {0} > /sys/bus/pci/devices/{0}/driver/unbind", member.address)
 }
 
 fn list(members: &[GroupMember]) -> String {

@@ -1,11 +1,15 @@
-# Functions for tests that run the daemon. Source it after pci.sh: . /share/tests/guest/daemon.sh
+# Functions for tests that run the daemon. Source it: . /share/tests/guest/daemon.sh
+. /share/tests/guest/check.sh
 
 daemon=
 
-# start_daemon LINES: runs the daemon with one device, configured by LINES of TOML.
+# start_daemon LINES [COMMAND...]: runs the daemon with one device, configured by LINES of TOML,
+# or with none if there are no LINES. COMMAND gets the daemon's command line to run, in its way.
 start_daemon() {
-    printf 'driver_directory = "/share/bin"\n[[device]]\n%s\n' "$1" >/tmp/iohost.toml
-    iohost daemon --config /tmp/iohost.toml 2>>/tmp/daemon.log &
+    echo 'driver_directory = "/share/bin"' >/tmp/iohost.toml
+    [ -z "$1" ] || printf '[[device]]\n%s\n' "$1" >>/tmp/iohost.toml
+    shift
+    "$@" iohost daemon --config /tmp/iohost.toml 2>>/tmp/daemon.log &
     daemon=$!
     await "the daemon's socket" test -S /run/iohost/io.iohost
 }
@@ -13,19 +17,7 @@ start_daemon() {
 # stop_daemon: as an operator does it. The daemon has to end well.
 stop_daemon() {
     kill -TERM "$daemon"
-    wait "$daemon" || fail "the daemon ended with exit code $?: $(tail -n 5 /tmp/daemon.log)"
-}
-
-# await WHAT COMMAND...: until COMMAND succeeds, for a minute at the most.
-await() {
-    what=$1
-    shift
-    attempts=600
-    until "$@" >/dev/null 2>&1; do
-        attempts=$((attempts - 1))
-        [ $attempts -gt 0 ] || fail "waited a minute for $what: $(tail -n 20 /tmp/daemon.log)"
-        sleep 0.1
-    done
+    wait "$daemon" || fail "the daemon ended with exit code $?"
 }
 
 # status FIELD: of the one service: driver, state, pid, incarnation, reset, ...
@@ -37,6 +29,35 @@ status() {
 # Whether the driver runs.
 is_ready() {
     [ "$(status state)" = ready ] || [ "$(status state)" = running ]
+}
+
+# Whether the driver was given up, with a reason.
+is_down() {
+    [ "$(status state)" = down ]
+}
+
+# refusal COMMAND...: what an iohost command says when it is refused, as JSON. Not to be refused is
+# a failure, and so is any other exit code than 1.
+refusal() {
+    iohost --json "$@" 2>/tmp/refusal && fail "iohost $* was not refused"
+    [ $? -eq 1 ] || fail "iohost $* ended with another exit code than 1"
+    cat /tmp/refusal
+}
+
+# down_reason: why the one service is down, as JSON.
+down_reason() {
+    await "the service to be down" is_down
+    iohost status --json | sed -n 's/.*"reason":\({[^}]*}\).*/\1/p'
+}
+
+# expect_refusal REFUSAL CODE MESSAGE NEXT: REFUSAL, as JSON, has this code, and these words in its
+# message and its next step.
+expect_refusal() {
+    echo "$1"
+    case $1 in
+    *"\"code\":\"$2\",\"message\":\""*"$3"*"\",\"next\":\""*"$4"*) ;;
+    *) fail "expected code '$2', '$3' in the message, '$4' in the next step" ;;
+    esac
 }
 
 # demo OPTIONS: the demo's account, without the progress bar that a terminal gets.

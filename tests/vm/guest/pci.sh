@@ -1,10 +1,5 @@
 # Functions for tests, about PCI functions in sysfs. Source it: . /share/tests/guest/pci.sh
-
-# Ends the test with a reason.
-fail() {
-    echo "FAILED: $*" >&2 # not into the answer of a function that is being asked
-    exit 1
-}
+. /share/tests/guest/check.sh
 
 # Prints the address of the only function with this vendor and device: pci_address 1234 11e8
 pci_address() {

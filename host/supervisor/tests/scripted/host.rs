@@ -62,7 +62,11 @@ fn main() {
             }
             ToHost::Stop if script == "stubborn" => sleep(),
             ToHost::Stop => return send(&daemon, &FromHost::Stopped),
-            ToHost::Start(_) | ToHost::CloseSession { .. } | ToHost::Query => {}
+            ToHost::Start(_)
+            | ToHost::ServiceBegan(_)
+            | ToHost::ServiceEnded { .. }
+            | ToHost::CloseSession { .. }
+            | ToHost::Query => {}
         }
     }
 }

@@ -1,14 +1,18 @@
-//! Checks the VFIO backend on a real device; for a guest, as root.
+//! Checks the VFIO backend on a real device. Run in the guest, as root, by the tests beside it.
 //!
-//!     vfio conformance ADDRESS        binds an `edu`, runs the conformance tests, restores it
-//!     vfio refusals ADDRESS           the errors of opening and mapping that need a real kernel
-//!     vfio bus-reset ADDRESS OTHER    resets a function that cannot be reset alone
-//!     vfio borrow ADDRESS             takes a function from its driver, tries it, gives it back
-//!     vfio shared ADDRESS BLOCKER     fails to take a function whose group somebody else uses
-//!     vfio no-iommu ADDRESS           fails to take a function on a machine without an IOMMU
-//!     vfio removal ADDRESS            loses an open function
+//! ```text
+//! vfio-check conformance ADDRESS        binds an `edu`, runs the conformance tests, restores it
+//! vfio-check refusals ADDRESS           the errors of opening and mapping that need a real kernel
+//! vfio-check bus-reset ADDRESS OTHER    resets a function that cannot be reset alone
+//! vfio-check borrow ADDRESS             takes a function from its driver, tries it, gives it back
+//! vfio-check shared ADDRESS BLOCKER     fails to take a function whose group somebody else uses
+//! vfio-check no-iommu ADDRESS           fails to take a function on a machine without an IOMMU
+//! vfio-check removal ADDRESS            loses an open function
+//! ```
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
+
+#![forbid(unsafe_code)]
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -45,7 +49,6 @@ fn conformance_of(address: PciAddress) -> Result<()> {
     println!("ok bound {address}, which had {:?}", former.driver);
 
     let device = VfioBackend::open(&sysfs.directory(address))?;
-    println!("   {device:?}");
     for (name, test) in conformance::TESTS {
         test(&device);
         println!("ok {name}");

@@ -1,0 +1,45 @@
+//! What a test can ask the probe driver for.
+
+#![forbid(unsafe_code)]
+
+use iohost_interface::Action;
+
+iohost_interface::interface! {
+    /// Actions in both directions, and news of services.
+    pub interface probe;
+
+    methods {
+        /// Keeps an action of the client's.
+        0 => fn subscribe(action: Action<(u32, Vec<u8>)>);
+
+        /// Invokes each action it keeps `count` times, with the numbers from 0 and as many `bytes`.
+        /// How many of these invocations were accepted.
+        1 => fn complete(count: u32, bytes: u32) -> u32;
+
+        /// Drops the actions it keeps.
+        2 => fn forget();
+
+        /// A new action of the driver's, which notes what it is invoked with.
+        3 => fn offer() -> Action<u32>;
+
+        /// What was noted: 4 bytes each, in the machine's order.
+        4 => fn noted() -> Vec<u8>;
+
+        /// How many aborted handlers of offered actions have run.
+        5 => fn aborted() -> u32;
+
+        /// Cancels every action it has offered. How many invocations they have dropped.
+        6 => fn cancel() -> u64;
+
+        /// Watches the services that serve an interface. Replaces an earlier watch.
+        7 => fn watch(interface: String);
+
+        /// The news it has heard so far, in order: `+NAME` and `-NAME`, with spaces between.
+        8 => fn news() -> String;
+
+        /// Is never answered while the driver runs.
+        9 => fn hold();
+    }
+
+    queues {}
+}

@@ -1,0 +1,126 @@
+//! A driver that does nothing with its device, and with its clients what they ask it to: for
+//! tests of what runs between a driver and a client.
+//!
+//! It takes the `edu` device, since that is the one every test can have.
+
+#![forbid(unsafe_code)]
+
+use iohost_driver::prelude::*;
+use iohost_driver::{IOServiceNotificationDispatchSource, ServiceMatching, ServiceNotification};
+
+/// The probe. Everything here runs on its default queue.
+pub struct Probe {
+    queue: IODispatchQueue<Self>,
+    /// Actions of clients.
+    kept: Vec<Action<(u32, Vec<u8>)>>,
+    /// Actions of ours that clients were given.
+    offered: Vec<OSAction<u32>>,
+    noted: Vec<u32>,
+    aborted: u32,
+    services: Option<IOServiceNotificationDispatchSource>,
+    news: Vec<String>,
+    /// Replies that are never given.
+    held: Vec<Reply<()>>,
+}
+
+impl IOService for Probe {
+    const PERSONALITIES: &'static [Personality] = &[Personality::pci(0x1234, 0x11e8)];
+
+    fn start(_device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> Result<Self> {
+        Ok(Self {
+            queue: queue.clone(),
+            kept: Vec::new(),
+            offered: Vec::new(),
+            noted: Vec::new(),
+            aborted: 0,
+            services: None,
+            news: Vec::new(),
+            held: Vec::new(),
+        })
+    }
+}
+
+impl probe_api::Server for Probe {
+    fn subscribe(&mut self, action: Action<(u32, Vec<u8>)>, reply: Reply<()>) {
+        self.kept.push(action);
+        reply.complete(());
+    }
+
+    fn complete(&mut self, count: u32, bytes: u32, reply: Reply<u32>) {
+        let mut accepted = 0;
+        for number in 0..count {
+            for action in &self.kept {
+                let invoked = action.invoke((number, vec![number as u8; bytes as usize]));
+                accepted += u32::from(invoked.is_ok());
+            }
+        }
+        reply.complete(accepted);
+    }
+
+    fn forget(&mut self, reply: Reply<()>) {
+        self.kept.clear();
+        reply.complete(());
+    }
+
+    fn offer(&mut self, reply: Reply<Action<u32>>) {
+        reply.finish(self.make_action().map_err(|err| err.code()));
+    }
+
+    fn noted(&mut self, reply: Reply<Vec<u8>>) {
+        reply.complete(self.noted.iter().flat_map(|number| number.to_ne_bytes()).collect());
+    }
+
+    fn aborted(&mut self, reply: Reply<u32>) {
+        reply.complete(self.aborted);
+    }
+
+    fn cancel(&mut self, reply: Reply<u64>) {
+        for action in &self.offered {
+            action.cancel(&self.queue, |_| {});
+        }
+        reply.complete(self.offered.iter().map(OSAction::dropped).sum());
+    }
+
+    fn watch(&mut self, interface: String, reply: Reply<()>) {
+        let matching = ServiceMatching::Interface(interface);
+        let source = IOServiceNotificationDispatchSource::create(
+            matching,
+            &self.queue,
+            Self::services_ready,
+        );
+        reply.finish(source.map(|source| self.services = Some(source)).map_err(|err| err.code()));
+    }
+
+    fn news(&mut self, reply: Reply<String>) {
+        reply.complete(self.news.join(" "));
+    }
+
+    fn hold(&mut self, reply: Reply<()>) {
+        self.held.push(reply);
+    }
+}
+
+impl Probe {
+    fn make_action(&mut self) -> Result<Action<u32>> {
+        let action = OSAction::create(&self.queue, (), |probe: &mut Self, (), number| {
+            probe.noted.push(number);
+        })?;
+        action.set_aborted_handler(&self.queue, |probe| probe.aborted += 1);
+        let handle = action.handle();
+        self.offered.push(action);
+        Ok(handle)
+    }
+
+    fn services_ready(&mut self) {
+        let Some(services) = &self.services else { return };
+        services.deliver_notifications(|kind, service| {
+            let sign = match kind {
+                ServiceNotification::Terminated => '-',
+                ServiceNotification::Matched => '+',
+            };
+            self.news.push(format!("{sign}{}", service.name));
+        });
+    }
+}
+
+iohost_driver::export_driver!(Probe, serves probe_api);

@@ -1,0 +1,185 @@
+//! A device that does what a test says, and other ways to reach one.
+
+use std::ops::{Range, RangeInclusive};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+
+use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use iohost_device_models::{BarSpec, Bus, DeviceModel, Function, Identity};
+use iohost_memory::SharedMemory;
+use iohost_registers::MappedRegion;
+use iohost_testkit::FakeDevice;
+
+pub(crate) const VENDOR: u16 = 0x1234;
+pub(crate) const DEVICE: u16 = 0x0b0a;
+pub(crate) const BAR_SIZE: u32 = 0x100;
+
+/// A device with one BAR of plain memory, an interrupt line and MSI vectors, which writes down
+/// how its BAR is reached.
+#[derive(Debug)]
+pub(crate) struct Board {
+    pub(crate) intx: bool,
+    pub(crate) msi_vectors: u8,
+    pub(crate) memory: [u8; BAR_SIZE as usize],
+    pub(crate) accesses: Vec<String>,
+    pub(crate) resets: u32,
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        Self {
+            intx: true,
+            msi_vectors: 4,
+            memory: [0; BAR_SIZE as usize],
+            accesses: Vec::new(),
+            resets: 0,
+        }
+    }
+}
+
+impl DeviceModel for Board {
+    fn identity(&self) -> Identity {
+        Identity {
+            vendor: VENDOR,
+            device: DEVICE,
+            subsystem_vendor: 0x1af4,
+            subsystem: 0x1100,
+            class: 0x00_ff00,
+            revision: 3,
+            bars: [Some(BarSpec { size: BAR_SIZE }), None, None, None, None, None],
+            intx: self.intx,
+            msi_vectors: self.msi_vectors,
+        }
+    }
+
+    fn bar_read(&mut self, _bus: &mut Bus<'_>, bar: u8, offset: u64, data: &mut [u8]) {
+        self.accesses.push(format!("read {} bytes at {offset:#x} of BAR {bar}", data.len()));
+        let at = offset as usize;
+        data.copy_from_slice(&self.memory[at..at + data.len()]);
+    }
+
+    fn bar_write(&mut self, _bus: &mut Bus<'_>, bar: u8, offset: u64, data: &[u8]) {
+        self.accesses.push(format!("write {} bytes at {offset:#x} of BAR {bar}", data.len()));
+        let at = offset as usize;
+        self.memory[at..at + data.len()].copy_from_slice(data);
+    }
+
+    fn time_has_come(&mut self, _bus: &mut Bus<'_>, _what: u32) {}
+
+    fn reset(&mut self, _bus: &mut Bus<'_>) {
+        self.resets += 1;
+        self.memory.fill(0);
+    }
+}
+
+/// A board reached in a way that a [`FakeDevice`] does not have.
+#[derive(Debug)]
+pub(crate) struct Unusual {
+    board: FakeDevice<Board>,
+    /// What `bar` says instead.
+    pub(crate) bars: Vec<Option<BarInfo>>,
+    /// MSI-X vectors, beside what the board has.
+    pub(crate) msi_x: u32,
+    /// The device has no reset.
+    pub(crate) no_reset: bool,
+    /// Where memory can be mapped.
+    pub(crate) iova: Vec<RangeInclusive<u64>>,
+    /// The device has gone and answers nothing.
+    pub(crate) gone: AtomicBool,
+}
+
+impl Unusual {
+    pub(crate) fn new(board: Board) -> Self {
+        let board = FakeDevice::new(Arc::new(Function::new(board)));
+        let bars = (0..7).map(|index| board.bar(index).cloned()).collect();
+        let iova = vec![0..=u64::MAX];
+        Self { board, bars, msi_x: 0, no_reset: false, iova, gone: AtomicBool::new(false) }
+    }
+
+    fn there(&self) -> Result<(), DeviceError> {
+        match self.gone.load(SeqCst) {
+            true => Err(DeviceError::Gone("pulled out".to_owned())),
+            false => Ok(()),
+        }
+    }
+}
+
+impl DeviceBackend for Unusual {
+    fn kind(&self) -> &'static str {
+        "unusual"
+    }
+
+    fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
+        self.there()?;
+        self.board.config_read(offset, data)
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
+        self.there()?;
+        self.board.config_write(offset, data)
+    }
+
+    fn bar(&self, index: u8) -> Option<&BarInfo> {
+        self.bars.get(usize::from(index))?.as_ref()
+    }
+
+    fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
+        self.there()?;
+        self.board.bar_read(index, offset, data)
+    }
+
+    fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.there()?;
+        self.board.bar_write(index, offset, data)
+    }
+
+    fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError> {
+        self.board.map_bar(index, range)
+    }
+
+    fn interrupt_count(&self, kind: InterruptKind) -> u32 {
+        match kind {
+            InterruptKind::MsiX => self.msi_x,
+            other => self.board.interrupt_count(other),
+        }
+    }
+
+    fn enable_interrupts(
+        &self,
+        kind: InterruptKind,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        match kind {
+            InterruptKind::MsiX => Ok(()),
+            other => self.board.enable_interrupts(other, triggers),
+        }
+    }
+
+    fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
+        self.enable_interrupts(kind, &[])
+    }
+
+    fn unmask_intx(&self) -> Result<(), DeviceError> {
+        self.board.unmask_intx()
+    }
+
+    fn iova_ranges(&self) -> &[RangeInclusive<u64>] {
+        &self.iova
+    }
+
+    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
+        self.board.dma_map(iova, memory)
+    }
+
+    fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError> {
+        self.board.dma_unmap(iova, len)
+    }
+
+    fn reset(&self) -> Result<(), DeviceError> {
+        match self.no_reset {
+            true => Err(DeviceError::NoReset { reason: "it has none".to_owned() }),
+            false => self.board.reset(),
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Benchmarks, each figure beside a peer's.
+//!
+//! `scripts/bench [AREA]... [--json]`. An area is a module with a list of [`Case`]s. A case has two
+//! contenders, ours and a peer, that do the same work and measure it the same way; each runs in a
+//! process of its own, which is this program with `--contender`. [`rounds`] has them take turns.
+
+#![forbid(unsafe_code)]
+
+mod dispatch;
+mod events;
+mod machine;
+mod queue;
+mod report;
+mod rounds;
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use rounds::{Case, Effort, Side};
+
+/// Areas that will have benchmarks.
+const PLANNED: [&str; 4] = ["timers", "device", "restart", "nvme"];
+
+/// What a usage error exits with, as `clap` has it.
+const USAGE: u8 = 2;
+
+/// Runs iohost's benchmarks, each beside a peer. A ratio over 1 is in our favour.
+#[derive(Parser)]
+#[command(name = "bench")]
+struct Options {
+    /// dispatch, events, queue; all of them when none is named
+    areas: Vec<String>,
+    /// One JSON object per figure and line, in place of the table
+    #[arg(long)]
+    json: bool,
+    /// Rounds that each figure is the median of [default: 9]
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Does next to no work, in one round: shows that it runs, and measures nothing
+    #[arg(long)]
+    quick: bool,
+    /// This process is one contender: measures, prints its figures, ends
+    #[arg(long, hide = true, value_names = ["CASE", "SIDE"], num_args = 2)]
+    contender: Option<Vec<String>>,
+    /// This process is what a contender sends to
+    #[arg(long, hide = true, value_names = ["CASE", "SIDE"], num_args = 2)]
+    other_end: Option<Vec<String>>,
+}
+
+fn main() -> Result<ExitCode> {
+    let options = Options::parse();
+    let effort = if options.quick { Effort::Quick } else { Effort::Full };
+    if let Some(of) = &options.contender {
+        machine::die_after_a_minute();
+        let (case, side) = contender(of)?;
+        let figures = case.contender(side)(effort)?;
+        println!("{}", serde_json::to_string(&figures)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(of) = &options.other_end {
+        machine::die_after_a_minute();
+        let (case, side) = contender(of)?;
+        queue::other_end(case.name, side, effort)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for area in &options.areas {
+        if let Some(complaint) = complaint_about(area) {
+            eprintln!("bench: {complaint}");
+            return Ok(ExitCode::from(USAGE));
+        }
+    }
+    let rounds = options.rounds.unwrap_or(match effort {
+        Effort::Full => 9,
+        Effort::Quick => 1,
+    });
+    run(&options, rounds.max(1), effort)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run(options: &Options, rounds: usize, effort: Effort) -> Result<()> {
+    // Held open until the end.
+    let _awake = machine::keep_awake();
+    let mut report = report::Report::new(options.json);
+    let chosen = |case: &&Case| {
+        options.areas.is_empty() || options.areas.iter().any(|area| area == case.bench)
+    };
+    for case in cases().filter(chosen) {
+        let figures = rounds::run(case, rounds, effort);
+        report.add(&figures.with_context(|| format!("benchmark {}", case.name))?)?;
+    }
+    report.finish();
+    Ok(())
+}
+
+fn cases() -> impl Iterator<Item = &'static Case> {
+    [dispatch::CASES, events::CASES, queue::CASES].into_iter().flatten()
+}
+
+/// What is wrong with the name of an area, if anything.
+fn complaint_about(area: &str) -> Option<String> {
+    let mut areas: Vec<&str> = cases().map(|case| case.bench).collect();
+    areas.dedup();
+    let there_are = format!("there are: {}", areas.join(", "));
+    if areas.contains(&area) {
+        None
+    } else if PLANNED.contains(&area) {
+        Some(format!("no benchmark of `{area}` yet; {there_are}"))
+    } else {
+        Some(format!("no such area `{area}`; {there_are}"))
+    }
+}
+
+/// Reads the names with which [`rounds`] and [`queue`] start this program.
+fn contender(of: &[String]) -> Result<(&'static Case, Side)> {
+    let [name, side] = of else { anyhow::bail!("a case and a side, not {of:?}") };
+    let case = cases().find(|case| case.name == name);
+    Ok((case.with_context(|| format!("no case {name}"))?, side.parse()?))
+}

@@ -1,0 +1,19 @@
+# Functions for every test. Source it: . /share/tests/guest/check.sh
+
+# Ends the test with a reason.
+fail() {
+    echo "FAILED: $*" >&2 # not into the answer of a function that is being asked
+    [ ! -f /tmp/daemon.log ] || tail -n 20 /tmp/daemon.log >&2
+    exit 1
+}
+
+# await WHAT COMMAND...: until COMMAND succeeds, for a minute at the most.
+await() {
+    local what=$1 attempts=600
+    shift
+    until "$@" >/dev/null 2>&1; do
+        attempts=$((attempts - 1))
+        [ $attempts -gt 0 ] || fail "waited a minute for $what"
+        sleep 0.1
+    done
+}
