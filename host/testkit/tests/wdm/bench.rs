@@ -9,7 +9,7 @@ use std::time::Duration;
 use iohost_device_backend::InterruptKind;
 use iohost_device_models::Function;
 use iohost_device_models::edu::{Edu, Timing};
-use iohost_dispatch::Engine;
+use iohost_dispatch::{Engine, EngineClock};
 use iohost_driver::prelude::*;
 use iohost_driver::wdm::{DeviceObject, Dpc, DueTime, IoTimer, KernelTimer, TimerType};
 use iohost_driver::{Exported, export_driver};
@@ -133,8 +133,18 @@ impl Service {
         let backend = Arc::new(FakeDevice::new(function));
         let (device, _) = Device::take_over(backend, vec![InterruptKind::Msi]).unwrap();
         let plugin = Plugin::linked(Bench::descriptor());
-        let driver = Driver::start(&engine, plugin, device).unwrap();
+        let driver = Driver::start(&engine, plugin, device, Arc::default()).unwrap();
         Self { queue: Bench::queue(), _driver: driver, engine }
+    }
+
+    /// Without threads, on virtual time: a rig that several threads can turn.
+    pub(crate) fn on_virtual_time() -> Self {
+        Self::on(Engine::manual(EngineClock::Virtual).unwrap())
+    }
+
+    pub(crate) fn advance_ms(&self, ms: u64) {
+        self.engine.advance(Duration::from_millis(ms));
+        self.engine.settle();
     }
 }
 
