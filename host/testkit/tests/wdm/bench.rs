@@ -9,12 +9,15 @@ use std::time::Duration;
 use iohost_device_backend::InterruptKind;
 use iohost_device_models::Function;
 use iohost_device_models::edu::{Edu, Timing};
-use iohost_dispatch::Engine;
+use iohost_dispatch::{Engine, EngineClock};
 use iohost_driver::prelude::*;
 use iohost_driver::wdm::{DeviceObject, Dpc, DueTime, IoTimer, KernelTimer, TimerType};
 use iohost_driver::{Exported, export_driver};
 use iohost_driver_host::{Device, Driver, Plugin};
 use iohost_testkit::{FakeDevice, Rig};
+
+/// How long a test waits for what must come before it says that it did not.
+pub(crate) const WATCHDOG: Duration = Duration::from_secs(60);
 
 /// The driver.
 #[derive(Default)]
@@ -132,6 +135,16 @@ impl Service {
         let plugin = Plugin::linked(Bench::descriptor());
         let driver = Driver::start(&engine, plugin, device, Arc::default()).unwrap();
         Self { queue: Bench::queue(), _driver: driver, engine }
+    }
+
+    /// Without threads, on virtual time: a rig that several threads can turn.
+    pub(crate) fn on_virtual_time() -> Self {
+        Self::on(Engine::manual(EngineClock::Virtual).unwrap())
+    }
+
+    pub(crate) fn advance_ms(&self, ms: u64) {
+        self.engine.advance(Duration::from_millis(ms));
+        self.engine.settle();
     }
 }
 

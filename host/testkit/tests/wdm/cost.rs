@@ -1,22 +1,11 @@
 //! What the timers cost the engine, read from the numbers of its queues.
 
-use std::time::Duration;
-
-use iohost_dispatch::{Engine, EngineClock, QueueNumbers};
+use iohost_dispatch::QueueNumbers;
 use iohost_driver::wdm::{DeviceObject, Dpc, IoTimer, KernelTimer, TimerType};
 
 use crate::bench::{Bench, Held, Service, after_ms};
 
 impl Service {
-    fn on_virtual_time() -> Self {
-        Self::on(Engine::manual(EngineClock::Virtual).unwrap())
-    }
-
-    fn advance_ms(&self, ms: u64) {
-        self.engine.advance(Duration::from_millis(ms));
-        self.engine.settle();
-    }
-
     fn numbers(&self, queue: &str) -> QueueNumbers {
         let mut numbers = self.engine.numbers().into_iter();
         numbers.find(|numbers| numbers.name == queue).unwrap()

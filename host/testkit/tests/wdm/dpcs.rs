@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use iohost_driver::prelude::*;
-use iohost_driver::wdm::{DeviceObject, Dpc, Error as WdmError, IoTimer};
+use iohost_driver::wdm::{DeviceObject, Dpc, Error as WdmError, IoTimer, KernelTimer, TimerType};
 
-use crate::bench::{Bench, Held, Setup, after_ms, give_others_a_chance};
+use crate::bench::{Bench, Held, Service, Setup, after_ms, give_others_a_chance};
 
 // ---- KeInitializeDpc, CustomTimerDpc ----
 
@@ -41,31 +41,30 @@ fn a_dpc_stands_on_its_queue_once_however_many_expiries_want_it() {
 
 #[test]
 fn an_expiry_while_the_dpc_runs_leads_to_one_more_call_after_it() {
-    let setup = Setup::new();
+    let service = Service::on_virtual_time();
     let (running, is_running) = mpsc::channel();
     let (go_on, may_go_on) = mpsc::channel::<()>();
-    let own_queue = IODispatchQueue::create(&setup.queue, "dpcs", Vec::new()).unwrap();
-    let device = DeviceObject::create_beside(&setup.device, &own_queue).unwrap();
-    let dpc = Dpc::initialize(&device, move |seen: &mut Vec<&str>| {
-        seen.push("begin");
+    let device = DeviceObject::create(&service.queue).unwrap();
+    let dpc = Dpc::initialize(&device, move |bench: &mut Bench| {
+        bench.note("begin");
         running.send(()).unwrap();
         may_go_on.recv().unwrap();
-        seen.push("end");
+        bench.note("end");
     });
-    let timer = setup.timer();
+    let timer = KernelTimer::initialize(&device, TimerType::Notification).unwrap();
     timer.set_ex(after_ms(10), 10, Some(&dpc));
 
     thread::scope(|scope| {
-        scope.spawn(|| setup.advance_ms(10));
+        scope.spawn(|| service.advance_ms(10));
         is_running.recv().unwrap();
-        setup.advance_ms(10);
-        setup.advance_ms(10);
+        service.advance_ms(10);
+        service.advance_ms(10);
         assert!(is_running.try_recv().is_err(), "not twice at a time");
         go_on.send(()).unwrap();
         go_on.send(()).unwrap();
     });
-    setup.rig.settle();
-    let seen = own_queue.dispatch_sync(|seen| seen.clone()).unwrap();
+    service.engine.settle();
+    let seen = service.queue.dispatch_sync(|bench| bench.seen.clone()).unwrap();
     assert_eq!(seen, ["begin", "end", "begin", "end"]);
 }
 

@@ -8,7 +8,7 @@ use iohost_driver::wdm::{
     Dpc, DueTime, Error as WdmError, KernelTimer, Result as WdmResult, TimerType,
 };
 
-use crate::bench::{Bench, Held, Setup, after_ms, time_of_day_ms};
+use crate::bench::{Bench, Held, Setup, WATCHDOG, after_ms, time_of_day_ms};
 
 // ---- KeInitializeTimer, KeInitializeTimerEx ----
 
@@ -56,7 +56,7 @@ fn threads_that_wait_for_a_notification_timer_all_pass_when_it_expires() {
     let timer = setup.timer();
     timer.set(after_ms(10), None);
     thread::scope(|scope| {
-        let waiters = [(); 3].map(|()| scope.spawn(|| timer.wait(Duration::MAX)));
+        let waiters = [(); 3].map(|()| scope.spawn(|| timer.wait(WATCHDOG)));
         setup.advance_ms(10);
         for waiter in waiters {
             assert_eq!(waiter.join().unwrap(), Ok(()));
@@ -72,7 +72,7 @@ fn threads_that_wait_for_a_synchronization_timer_pass_one_per_expiry() {
         let (passed, passes) = mpsc::channel();
         for _ in 0..3 {
             let (passed, timer) = (passed.clone(), &timer);
-            scope.spawn(move || passed.send(timer.wait(Duration::MAX)).unwrap());
+            scope.spawn(move || passed.send(timer.wait(WATCHDOG)).unwrap());
         }
         for _ in 0..3 {
             timer.set(after_ms(10), None);

@@ -10,10 +10,7 @@ use iohost_dispatch::Engine;
 use iohost_driver::prelude::*;
 use iohost_driver::wdm::{DeviceObject, Dpc, DueTime, IoTimer, KernelTimer, TimerType};
 
-use crate::bench::{Bench, Service};
-
-/// How long a test waits for what must come before it says that it did not.
-const WATCHDOG: Duration = Duration::from_secs(60);
+use crate::bench::{Bench, Service, WATCHDOG};
 
 fn start() -> Service {
     Service::on(Engine::with_workers(4).unwrap())
