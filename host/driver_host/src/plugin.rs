@@ -51,6 +51,14 @@ use crate::Device;
 use crate::device::refused;
 use crate::services::{Services, Watcher};
 
+/// `kIODispatchQueueReentrant` and `kIODispatchQueueMethodsNotSynchronized`, which Apple does not
+/// document: by its name, calls on such a queue are not serialised, so it is a reentrant queue here.
+const REENTRANT: u64 = 0x1;
+const METHODS_NOT_SYNCHRONIZED: u64 = 0x2;
+
+/// `kIODispatchQueueWakeupAll`.
+const WAKEUP_ALL: u64 = 0x1;
+
 /// What a driver failed of, in words; `None` while it has not.
 pub(crate) type Failure = Arc<Mutex<Option<String>>>;
 
@@ -599,6 +607,11 @@ static DISPATCH_TABLE: DispatchTable = DispatchTable {
     descriptor_create,
     descriptor_nudge,
     descriptor_release,
+    queue_create_with_options,
+    queue_concurrent,
+    queue_sleep,
+    queue_wakeup,
+    queue_held,
 };
 
 unsafe extern "C" fn queue_create(
@@ -615,6 +628,75 @@ unsafe extern "C" fn queue_create(
     let (failure, services) = (sibling.failure.clone(), sibling.services.clone());
     // SAFETY: contract 4.
     unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure, services }))) }
+}
+
+unsafe extern "C" fn queue_create_with_options(
+    sibling: *mut HostQueue,
+    name: *const u8,
+    name_len: usize,
+    options: u64,
+    priority: u64,
+    queue: *mut *mut HostQueue,
+) -> i32 {
+    // SAFETY: contract 2.
+    let sibling = unsafe { object::<QueueObject>(sibling) };
+    // SAFETY: contract 4.
+    let name = unsafe { text_of(name, name_len) };
+    let known = options & !(REENTRANT | METHODS_NOT_SYNCHRONIZED) == 0 && priority == 0;
+    let made = if known {
+        sibling.queue.create_beside(&name, QueueOptions { reentrant: options != 0 })
+    } else {
+        Err(IOReturn::BAD_ARGUMENT)
+    };
+    let (failure, services) = (sibling.failure.clone(), sibling.services.clone());
+    // SAFETY: contract 4.
+    unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure, services }))) }
+}
+
+unsafe extern "C" fn queue_concurrent(queue: *mut HostQueue, work: Work) -> i32 {
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    let work = ForeignWork(work);
+    IOReturn::code(&queue.queue.dispatch_concurrent(move || work.run()))
+}
+
+unsafe extern "C" fn queue_sleep(
+    queue: *mut HostQueue,
+    event: usize,
+    number: u64,
+    deadline: u64,
+) -> i32 {
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    let deadline = match number {
+        0 => Ok(None),
+        number => clock(number).map(|clock| Some((clock, deadline))),
+    };
+    IOReturn::code(&deadline.and_then(|deadline| queue.queue.sleep(event, deadline)))
+}
+
+unsafe extern "C" fn queue_wakeup(queue: *mut HostQueue, event: usize, options: u64) -> i32 {
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    let woken = match options {
+        0 => queue.queue.wakeup(event).map(|_| ()),
+        WAKEUP_ALL => queue.queue.wakeup_all(event).map(|_| ()),
+        _ => Err(IOReturn::BAD_ARGUMENT),
+    };
+    IOReturn::code(&woken)
+}
+
+unsafe extern "C" fn queue_held(
+    queue: *mut HostQueue,
+    sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+    context: *mut c_void,
+) {
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    for name in queue.queue.held() {
+        // SAFETY: contract 3: the plugin's function with its context; the name lives for the call.
+        unsafe { sink(context, name.as_ptr(), name.len()) };
+    }
 }
 
 unsafe extern "C" fn queue_retain(queue: *mut HostQueue) {

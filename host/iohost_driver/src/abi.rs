@@ -420,6 +420,54 @@ impl Queue {
         Ok(Self(adopt(status, queue)?))
     }
 
+    pub(crate) fn create_with_options(
+        sibling: &Self,
+        name: &str,
+        options: u64,
+        priority: u64,
+    ) -> Result<Self, IOReturn> {
+        let mut queue = ptr::null_mut();
+        let status = host!(dispatch.queue_create_with_options(
+            sibling.0.as_ptr(),
+            name.as_ptr(),
+            name.len(),
+            options,
+            priority,
+            &raw mut queue
+        ));
+        Ok(Self(adopt(status, queue)?))
+    }
+
+    pub(crate) fn dispatch_concurrent(
+        &self,
+        block: impl FnOnce() + Send + 'static,
+    ) -> Result<(), IOReturn> {
+        check(host!(dispatch.queue_concurrent(self.0.as_ptr(), self.work(block))))
+    }
+
+    /// `clock` 0: no deadline.
+    pub(crate) fn sleep(&self, event: usize, clock: u64, deadline: u64) -> Result<(), IOReturn> {
+        check(host!(dispatch.queue_sleep(self.0.as_ptr(), event, clock, deadline)))
+    }
+
+    pub(crate) fn wakeup(&self, event: usize, options: u64) -> Result<(), IOReturn> {
+        check(host!(dispatch.queue_wakeup(self.0.as_ptr(), event, options)))
+    }
+
+    /// The names of the queues the calling thread holds, outermost first.
+    pub(crate) fn held(&self) -> Vec<String> {
+        unsafe extern "C" fn sink(context: *mut c_void, text: *const u8, len: usize) {
+            // SAFETY: the context is the list below, which waits for this call.
+            let names = unsafe { &mut *context.cast::<Vec<String>>() };
+            // SAFETY: contract 5; a name is never empty, or its pointer is still not null.
+            let name = unsafe { slice::from_raw_parts(text, len) };
+            names.push(String::from_utf8_lossy(name).into_owned());
+        }
+        let mut names = Vec::<String>::new();
+        host!(dispatch.queue_held(self.0.as_ptr(), sink, (&raw mut names).cast()));
+        names
+    }
+
     pub(crate) fn on_queue(&self) -> bool {
         host!(dispatch.queue_on_queue(self.0.as_ptr())) != 0
     }

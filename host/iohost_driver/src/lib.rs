@@ -28,6 +28,7 @@ mod interrupt;
 mod logger;
 mod notification;
 mod pci;
+mod raw_queue;
 mod service;
 mod timer;
 pub mod wdm;
@@ -47,6 +48,7 @@ pub use notification::{
     ServiceInfo, ServiceMatching, ServiceNotification, StateItem,
 };
 pub use pci::{Bar, BarInfo, Command, IOPCIDevice};
+pub use raw_queue::IORawDispatchQueue;
 pub use service::{Exported, IOService, Personality, QueueEnd, Session, SessionId};
 pub use timer::{IOTimerClock, IOTimerDispatchSource};
 

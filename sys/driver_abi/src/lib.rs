@@ -328,6 +328,30 @@ pub struct DispatchTable {
     pub descriptor_nudge: unsafe extern "C" fn(source: *mut HostDescriptor),
     /// Gives the reference back, which ends the source.
     pub descriptor_release: unsafe extern "C" fn(source: *mut HostDescriptor),
+    /// As `queue_create`, with `kIODispatchQueue…` options and a priority, which has to be 0.
+    pub queue_create_with_options: unsafe extern "C" fn(
+        sibling: *mut HostQueue,
+        name: *const u8,
+        name_len: usize,
+        options: u64,
+        priority: u64,
+        queue: *mut *mut HostQueue,
+    ) -> i32,
+    /// Appends work that may run beside other concurrent work.
+    pub queue_concurrent: unsafe extern "C" fn(queue: *mut HostQueue, work: Work) -> i32,
+    /// Gives the queue up until a wake-up for the event, or until the deadline on a clock (0: none).
+    pub queue_sleep:
+        unsafe extern "C" fn(queue: *mut HostQueue, event: usize, clock: u64, deadline: u64) -> i32,
+    /// Wakes one sleeper of the event, or all (option 1).
+    pub queue_wakeup:
+        unsafe extern "C" fn(queue: *mut HostQueue, event: usize, options: u64) -> i32,
+    /// Gives the names of the queues the calling thread holds to `sink`, one by one, outermost
+    /// first.
+    pub queue_held: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+        context: *mut c_void,
+    ),
 }
 
 /// The name of [`DispatchTable`].

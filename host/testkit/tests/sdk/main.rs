@@ -12,6 +12,7 @@ mod interrupts;
 mod pci_device;
 mod probe;
 mod queues;
+mod raw_queues;
 mod services;
 mod sources;
 mod timers;
