@@ -68,7 +68,8 @@ struct Place {
     generation: u64,
     /// `None` while the place is free.
     timer: Option<Weak<dyn Expire>>,
-    /// How often the place was taken. Notes with another number are out of date.
+    /// Goes up when the place is taken, or moved to earlier. Notes with another number are out of
+    /// date.
     stamp: u32,
 }
 
@@ -144,9 +145,9 @@ impl Deadlines {
             return None;
         }
         let mut waiting = self.tables[table].waiting.lock().expect(NO_PANIC);
-        waiting.move_place(armed, deadline, generation)?;
+        let stamp = waiting.move_place(armed, deadline, generation)?;
         self.set_timer(table, &mut waiting, deadline.latest());
-        Some(armed)
+        Some(Armed { stamp, ..armed })
     }
 
     /// Takes a deadline back; one that has just expired is not there any more, which is fine.
@@ -256,7 +257,7 @@ impl Waiting {
         (index, stamp)
     }
 
-    fn move_place(&mut self, armed: Armed, deadline: Deadline, generation: u64) -> Option<()> {
+    fn move_place(&mut self, armed: Armed, deadline: Deadline, generation: u64) -> Option<u32> {
         let place = self.find(armed)?;
         let had_leeway = place.latest > place.deadline;
         let later = deadline.latest() >= place.latest
@@ -264,12 +265,15 @@ impl Waiting {
         place.generation = generation;
         place.deadline = deadline.at;
         place.latest = deadline.latest();
-        // Moved to later, the notes there are say too early, which is no harm.
-        if !later {
-            self.write_notes(armed.place);
-            self.sort_out();
+        if later {
+            // The notes there are say too early, which is no harm.
+            return Some(armed.stamp);
         }
-        Some(())
+        place.stamp = place.stamp.wrapping_add(1);
+        let stamp = place.stamp;
+        self.write_notes(armed.place);
+        self.sort_out();
+        Some(stamp)
     }
 
     fn find(&mut self, armed: Armed) -> Option<&mut Place> {
