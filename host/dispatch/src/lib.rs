@@ -11,11 +11,10 @@
 //!
 //! # Who runs what
 //!
-//! Every worker waits in `epoll_wait` on the same set, edge-triggered, so the kernel wakes one
-//! worker per event and that worker runs the handler itself: an interrupt reaches its handler in
-//! two system calls, the wait and the read of the count. Work that comes from a thread rather
-//! than from the kernel is put on its queue and, when a worker sleeps, announced through an
-//! eventfd of the same set.
+//! Two workers wait in `epoll_wait` on one set, edge-triggered, so the kernel wakes one worker per
+//! event and that worker runs the handler itself: an interrupt reaches its handler in two system
+//! calls, the wait and the read of the count. The other workers are parked, and are woken for work
+//! that comes from a thread; when none is parked, an eventfd of the same set wakes one that waits.
 
 #![forbid(unsafe_code)]
 
