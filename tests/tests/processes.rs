@@ -125,6 +125,10 @@ fn the_command_line_calls_lists_and_shows() {
     let status = system.iohost(&["status", "--json"]);
     let status: serde_json::Value = serde_json::from_str(&status.stdout).unwrap();
     assert_eq!(status["services"][0]["name"], "edu0");
+    let queues = system.iohost(&["--json", "status", "edu0"]);
+    let queues: serde_json::Value = serde_json::from_str(&queues.stdout).unwrap();
+    let default = queues["queues"].as_array().unwrap().iter().find(|it| it["name"] == "Default");
+    assert!(default.unwrap()["executed"].as_u64().unwrap() > 0, "{queues}");
     let wrong = system.iohost(&["call", "edu0", "factorial", "many"]);
     assert_eq!(wrong.code, Some(2));
     assert!(wrong.stderr.contains("next:"), "{}", wrong.stderr);

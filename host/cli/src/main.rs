@@ -55,7 +55,10 @@ fn main() -> ExitCode {
         Command::Devices => devices::run(&options, output),
         Command::Bind { device } => services::bind(&options, output, device),
         Command::Unbind { device } => services::unbind(&options, output, device),
-        Command::Status => services::status(&options, output),
+        Command::Status { service: None } => services::status(&options, output),
+        Command::Status { service: Some(service) } => {
+            services::statistics(&options, output, service)
+        }
         Command::Call(call) => call::run(&options, output, call),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };

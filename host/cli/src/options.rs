@@ -83,8 +83,12 @@ Example:
     #[command(after_help = "\
 Examples:
   iohost status
+  iohost status edu                       and what the queues of a driver do
   iohost status --json | jq -r '.services[] | \"\\(.name) \\(.state)\"'")]
-    Status,
+    Status {
+        /// A service: its sessions and dispatch queues instead of the list
+        service: Option<String>,
+    },
 
     /// Call a method of a driver, or list its methods.
     #[command(after_help = "\

@@ -13,6 +13,38 @@ pub(crate) fn status(options: &Options, output: Output) -> Result<(), CommandErr
     Ok(())
 }
 
+pub(crate) fn statistics(
+    options: &Options,
+    output: Output,
+    service: &str,
+) -> Result<(), CommandError> {
+    let statistics = options.connect()?.statistics(service)?;
+    let mut shown = table(&[
+        "QUEUE",
+        "WAITING",
+        "EXECUTED",
+        "DROPPED",
+        "WAIT p50/p99 µs",
+        "RUN p50/p99 µs",
+        "LONGEST µs",
+    ]);
+    let micros = |ns: u64| format!("{}.{}", ns / 1000, ns / 100 % 10);
+    for queue in &statistics.queues {
+        shown.add_row([
+            queue.name.clone(),
+            queue.depth.to_string(),
+            queue.executed.to_string(),
+            queue.dropped.to_string(),
+            format!("{} / {}", micros(queue.wait_p50_ns), micros(queue.wait_p99_ns)),
+            format!("{} / {}", micros(queue.run_p50_ns), micros(queue.run_p99_ns)),
+            micros(queue.longest_ns),
+        ]);
+    }
+    let text = format!("{service}: {} sessions\n{}", statistics.sessions, shown.trim_fmt());
+    output.result(&statistics, text);
+    Ok(())
+}
+
 fn describe(status: &Status) -> String {
     let Status { version, pid, uptime_seconds, services } = status;
     let mut text = format!("iohost {version}, process {pid}, up {uptime_seconds} s");

@@ -6,6 +6,7 @@
 //! with `Start`. A driver host that sees its end close stops its driver and exits.
 
 use serde::{Deserialize, Serialize};
+use zlink::introspect;
 
 /// The longest message in bytes; a longer one is a protocol error.
 pub const LONGEST_MESSAGE: usize = 64 * 1024;
@@ -183,7 +184,7 @@ impl Failure {
 }
 
 /// The numbers of a driver host.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, introspect::Type)]
 #[serde(deny_unknown_fields)]
 pub struct Statistics {
     /// Sessions open now.
@@ -193,7 +194,7 @@ pub struct Statistics {
 }
 
 /// The numbers of one dispatch queue.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, introspect::CustomType)]
 #[serde(deny_unknown_fields)]
 pub struct QueueStatistics {
     /// The queue's name.
@@ -206,4 +207,12 @@ pub struct QueueStatistics {
     pub dropped: u64,
     /// The longest single handler, in nanoseconds.
     pub longest_ns: u64,
+    /// From work for an idle queue to its start: half took no longer, in nanoseconds.
+    pub wait_p50_ns: u64,
+    /// The same for 99 of 100.
+    pub wait_p99_ns: u64,
+    /// From the start of an item to its end: half took no longer, in nanoseconds.
+    pub run_p50_ns: u64,
+    /// The same for 99 of 100.
+    pub run_p99_ns: u64,
 }

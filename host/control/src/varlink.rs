@@ -22,7 +22,7 @@ use std::os::fd::OwnedFd;
 use serde::{Deserialize, Serialize};
 use zlink::introspect;
 
-use crate::host::Failure;
+use crate::host::{Failure, Statistics};
 
 /// The interface's name, and the name of the socket in the runtime directory.
 pub const INTERFACE: &str = "io.iohost";
@@ -225,6 +225,9 @@ pub trait Daemon {
     /// Stops a device's driver, resets the device, and gives it back to the kernel driver it came
     /// from. Answered once that is done.
     async fn unbind(&mut self, address: &str) -> zlink::Result<Result<Unbound, Error>>;
+
+    /// What a service's driver host counts: its sessions and its dispatch queues.
+    async fn statistics(&mut self, service: &str) -> zlink::Result<Result<Statistics, Error>>;
 
     /// The interface that a service serves.
     async fn describe(&mut self, service: &str) -> zlink::Result<Result<Description, Error>>;

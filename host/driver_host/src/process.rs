@@ -208,6 +208,10 @@ impl Running {
             executed: queue.executed,
             dropped: queue.dropped,
             longest_ns: queue.longest_ns,
+            wait_p50_ns: queue.wait.p50_ns,
+            wait_p99_ns: queue.wait.p99_ns,
+            run_p50_ns: queue.run.p50_ns,
+            run_p99_ns: queue.run.p99_ns,
         });
         Statistics {
             sessions: self.sessions.as_ref().map_or(0, |sessions| sessions.count() as u64),

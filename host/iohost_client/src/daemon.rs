@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use iohost_control::host::Statistics;
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{Bound, Daemon as _, Description, Device, Error, Status, Unbound};
 use smol::{Timer, block_on, future};
@@ -55,6 +56,11 @@ impl Daemon {
     /// Stops a device's driver and gives the device back.
     pub fn unbind(&mut self, device: &str) -> Result<Unbound, ClientError> {
         answer(self.connection.unbind(device))
+    }
+
+    /// What a service's driver host counts: its sessions and its dispatch queues.
+    pub fn statistics(&mut self, service: &str) -> Result<Statistics, ClientError> {
+        answer(self.connection.statistics(service))
     }
 
     /// The interface that a service serves.

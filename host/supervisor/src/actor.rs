@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use iohost_control::host::{
     Failure, FromHost, MOST_DESCRIPTORS, OpenSession, QueueSize, Ready, RunningService, Start,
-    ToHost,
+    Statistics, ToHost,
 };
 use iohost_control::plugin::PciIds;
 use iohost_control::varlink::{
@@ -172,6 +172,7 @@ impl Actor {
             match request {
                 Request::Devices(answer) => answer.give(self.devices()),
                 Request::Status(answer) => answer.give(Ok(self.status())),
+                Request::Statistics { service, answer } => self.statistics(&service, answer),
                 Request::Describe { service, answer } => answer.give(self.describe(&service)),
                 Request::Bind { device, answer } => self.bind(&device, answer),
                 Request::Unbind { device, answer } => self.unbind(&device, answer),
@@ -226,6 +227,22 @@ impl Actor {
             uptime_seconds: self.started.elapsed().as_secs(),
             services: self.services.iter().map(Service::shown).collect(),
         }
+    }
+
+    /// Asks a driver host for its numbers, unless that is under way for somebody else.
+    fn statistics(&mut self, word: &str, answer: Answer<Statistics>) {
+        let service = match self.find(word) {
+            Ok(at) => &mut self.services[at],
+            Err(failure) => return answer.give(Err(failure)),
+        };
+        let State::Running { host, .. } = &mut service.state else {
+            return answer.give(Err(not_running(service)));
+        };
+        if host.asked.is_empty() {
+            // A process that is gone already is noticed by its end.
+            let _ = host.process.send(&ToHost::Query, &[]);
+        }
+        host.asked.push(answer);
     }
 
     fn describe(&self, word: &str) -> Result<Described, Failure> {
@@ -482,6 +499,7 @@ impl Actor {
             is_retry: cause == Cause::Death,
             killed: false,
             told: None,
+            asked: Vec::new(),
         })
     }
 
@@ -886,8 +904,12 @@ impl Actor {
                 | FromHost::SessionClosed { .. }
                 | FromHost::Statistics(_)
                 | FromHost::WatchServices,
-            )
-            | (State::Running { .. }, FromHost::Statistics(_)) => {}
+            ) => {}
+            (State::Running { host, .. }, FromHost::Statistics(statistics)) => {
+                for answer in host.asked.drain(..) {
+                    answer.give(Ok(statistics.clone()));
+                }
+            }
             (_, message) => {
                 let said = format!("an unexpected message: {message:?}");
                 self.condemn(at, protocol(&said));

@@ -10,6 +10,7 @@ use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::time::Duration;
 
+use iohost_control::host::{QueueStatistics, Statistics};
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{
     Bound, Description, Device, DeviceList, Error, Opened, Queue, Reason, Service, State, Status,
@@ -101,7 +102,7 @@ struct Control(Asker);
     vendor = "iohost",
     product = "iohost",
     version = env!("CARGO_PKG_VERSION"),
-    types = [Device, Service, State, Reason, Queue]
+    types = [Device, Service, State, Reason, Queue, QueueStatistics]
 )]
 impl Control {
     /// The devices the daemon can see.
@@ -123,6 +124,11 @@ impl Control {
     /// Stops a device's driver, resets the device, and gives it back to its kernel driver.
     async fn unbind(&self, address: String) -> Result<Unbound, Error> {
         Ok(self.0.ask(|answer| Request::Unbind { device: address, answer }).await?)
+    }
+
+    /// What a service's driver host counts: its sessions and its dispatch queues.
+    async fn statistics(&self, service: String) -> Result<Statistics, Error> {
+        Ok(self.0.ask(|answer| Request::Statistics { service, answer }).await?)
     }
 
     /// The interface that a service serves.

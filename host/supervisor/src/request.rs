@@ -4,7 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use iohost_control::host::Failure;
+use iohost_control::host::{Failure, Statistics};
 use iohost_control::varlink::{Bound, Description, DeviceList, Opened, Status, Unbound};
 use iohost_event::Signal;
 use smol::channel;
@@ -16,6 +16,7 @@ pub(crate) enum Request {
     Status(Answer<Status>),
     Bind { device: String, answer: Answer<Bound> },
     Unbind { device: String, answer: Answer<Unbound> },
+    Statistics { service: String, answer: Answer<Statistics> },
     Describe { service: String, answer: Answer<Description> },
     Open { service: String, queue_bytes: Option<Vec<u32>>, answer: Answer<(Opened, Vec<OwnedFd>)> },
 }

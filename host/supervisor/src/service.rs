@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, Ready, RunningService};
+use iohost_control::host::{Failure, Ready, RunningService, Statistics};
 use iohost_control::varlink::{Bound, Opened, State as Shown, Unbound};
 use iohost_interface::Description;
 use iohost_pci::Former;
@@ -76,6 +76,8 @@ pub(crate) struct Host {
     pub(crate) killed: bool,
     /// The services it was told to run, with their incarnations; `None` while it has not asked.
     pub(crate) told: Option<BTreeMap<String, u64>>,
+    /// Who waits for its numbers. Dropped with it, which tells them.
+    pub(crate) asked: Vec<Answer<Statistics>>,
 }
 
 /// Why a driver host ends.
