@@ -122,9 +122,9 @@ impl Location {
 
 /// Why the configuration cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}{}: {message}", file.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
+#[error("{}{message}", place(file, *line))]
 pub struct ConfigError {
-    /// The file.
+    /// The file; empty where there is none and the defaults are what does not work.
     pub file: PathBuf,
     /// The line, where there is one.
     pub line: Option<usize>,
@@ -132,6 +132,15 @@ pub struct ConfigError {
     pub message: String,
     /// What to do about it.
     pub next: String,
+}
+
+/// `file:line: `, as far as they are known.
+fn place(file: &Path, line: Option<usize>) -> String {
+    match line {
+        Some(line) => format!("{}:{line}: ", file.display()),
+        None if file.as_os_str().is_empty() => String::new(),
+        None => format!("{}: ", file.display()),
+    }
 }
 
 impl Config {
@@ -421,6 +430,13 @@ mod tests {
             err.to_string(),
             "iohost.toml:3: device \"0000:01:00.0\" at 0000:01:00.0 is configured already in line 1"
         );
+    }
+
+    #[test]
+    fn a_default_that_does_not_work_is_no_mistake_in_a_file() {
+        let (message, next) = ("no drivers".to_owned(), "make some".to_owned());
+        let err = ConfigError { file: PathBuf::new(), line: None, message, next };
+        assert_eq!(err.to_string(), "no drivers");
     }
 
     #[test]
