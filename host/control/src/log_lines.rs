@@ -7,7 +7,7 @@
 //! has the time.
 
 use std::fmt;
-use std::io::{self, Write};
+use std::io::Write;
 
 use env_logger::{Builder, Env};
 use iohost_event::Clock;
@@ -86,12 +86,6 @@ impl<'kvs> VisitSource<'kvs> for Fields<'_, '_> {
 
 fn one_line(text: &str) -> String {
     text.replace(|c: char| c.is_control(), " ")
-}
-
-/// Ends the process's buffered lines; for use before a deliberate exit.
-pub fn flush() {
-    log::logger().flush();
-    let _ = io::stderr().flush();
 }
 
 #[cfg(test)]

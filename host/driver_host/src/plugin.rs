@@ -607,7 +607,6 @@ static DISPATCH_TABLE: DispatchTable = DispatchTable {
     descriptor_create,
     descriptor_nudge,
     descriptor_release,
-    queue_create_with_options,
     queue_concurrent,
     queue_sleep,
     queue_wakeup,
@@ -615,22 +614,6 @@ static DISPATCH_TABLE: DispatchTable = DispatchTable {
 };
 
 unsafe extern "C" fn queue_create(
-    sibling: *mut HostQueue,
-    name: *const u8,
-    name_len: usize,
-    queue: *mut *mut HostQueue,
-) -> i32 {
-    // SAFETY: contract 2.
-    let sibling = unsafe { object::<QueueObject>(sibling) };
-    // SAFETY: contract 4.
-    let name = unsafe { text_of(name, name_len) };
-    let made = sibling.queue.create_beside(&name, QueueOptions::default());
-    let (failure, services) = (sibling.failure.clone(), sibling.services.clone());
-    // SAFETY: contract 4.
-    unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure, services }))) }
-}
-
-unsafe extern "C" fn queue_create_with_options(
     sibling: *mut HostQueue,
     name: *const u8,
     name_len: usize,

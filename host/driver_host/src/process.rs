@@ -5,10 +5,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use iohost_control::host::Failure;
 use iohost_control::host::{
-    DeviceLocation, FromHost, InterruptChoice, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession,
-    QueueStatistics, Ready, Start, Statistics, ToHost,
+    DeviceLocation, Failure, FromHost, InterruptChoice, LONGEST_MESSAGE, MOST_DESCRIPTORS,
+    OpenSession, QueueStatistics, Ready, Start, Statistics, ToHost,
 };
 use iohost_device_backend::{
     DeviceBackend, DeviceError, InterruptKind, VfioBackend, VfioError, VfioUserBackend,

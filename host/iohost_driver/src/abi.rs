@@ -409,25 +409,14 @@ impl Queue {
         Self(NonNull::new(queue).expect("the host passes a queue"))
     }
 
-    pub(crate) fn create(sibling: &Self, name: &str) -> Result<Self, IOReturn> {
-        let mut queue = ptr::null_mut();
-        let status = host!(dispatch.queue_create(
-            sibling.0.as_ptr(),
-            name.as_ptr(),
-            name.len(),
-            &raw mut queue
-        ));
-        Ok(Self(adopt(status, queue)?))
-    }
-
-    pub(crate) fn create_with_options(
+    pub(crate) fn create(
         sibling: &Self,
         name: &str,
         options: u64,
         priority: u64,
     ) -> Result<Self, IOReturn> {
         let mut queue = ptr::null_mut();
-        let status = host!(dispatch.queue_create_with_options(
+        let status = host!(dispatch.queue_create(
             sibling.0.as_ptr(),
             name.as_ptr(),
             name.len(),

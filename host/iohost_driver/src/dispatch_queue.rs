@@ -34,7 +34,7 @@ impl<S: Send + 'static> IODispatchQueue<S> {
     ///
     /// Errors: `BAD_ARGUMENT` for a name of more than 255 bytes.
     pub fn create<T: Send>(beside: &IODispatchQueue<T>, name: &str, state: S) -> Result<Self> {
-        let raw = abi::Queue::create(&beside.raw, name)?;
+        let raw = abi::Queue::create(&beside.raw, name, 0, 0)?;
         Ok(Self { raw, name: name.into(), state: Arc::new(QueueState(Mutex::new(Some(state)))) })
     }
 

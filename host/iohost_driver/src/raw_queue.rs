@@ -33,7 +33,7 @@ impl IORawDispatchQueue {
         options: u64,
         priority: u64,
     ) -> Result<Self> {
-        let raw = abi::Queue::create_with_options(beside.raw(), name, options, priority)?;
+        let raw = abi::Queue::create(beside.raw(), name, options, priority)?;
         Ok(Self { raw })
     }
 

@@ -251,11 +251,14 @@ pub struct HostTable {
 pub struct DispatchTable {
     /// Bytes of this table.
     pub size: u32,
-    /// Makes a queue on the engine that runs `sibling`.
+    /// Makes a queue on the engine that runs `sibling`, with `kIODispatchQueue…` options and a
+    /// priority, which has to be 0.
     pub queue_create: unsafe extern "C" fn(
         sibling: *mut HostQueue,
         name: *const u8,
         name_len: usize,
+        options: u64,
+        priority: u64,
         queue: *mut *mut HostQueue,
     ) -> i32,
     /// One reference more.
@@ -328,15 +331,6 @@ pub struct DispatchTable {
     pub descriptor_nudge: unsafe extern "C" fn(source: *mut HostDescriptor),
     /// Gives the reference back, which ends the source.
     pub descriptor_release: unsafe extern "C" fn(source: *mut HostDescriptor),
-    /// As `queue_create`, with `kIODispatchQueue…` options and a priority, which has to be 0.
-    pub queue_create_with_options: unsafe extern "C" fn(
-        sibling: *mut HostQueue,
-        name: *const u8,
-        name_len: usize,
-        options: u64,
-        priority: u64,
-        queue: *mut *mut HostQueue,
-    ) -> i32,
     /// Appends work that may run beside other concurrent work.
     pub queue_concurrent: unsafe extern "C" fn(queue: *mut HostQueue, work: Work) -> i32,
     /// Gives the queue up until a wake-up for the event, or until the deadline on a clock (0: none).
