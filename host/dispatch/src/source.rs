@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering::AcqRel, Ordering::Release};
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Weak};
 
 use crate::Queue;
@@ -75,6 +75,7 @@ impl<F: AsFd + Send + Sync + 'static> DescriptorSource<F> {
 
 impl<F: AsFd + Send + Sync + 'static> Watched for Feed<F> {
     fn became_ready(&self) {
+        // [event]
         if !self.scheduled.swap(true, AcqRel)
             && let Some(this) = self.this.upgrade()
         {
@@ -86,7 +87,9 @@ impl<F: AsFd + Send + Sync + 'static> Watched for Feed<F> {
 impl<F: AsFd + Send + Sync + 'static> Deliver for Feed<F> {
     fn deliver(&self) {
         // Cleared before the handler reads: an event during the handler leads to one more call.
-        self.scheduled.store(false, Release);
+        // [event] pairs with `became_ready`: an event that found the flag set came before this
+        // exchange, which therefore sees it, and so does the handler. A plain store would not say.
+        self.scheduled.swap(false, AcqRel);
         self.handler.call(());
     }
 }
