@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, RwLock, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -50,12 +50,9 @@ pub(crate) struct Shared {
     watched: RwLock<Watchlist>,
     pub(crate) deadlines: Deadlines,
     queues: Mutex<Vec<Weak<QueueCore>>>,
-    on_panic: OnceLock<PanicHook>,
     pub(crate) scale: TickScale,
     this: Weak<Shared>,
 }
-
-type PanicHook = Box<dyn Fn(&str, &str) + Send + Sync>;
 
 /// What is to be run, and who is there to run it.
 ///
@@ -159,11 +156,6 @@ impl Engine {
         self.shared.deadlines.now(clock)
     }
 
-    /// Has `hook(queue, message)` called when a handler panicked. The first hook stays.
-    pub fn on_panic(&self, hook: impl Fn(&str, &str) + Send + Sync + 'static) {
-        let _ = self.shared.on_panic.set(Box::new(hook));
-    }
-
     /// The numbers of every queue that is alive.
     pub fn numbers(&self) -> Vec<QueueNumbers> {
         let queues = self.shared.queues.lock().expect(NO_PANIC);
@@ -224,7 +216,6 @@ impl Shared {
             watched: RwLock::default(),
             deadlines,
             queues: Mutex::new(Vec::new()),
-            on_panic: OnceLock::new(),
             scale: TickScale::start(),
             this: this.clone(),
         }))
@@ -432,12 +423,6 @@ impl Shared {
         let queues = self.queues.lock().expect(NO_PANIC);
         let mut queues = queues.iter().filter_map(Weak::upgrade);
         queues.find(|queue| queue.address() == address).map(|queue| queue.name().to_owned())
-    }
-
-    pub(crate) fn report_panic(&self, queue: &str, message: &str) {
-        if let Some(hook) = self.on_panic.get() {
-            hook(queue, message);
-        }
     }
 }
 

@@ -34,7 +34,7 @@ pub use engine::{Engine, EngineClock};
 pub use interrupt::{InterruptEvent, InterruptLine, InterruptSource};
 pub use iohost_event::{Clock, Signal};
 pub use numbers::{Latency, QueueNumbers};
-pub use queue::{Queue, QueueOptions};
+pub use queue::{Owner, Queue, QueueOptions};
 pub use source::DescriptorSource;
 pub use timer::TimerSource;
 

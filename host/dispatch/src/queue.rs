@@ -28,6 +28,7 @@
 //! Only the thread that made a queue `RUNNING` touches its turn, so the turn's lock is free
 //! whenever it is taken, but for the ends of concurrent blocks.
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
@@ -70,6 +71,12 @@ pub struct Queue {
     core: Arc<QueueCore>,
 }
 
+/// Who answers for the code that runs on a queue.
+pub trait Owner: Send + Sync {
+    /// A block or a handler panicked on a queue. The queue goes on. On the thread that ran it.
+    fn failed(&self, queue: &str, reason: &str);
+}
+
 /// What a queue can do beyond running work in order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueOptions {
@@ -89,6 +96,9 @@ pub(crate) struct QueueCore {
     numbers: Numbers,
     /// When the queue was put on the ready list, in ticks.
     scheduled_at: AtomicU64,
+    owner: Option<Arc<dyn Owner>>,
+    /// Dropped last: the work above may use it.
+    kept: Mutex<Vec<Box<dyn Any + Send + Sync>>>,
 }
 
 #[derive(Default)]
@@ -140,15 +150,31 @@ impl Queue {
     ///
     /// Errors: `BAD_ARGUMENT` for a name of more than 255 bytes or with a NUL in it.
     pub fn create(engine: &Engine, name: &str, options: QueueOptions) -> Result<Self, IOReturn> {
-        Self::on(engine.shared(), name, options)
+        Self::on(engine.shared(), name, options, None)
     }
 
-    /// Makes a queue on the engine that runs this one. Errors: as [`create`](Self::create).
+    /// Makes a queue whose owner is told of panics. Errors: as [`create`](Self::create).
+    pub fn create_for(
+        owner: Arc<dyn Owner>,
+        engine: &Engine,
+        name: &str,
+        options: QueueOptions,
+    ) -> Result<Self, IOReturn> {
+        Self::on(engine.shared(), name, options, Some(owner))
+    }
+
+    /// Makes a queue on the engine that runs this one, with the same owner. Errors: as
+    /// [`create`](Self::create).
     pub fn create_beside(&self, name: &str, options: QueueOptions) -> Result<Self, IOReturn> {
-        Self::on(&self.core.engine, name, options)
+        Self::on(&self.core.engine, name, options, self.core.owner.clone())
     }
 
-    fn on(engine: &Arc<Shared>, name: &str, options: QueueOptions) -> Result<Self, IOReturn> {
+    fn on(
+        engine: &Arc<Shared>,
+        name: &str,
+        options: QueueOptions,
+        owner: Option<Arc<dyn Owner>>,
+    ) -> Result<Self, IOReturn> {
         if name.len() > LONGEST_NAME || name.contains('\0') {
             return Err(IOReturn::BAD_ARGUMENT);
         }
@@ -162,6 +188,8 @@ impl Queue {
             sleepers: Sleepers::default(),
             numbers: Numbers::default(),
             scheduled_at: AtomicU64::new(0),
+            owner,
+            kept: Mutex::default(),
         });
         engine.remember(&core);
         Ok(Self { core })
@@ -280,6 +308,17 @@ impl Queue {
     /// `done` too, after the first. Threads that sleep on the queue are told `ABORTED`.
     pub fn cancel(&self, done: impl FnOnce() + Send + 'static) {
         self.core.cancel(Closure::new(done));
+    }
+
+    /// Keeps a value for as long as any work of the queue can run: until the last handle has gone
+    /// and what waited has run or was dropped.
+    pub fn keep(&self, value: impl Any + Send + Sync) {
+        self.core.kept.lock().expect(NO_PANIC).push(Box::new(value));
+    }
+
+    /// Tells the queue's owner that its code failed in another way than by a panic.
+    pub fn report_failure(&self, reason: &str) {
+        self.core.report_failure(reason);
     }
 
     /// The time on a clock as this queue's timers see it, in nanoseconds.
@@ -519,9 +558,16 @@ impl QueueCore {
     /// Runs foreign code. A panic in it is that code's failure, not the queue's.
     fn guarded(&self, code: impl FnOnce()) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(code)) {
-            let message = panic_message(&*panic);
-            error!(queue = self.name.as_str(), message; "a handler panicked");
-            self.engine.report_panic(&self.name, message);
+            self.report_failure(panic_message(&*panic));
+            // A payload can be anything, also something that panics when dropped.
+            std::mem::forget(panic);
+        }
+    }
+
+    fn report_failure(&self, reason: &str) {
+        error!(queue = self.name.as_str(), reason; "code on a queue failed");
+        if let Some(owner) = &self.owner {
+            owner.failed(&self.name, reason);
         }
     }
 
@@ -629,7 +675,7 @@ impl Drop for Holding<'_> {
     }
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
 }

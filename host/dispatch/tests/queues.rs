@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use iohost_dispatch::{Clock, Engine, EngineClock, Queue, QueueOptions};
+use iohost_dispatch::{Owner, Clock, Engine, EngineClock, Queue, QueueOptions};
 use iohost_interface::IOReturn;
 
 fn engine() -> Engine {
@@ -168,17 +168,40 @@ fn a_queue_with_a_pending_block_survives_its_last_handle() {
 
 #[test]
 fn a_panic_in_a_block_is_reported_and_the_queue_lives_on() {
+    struct Reports(Mutex<Vec<String>>);
+    impl Owner for Reports {
+        fn failed(&self, queue: &str, reason: &str) {
+            self.0.lock().unwrap().push(format!("{queue}: {reason}"));
+        }
+    }
     let engine = Engine::manual(EngineClock::Virtual).unwrap();
-    let queue = Queue::create(&engine, "panic", QueueOptions::default()).unwrap();
-    let reported = Arc::new(Mutex::new(Vec::new()));
-    let reports = reported.clone();
-    engine.on_panic(move |queue, message| {
-        reports.lock().unwrap().push(format!("{queue}: {message}"));
-    });
+    let reports = Arc::new(Reports(Mutex::default()));
+    let owner = reports.clone();
+    let queue = Queue::create_for(owner, &engine, "panic", QueueOptions::default()).unwrap();
+    let beside = queue.create_beside("beside", QueueOptions::default()).unwrap();
     queue.dispatch_async(|| panic!("on purpose"));
+    beside.dispatch_async(|| panic!("there too"));
     engine.settle();
-    assert_eq!(*reported.lock().unwrap(), ["panic: on purpose"]);
+    assert_eq!(*reports.0.lock().unwrap(), ["panic: on purpose", "beside: there too"]);
     assert_eq!(queue.dispatch_sync(|| 3), Ok(3));
+}
+
+#[test]
+fn what_a_queue_keeps_outlives_its_last_handle_and_all_that_waits() {
+    let engine = Engine::manual(EngineClock::Virtual).unwrap();
+    let queue = Queue::create(&engine, "keeps", QueueOptions::default()).unwrap();
+    let kept = Arc::new(());
+    queue.keep(kept.clone());
+    let (holders, seen) = (Arc::downgrade(&kept), Arc::new(Mutex::new(Vec::new())));
+    drop(kept);
+    for _ in 0..2 {
+        let (holders, seen) = (holders.clone(), seen.clone());
+        queue.dispatch_async(move || seen.lock().unwrap().push(holders.strong_count()));
+    }
+    drop(queue);
+    engine.settle();
+    assert_eq!(*seen.lock().unwrap(), [1, 1], "kept while the work ran");
+    assert_eq!(holders.strong_count(), 0, "and no longer");
 }
 
 #[test]

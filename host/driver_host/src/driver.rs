@@ -2,10 +2,10 @@
 
 use std::sync::{Arc, Mutex};
 
-use iohost_dispatch::{Engine, Queue, QueueOptions};
+use iohost_dispatch::{Engine, Owner, Queue, QueueOptions};
 use iohost_interface::{Arguments, IOReturn, ReplySink};
 
-use crate::plugin::{Failure, Instance, Plugin, SessionQueue};
+use crate::plugin::{Instance, Plugin, SessionQueue};
 use crate::{Device, Services};
 
 /// A started driver. Dropping it stops the driver first.
@@ -16,8 +16,24 @@ pub struct Driver {
     plugin: Plugin,
     instance: Mutex<Option<Instance>>,
     queue: Queue,
-    failure: Failure,
+    failure: Arc<FirstFailure>,
     services: Arc<Services>,
+}
+
+/// Owns the driver's queues: keeps what failed there first.
+#[derive(Default)]
+struct FirstFailure(Mutex<Option<String>>);
+
+impl FirstFailure {
+    fn get(&self) -> Option<String> {
+        self.0.lock().expect(NO_PANIC).clone()
+    }
+}
+
+impl Owner for FirstFailure {
+    fn failed(&self, _: &str, reason: &str) {
+        self.0.lock().expect(NO_PANIC).get_or_insert_with(|| reason.to_owned());
+    }
 }
 
 /// Why a driver did not start.
@@ -39,19 +55,17 @@ impl Driver {
         services: Arc<Services>,
     ) -> Result<Self, StartError> {
         let failed = |status, message| StartError { status, message };
-        let queue = Queue::create(engine, "Default", QueueOptions::default())
+        let failure = Arc::new(FirstFailure::default());
+        let owner = failure.clone();
+        let queue = Queue::create_for(owner, engine, "Default", QueueOptions::default())
             .map_err(|status| failed(status, None))?;
-        let failure = Failure::default();
-        let started = queue.dispatch_sync(|| plugin.start(&queue, &failure, &services, device));
+        let started = queue.dispatch_sync(|| plugin.start(&queue, &services, device));
         match started.flatten() {
             Ok(instance) => {
                 let instance = Mutex::new(Some(instance));
                 Ok(Self { plugin, instance, queue, failure, services })
             }
-            Err(status) => {
-                let message = failure.lock().expect(NO_PANIC).take();
-                Err(failed(status, message))
-            }
+            Err(status) => Err(failed(status, failure.get())),
         }
     }
 
@@ -117,7 +131,7 @@ impl Driver {
 
     /// What the driver failed of, if it failed: the first panic in one of its handlers.
     pub fn failure(&self) -> Option<String> {
-        self.failure.lock().expect(NO_PANIC).clone()
+        self.failure.get()
     }
 
     /// Stops the driver and frees it. A second call does nothing.

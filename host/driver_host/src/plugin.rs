@@ -8,7 +8,8 @@
 //! 1. Its descriptor is a `DriverDescriptor` of our ABI version (read from the file before it is
 //!    loaded), and stays where it is while the library is loaded.
 //! 2. An object it passes is one that we gave it and that it has not released.
-//! 3. `Work` and `Handler` hold functions that take their context, from any thread.
+//! 3. `Work` and `Handler` hold functions that take their space or context, from any thread; so
+//!    does what a queue is given to keep. A work's functions stay for ever, as the plugin does.
 //! 4. Pointers it passes are valid for the call; out-parameters can be written.
 //! 5. It uses a reply on one thread at a time. `DriverAction` holds functions that take their
 //!    context from any thread, `invoke` also several at a time, `drop` last; so does
@@ -23,12 +24,14 @@
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::panic::resume_unwind;
 use std::path::Path;
 use std::ptr;
 use std::slice;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use iohost_control::host::RunningService;
 use iohost_device_backend::InterruptKind;
@@ -39,7 +42,7 @@ use iohost_dispatch::{
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DeviceBar, DeviceTable,
     DispatchTable, DriverAction, DriverDescriptor, DriverEntry, Handler, HostAction,
-    HostDescriptor, HostDevice, HostInterrupt, HostInvocation, HostMemory, HostQueue, HostReply,
+    HostDescriptor, HostDevice, HostInterrupt, HostInvocation, HostMemory, HostPanic, HostQueue, HostReply,
     HostTable, HostTimer, HostWatch, SERVICES, SESSION, SYMBOL, ServiceHandler, ServiceText,
     ServicesTable, SessionInfo, SessionTable, Work,
 };
@@ -58,12 +61,6 @@ const METHODS_NOT_SYNCHRONIZED: u64 = 0x2;
 
 /// `kIODispatchQueueWakeupAll`.
 const WAKEUP_ALL: u64 = 0x1;
-
-/// What a driver failed of, in words; `None` while it has not.
-pub(crate) type Failure = Arc<Mutex<Option<String>>>;
-
-/// Why the locks here are never poisoned.
-const NO_PANIC: &str = "no foreign code runs under this lock";
 
 /// The bits of an interrupt source's index that are the index, and the flag above them that asks
 /// for continuous time (`kIOInterruptSourceContinuousTime`).
@@ -129,15 +126,11 @@ impl Plugin {
     pub(crate) fn start(
         &self,
         queue: &Queue,
-        failure: &Failure,
         services: &Arc<Services>,
         device: Arc<Device>,
     ) -> Result<Instance, IOReturn> {
-        let queue = Arc::new(QueueObject {
-            queue: queue.clone(),
-            failure: failure.clone(),
-            services: services.clone(),
-        });
+        let queue = QueueObject { queue: queue.clone(), services: services.clone() };
+        let queue = Arc::new(queue);
         let (queue, device) = (Lent::of(queue), Lent::of(device));
         let mut instance = ptr::null_mut();
         // SAFETY: contract 1; both objects are lent for the call, the table is for ever.
@@ -295,7 +288,6 @@ impl Drop for DriverTarget {
 /// What a `HostQueue` is.
 struct QueueObject {
     queue: Queue,
-    failure: Failure,
     services: Arc<Services>,
 }
 
@@ -476,25 +468,43 @@ impl ForeignWork {
     /// `None` where the plugin gave no work.
     fn block(work: Work) -> Option<Block> {
         let foreign = Self(work);
-        foreign.0.call.is_some().then(|| Box::new(move || foreign.run()) as Block)
+        (!foreign.0.functions.is_null()).then(|| Box::new(move || foreign.run()) as Block)
     }
 
-    fn run(mut self) {
-        // `call` frees the context, so the drop below must not.
-        self.0.drop = None;
-        if let Some(call) = self.0.call {
-            // SAFETY: contract 3; run once, since `self` is consumed.
-            unsafe { call(self.0.context) }
-        }
+    fn run(self) {
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: contract 3.
+        let Some(functions) = (unsafe { this.0.functions.as_ref() }) else { return };
+        // SAFETY: contract 3; consumed once, since `self` is and is not dropped.
+        raising(|panic| unsafe { (functions.call)(&raw mut this.0.space, panic) });
     }
 }
 
 impl Drop for ForeignWork {
     fn drop(&mut self) {
-        if let (Some(_), Some(drop)) = (self.0.call, self.0.drop) {
-            // SAFETY: contract 3; it was not run, or `drop` were `None`.
-            unsafe { drop(self.0.context) }
+        // SAFETY: contract 3.
+        if let Some(functions) = unsafe { self.0.functions.as_ref() } {
+            // SAFETY: contract 3; it was not run, or this would not be reached.
+            unsafe { (functions.drop)(&raw mut self.0.space) }
         }
+    }
+}
+
+/// Something of the plugin's that a queue keeps.
+struct ForeignContext {
+    context: *mut c_void,
+    drop: unsafe extern "C" fn(context: *mut c_void),
+}
+
+// SAFETY: contract 3.
+unsafe impl Send for ForeignContext {}
+// SAFETY: nothing can be done with a shared reference to it.
+unsafe impl Sync for ForeignContext {}
+
+impl Drop for ForeignContext {
+    fn drop(&mut self) {
+        // SAFETY: contract 3; once.
+        unsafe { (self.drop)(self.context) }
     }
 }
 
@@ -507,7 +517,17 @@ unsafe impl Send for ForeignHandler {}
 impl ForeignHandler {
     fn call(&mut self, first: u64, second: u64) {
         // SAFETY: contract 3; `&mut self` is one thread at a time.
-        unsafe { (self.0.call)(self.0.context, first, second) }
+        raising(|panic| unsafe { (self.0.call)(self.0.context, first, second, panic) });
+    }
+}
+
+/// Runs code of the plugin. A panic that it tells of goes on as ours: the queue that runs it
+/// catches it and tells its owner.
+fn raising(code: impl FnOnce(*mut HostPanic)) {
+    let mut panic = None::<String>;
+    code((&raw mut panic).cast());
+    if let Some(reason) = panic {
+        resume_unwind(Box::new(reason));
     }
 }
 
@@ -536,6 +556,7 @@ static HOST_FOR_FILES: HostTable = HostTable {
     extension,
     log: Some(log_line),
     failed,
+    panicked,
 };
 
 /// A driver that is linked in shares our logger; a line sent here would come back.
@@ -545,6 +566,7 @@ static HOST_FOR_LINKED: HostTable = HostTable {
     extension,
     log: None,
     failed,
+    panicked,
 };
 
 unsafe extern "C" fn extension(name: *const c_char) -> *const c_void {
@@ -578,8 +600,14 @@ unsafe extern "C" fn failed(queue: *mut HostQueue, text: *const u8, len: usize) 
     let queue = unsafe { object::<QueueObject>(queue) };
     // SAFETY: contract 4.
     let text = unsafe { text_of(text, len) };
-    error!(queue = queue.queue.name(), reason = text.as_str(); "the driver failed");
-    queue.failure.lock().expect(NO_PANIC).get_or_insert(text);
+    queue.queue.report_failure(&text);
+}
+
+unsafe extern "C" fn panicked(panic: *mut HostPanic, text: *const u8, len: usize) {
+    // SAFETY: made by `raising`, which waits for the call that got it.
+    let panic = unsafe { &mut *panic.cast::<Option<String>>() };
+    // SAFETY: contract 4.
+    *panic = Some(unsafe { text_of(text, len) });
 }
 
 static DISPATCH_TABLE: DispatchTable = DispatchTable {
@@ -590,6 +618,7 @@ static DISPATCH_TABLE: DispatchTable = DispatchTable {
     queue_on_queue,
     queue_async,
     queue_sync,
+    queue_keep,
     queue_cancel,
     interrupt_create,
     interrupt_set_handler,
@@ -631,9 +660,9 @@ unsafe extern "C" fn queue_create(
     } else {
         Err(IOReturn::BAD_ARGUMENT)
     };
-    let (failure, services) = (sibling.failure.clone(), sibling.services.clone());
+    let services = sibling.services.clone();
     // SAFETY: contract 4.
-    unsafe { written(queue, made.map(|queue| give(QueueObject { queue, failure, services }))) }
+    unsafe { written(queue, made.map(|queue| give(QueueObject { queue, services }))) }
 }
 
 unsafe extern "C" fn queue_concurrent(queue: *mut HostQueue, work: Work) -> i32 {
@@ -713,6 +742,16 @@ unsafe extern "C" fn queue_sync(
     let queue = unsafe { object::<QueueObject>(queue) };
     // SAFETY: contract 3, on the plugin's own thread and before it goes on.
     IOReturn::code(&queue.queue.dispatch_sync(|| unsafe { call(context) }))
+}
+
+unsafe extern "C" fn queue_keep(
+    queue: *mut HostQueue,
+    context: *mut c_void,
+    drop: unsafe extern "C" fn(context: *mut c_void),
+) {
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    queue.queue.keep(ForeignContext { context, drop });
 }
 
 unsafe extern "C" fn queue_cancel(queue: *mut HostQueue, done: Work) {

@@ -7,7 +7,9 @@
 //! 1. Every table it hands out is complete for its version, stays where it is for the life of
 //!    the process, and its functions can be called from any thread.
 //! 2. An object is alive while we own a reference; `retain` adds one, `release` takes one.
-//! 3. A `Work` or `Handler` is called by one thread at a time, and dropped exactly once, last.
+//! 3. A `Work` is called or dropped once; a `Handler` is called by one thread at a time, and
+//!    dropped exactly once, last; what a queue was given to keep is dropped once, after the last
+//!    call of its work.
 //! 4. `start`, `stop`, `call`, `session_opened` and `session_closed` run on the default queue,
 //!    one at a time; `instance` is what our `start` wrote; `release` comes last and once.
 //! 5. A pointer and a length given to us are valid for the call; descriptors given to us are
@@ -34,9 +36,10 @@ pub(crate) use iohost_driver_abi::Personality;
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DescriptorHeader, DeviceBar,
     DeviceTable, DispatchTable, DriverAction, DriverEntry, Handler, HostAction, HostDescriptor,
-    HostDevice, HostInterrupt, HostInvocation, HostMemory, HostQueue, HostReply, HostTable,
+    HostDevice, HostInterrupt, HostInvocation, HostMemory, HostPanic, HostQueue, HostReply, HostTable,
     HostTimer, HostWatch, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SERVICES, SESSION, ServiceHandler,
-    ServiceText, ServicesTable, SessionInfo, SessionTable, Work,
+    ServiceText, ServicesTable, SessionInfo, SessionTable, Work, WorkFunctions,
+    WorkSpace,
 };
 use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, PassedAction, ReplySink};
 use iohost_registers::RegisterWindow;
@@ -431,7 +434,7 @@ impl Queue {
         &self,
         block: impl FnOnce() + Send + 'static,
     ) -> Result<(), IOReturn> {
-        check(host!(dispatch.queue_concurrent(self.0.as_ptr(), self.work(block))))
+        check(host!(dispatch.queue_concurrent(self.0.as_ptr(), work_of(block))))
     }
 
     /// `clock` 0: no deadline.
@@ -462,7 +465,7 @@ impl Queue {
     }
 
     pub(crate) fn dispatch_async(&self, block: impl FnOnce() + Send + 'static) {
-        host!(dispatch.queue_async(self.0.as_ptr(), self.work(block)));
+        host!(dispatch.queue_async(self.0.as_ptr(), work_of(block)));
     }
 
     pub(crate) fn dispatch_sync<R>(&self, block: impl FnOnce() -> R) -> Result<R, IOReturn> {
@@ -493,7 +496,7 @@ impl Queue {
     }
 
     pub(crate) fn cancel(&self, done: impl FnOnce() + Send + 'static) {
-        host!(dispatch.queue_cancel(self.0.as_ptr(), self.work(done)));
+        host!(dispatch.queue_cancel(self.0.as_ptr(), work_of(done)));
     }
 
     pub(crate) fn now(&self, clock: u64) -> Result<u64, IOReturn> {
@@ -506,71 +509,146 @@ impl Queue {
     pub(crate) fn failed(&self, message: &str) {
         host!(host.failed(self.0.as_ptr(), message.as_ptr(), message.len()));
     }
-
-    /// Wraps code that runs once. Its panics are reported for this queue.
-    fn work<F: FnOnce() + Send + 'static>(&self, code: F) -> Work {
-        /// What `context` points to.
-        struct Context<F> {
-            code: F,
-            queue: Queue,
-        }
-        unsafe extern "C" fn call<F: FnOnce()>(context: *mut c_void) {
-            // SAFETY: contract 3: made below with `Box::into_raw`, consumed once.
-            let Context { code, queue } = *unsafe { Box::from_raw(context.cast::<Context<F>>()) };
-            if let Err(panic) = guarded(code) {
-                queue.failed(&panic);
-            }
-        }
-        unsafe extern "C" fn drop<F>(context: *mut c_void) {
-            // SAFETY: as in `call`, of which this is the alternative.
-            let context = unsafe { Box::from_raw(context.cast::<Context<F>>()) };
-            let _ = guarded(|| std::mem::drop(context));
-        }
-        let context = Box::into_raw(Box::new(Context { code, queue: self.clone() }));
-        Work { call: Some(call::<F>), drop: Some(drop::<F>), context: context.cast() }
-    }
-
-    /// Wraps code that runs for each event. Its panics are reported for this queue.
-    fn handler<F: FnMut(u64, u64) + Send + 'static>(&self, code: F) -> Handler {
-        /// What `context` points to.
-        struct Context<F> {
-            code: F,
-            queue: Queue,
-        }
-        unsafe extern "C" fn call<F: FnMut(u64, u64)>(
-            context: *mut c_void,
-            first: u64,
-            second: u64,
-        ) {
-            // SAFETY: contract 3: made below with `Box::into_raw`, not dropped yet, and used by
-            // one thread at a time.
-            let context = unsafe { &mut *context.cast::<Context<F>>() };
-            if let Err(panic) = guarded(|| (context.code)(first, second)) {
-                context.queue.failed(&panic);
-            }
-        }
-        unsafe extern "C" fn drop<F>(context: *mut c_void) {
-            // SAFETY: contract 3: dropped once, after the last call.
-            let context = unsafe { Box::from_raw(context.cast::<Context<F>>()) };
-            let _ = guarded(|| std::mem::drop(context));
-        }
-        let context = Box::into_raw(Box::new(Context { code, queue: self.clone() }));
-        Handler { call: call::<F>, drop: drop::<F>, context: context.cast() }
-    }
-
-    /// A completion, or none.
-    fn done(&self, done: Option<impl FnOnce() + Send + 'static>) -> Work {
-        match done {
-            Some(done) => self.work(done),
-            None => Work { call: None, drop: None, context: ptr::null_mut() },
-        }
-    }
 }
 
 impl Clone for Queue {
     fn clone(&self) -> Self {
         host!(dispatch.queue_retain(self.0.as_ptr()));
         Self(self.0)
+    }
+}
+
+/// Wraps code that runs once.
+fn work_of<F: FnOnce() + Send + 'static>(code: F) -> Work {
+    /// The code itself, if it fits; else a box with it.
+    fn wrap<F: FnOnce() + Send + 'static>(code: F) -> Work {
+        assert!(size_of::<F>() <= size_of::<WorkSpace>());
+        assert!(align_of::<F>() <= align_of::<WorkSpace>());
+        let mut space = WorkSpace::uninit();
+        // SAFETY: the assertions above: the space is large and aligned enough, and ours alone.
+        unsafe { space.as_mut_ptr().cast::<F>().write(code) };
+        Work { functions: &WorkOf::<F>::FUNCTIONS, space }
+    }
+    if size_of::<F>() <= size_of::<WorkSpace>() && align_of::<F>() <= align_of::<WorkSpace>() {
+        wrap(code)
+    } else {
+        let boxed: Box<dyn FnOnce() + Send> = Box::new(code);
+        wrap(boxed)
+    }
+}
+
+/// The functions of work whose space holds an `F`.
+struct WorkOf<F>(F);
+
+impl<F: FnOnce()> WorkOf<F> {
+    const FUNCTIONS: WorkFunctions = WorkFunctions { call: Self::call, drop: Self::drop };
+
+    unsafe extern "C" fn call(space: *mut WorkSpace, panic: *mut HostPanic) {
+        // SAFETY: contract 3: written by `wrap`, and consumed once; reading moves it out.
+        let code = unsafe { space.cast::<F>().read() };
+        telling(panic, code);
+    }
+
+    unsafe extern "C" fn drop(space: *mut WorkSpace) {
+        // SAFETY: as in `call`, of which this is the alternative.
+        let code = unsafe { space.cast::<F>().read() };
+        let _ = guarded(|| drop(code));
+    }
+}
+
+/// A completion, or none.
+fn completion_of(done: Option<impl FnOnce() + Send + 'static>) -> Work {
+    match done {
+        Some(done) => work_of(done),
+        None => Work { functions: ptr::null(), space: WorkSpace::uninit() },
+    }
+}
+
+/// Wraps code that runs for each event.
+fn handler_of<F: FnMut(u64, u64) + Send + 'static>(code: F) -> Handler {
+    unsafe extern "C" fn call<F: FnMut(u64, u64)>(
+        context: *mut c_void,
+        first: u64,
+        second: u64,
+        panic: *mut HostPanic,
+    ) {
+        // SAFETY: contract 3: made below with `Box::into_raw`, not dropped yet, and used by one
+        // thread at a time.
+        let code = unsafe { &mut *context.cast::<F>() };
+        telling(panic, || code(first, second));
+    }
+    unsafe extern "C" fn drop<F>(context: *mut c_void) {
+        // SAFETY: contract 3: dropped once, after the last call.
+        let code = unsafe { Box::from_raw(context.cast::<F>()) };
+        let _ = guarded(|| std::mem::drop(code));
+    }
+    let context = Box::into_raw(Box::new(code)).cast();
+    Handler { call: call::<F>, drop: drop::<F>, context }
+}
+
+/// Runs code of the driver and tells the host of its panic.
+fn telling(panic: *mut HostPanic, code: impl FnOnce()) {
+    if let Err(text) = guarded(code) {
+        host!(host.panicked(panic, text.as_ptr(), text.len()));
+    }
+}
+
+/// A queue, and a value that it keeps for as long as any of its work can run.
+pub(crate) struct KeepingQueue<T> {
+    queue: Queue,
+    value: Arc<T>,
+}
+
+impl<T: Send + Sync + 'static> KeepingQueue<T> {
+    pub(crate) fn new(queue: Queue, value: T) -> Self {
+        unsafe extern "C" fn drop<T>(context: *mut c_void) {
+            // SAFETY: contract 3: the reference made below, given back once.
+            let value = unsafe { Arc::from_raw(context.cast::<T>()) };
+            let _ = guarded(|| std::mem::drop(value));
+        }
+        let value = Arc::new(value);
+        let context = Arc::into_raw(value.clone()).cast_mut().cast();
+        host!(dispatch.queue_keep(queue.0.as_ptr(), context, drop::<T>));
+        Self { queue, value }
+    }
+
+    /// Appends work that gets the value. The work counts no reference: that would be a count
+    /// which two processors pass to and fro, once per block.
+    pub(crate) fn dispatch_async(&self, block: impl FnOnce(&T) + Send + 'static) {
+        /// The value of the queue that runs this.
+        struct Kept<T>(*const T);
+        // SAFETY: used as `&T`, and `T` is `Sync`.
+        unsafe impl<T: Sync> Send for Kept<T> {}
+        impl<T> Kept<T> {
+            /// # Safety
+            ///
+            /// The value lives for as long as the reference.
+            unsafe fn get<'a>(&self) -> &'a T {
+                // SAFETY: the caller's promise.
+                unsafe { &*self.0 }
+            }
+        }
+        let kept = Kept(Arc::as_ptr(&self.value));
+        self.queue.dispatch_async(move || {
+            // SAFETY: contract 3: `queue` keeps the value for as long as its work runs.
+            block(unsafe { kept.get() });
+        });
+    }
+}
+
+impl<T> KeepingQueue<T> {
+    pub(crate) fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    pub(crate) fn value(&self) -> &Arc<T> {
+        &self.value
+    }
+}
+
+impl<T> Clone for KeepingQueue<T> {
+    fn clone(&self) -> Self {
+        Self { queue: self.queue.clone(), value: self.value.clone() }
     }
 }
 
@@ -586,7 +664,7 @@ impl Interrupt {
             device.0.as_ptr(),
             index,
             queue.0.as_ptr(),
-            queue.handler(handler),
+            handler_of(handler),
             &raw mut source,
         ));
         Ok(Self(adopt(status, source)?))
@@ -594,25 +672,23 @@ impl Interrupt {
 
     pub(crate) fn set_handler(
         &self,
-        queue: &Queue,
         handler: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<(), IOReturn> {
-        let handler = queue.handler(handler);
+        let handler = handler_of(handler);
         check(host!(dispatch.interrupt_set_handler(self.0.as_ptr(), handler)))
     }
 
     pub(crate) fn set_enable(
         &self,
-        queue: &Queue,
         enable: bool,
         done: Option<impl FnOnce() + Send + 'static>,
     ) -> Result<(), IOReturn> {
-        let (enable, done) = (i32::from(enable), queue.done(done));
+        let (enable, done) = (i32::from(enable), completion_of(done));
         check(host!(dispatch.interrupt_set_enable(self.0.as_ptr(), enable, done)))
     }
 
-    pub(crate) fn cancel(&self, queue: &Queue, done: Option<impl FnOnce() + Send + 'static>) {
-        host!(dispatch.interrupt_cancel(self.0.as_ptr(), queue.done(done)));
+    pub(crate) fn cancel(&self, done: Option<impl FnOnce() + Send + 'static>) {
+        host!(dispatch.interrupt_cancel(self.0.as_ptr(), completion_of(done)));
     }
 
     pub(crate) fn last(&self) -> (u64, u64) {
@@ -628,17 +704,16 @@ impl Timer {
         handler: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<Self, IOReturn> {
         let mut timer = ptr::null_mut();
-        let handler = queue.handler(handler);
+        let handler = handler_of(handler);
         let status = host!(dispatch.timer_create(queue.0.as_ptr(), handler, &raw mut timer));
         Ok(Self(adopt(status, timer)?))
     }
 
     pub(crate) fn set_handler(
         &self,
-        queue: &Queue,
         handler: impl FnMut(u64, u64) + Send + 'static,
     ) -> Result<(), IOReturn> {
-        check(host!(dispatch.timer_set_handler(self.0.as_ptr(), queue.handler(handler))))
+        check(host!(dispatch.timer_set_handler(self.0.as_ptr(), handler_of(handler))))
     }
 
     pub(crate) fn wake_at(&self, clock: u64, deadline: u64, leeway: u64) -> Result<(), IOReturn> {
@@ -647,16 +722,15 @@ impl Timer {
 
     pub(crate) fn set_enable(
         &self,
-        queue: &Queue,
         enable: bool,
         done: Option<impl FnOnce() + Send + 'static>,
     ) -> Result<(), IOReturn> {
-        let (enable, done) = (i32::from(enable), queue.done(done));
+        let (enable, done) = (i32::from(enable), completion_of(done));
         check(host!(dispatch.timer_set_enable(self.0.as_ptr(), enable, done)))
     }
 
-    pub(crate) fn cancel(&self, queue: &Queue, done: Option<impl FnOnce() + Send + 'static>) {
-        host!(dispatch.timer_cancel(self.0.as_ptr(), queue.done(done)));
+    pub(crate) fn cancel(&self, done: Option<impl FnOnce() + Send + 'static>) {
+        host!(dispatch.timer_cancel(self.0.as_ptr(), completion_of(done)));
     }
 }
 
@@ -667,7 +741,7 @@ impl Descriptor {
         mut handler: impl FnMut() + Send + 'static,
     ) -> Result<Self, IOReturn> {
         let mut source = ptr::null_mut();
-        let handler = queue.handler(move |_, _| handler());
+        let handler = handler_of(move |_, _| handler());
         let fd = fd.as_raw_fd();
         let status =
             host!(dispatch.descriptor_create(queue.0.as_ptr(), fd, handler, &raw mut source));

@@ -15,9 +15,8 @@ use crate::{IOTimerClock, Result, abi};
 ///
 /// Priorities do not exist: DriverKit's `priority` argument has to be 0 there and is left out here.
 pub struct IODispatchQueue<S: 'static = ()> {
-    raw: abi::Queue,
+    queue: abi::KeepingQueue<QueueState<S>>,
     name: Arc<str>,
-    state: Arc<QueueState<S>>,
 }
 
 /// The name of a driver's default queue. `kIOServiceDefaultQueueName`.
@@ -34,14 +33,17 @@ impl<S: Send + 'static> IODispatchQueue<S> {
     ///
     /// Errors: `BAD_ARGUMENT` for a name of more than 255 bytes.
     pub fn create<T: Send>(beside: &IODispatchQueue<T>, name: &str, state: S) -> Result<Self> {
-        let raw = abi::Queue::create(&beside.raw, name, 0, 0)?;
-        Ok(Self { raw, name: name.into(), state: Arc::new(QueueState(Mutex::new(Some(state)))) })
+        Ok(Self::with(abi::Queue::create(beside.raw(), name, 0, 0)?, name, Some(state)))
     }
 
     /// A driver's default queue, whose state is set later.
     pub(crate) fn without_state(raw: abi::Queue) -> Self {
-        let state = Arc::new(QueueState(Mutex::new(None)));
-        Self { raw, name: DEFAULT_NAME.into(), state }
+        Self::with(raw, DEFAULT_NAME, None)
+    }
+
+    fn with(raw: abi::Queue, name: &str, state: Option<S>) -> Self {
+        let queue = abi::KeepingQueue::new(raw, QueueState(Mutex::new(state)));
+        Self { queue, name: name.into() }
     }
 
     /// The name it was made with; a driver's default queue is called `Default`. `GetName`.
@@ -51,7 +53,7 @@ impl<S: Send + 'static> IODispatchQueue<S> {
 
     /// Whether the calling thread is running work of this queue, also further out.
     pub fn on_queue(&self) -> bool {
-        self.raw.on_queue()
+        self.raw().on_queue()
     }
 
     /// Appends work and returns; it never runs inside this call. `DispatchAsync`.
@@ -59,8 +61,7 @@ impl<S: Send + 'static> IODispatchQueue<S> {
     /// Callable from any thread. After [`cancel`](Self::cancel), or when the state is gone, the
     /// work is dropped unrun.
     pub fn dispatch_async(&self, block: impl FnOnce(&mut S) + Send + 'static) {
-        let state = self.state.clone();
-        self.raw.dispatch_async(move || {
+        self.queue.dispatch_async(move |state| {
             let _ = state.enter(block);
         });
     }
@@ -72,8 +73,8 @@ impl<S: Send + 'static> IODispatchQueue<S> {
     /// has the state), `ABORTED` when the queue is cancelled first, `NOT_READY` when the state is
     /// not there.
     pub fn dispatch_sync<R>(&self, block: impl FnOnce(&mut S) -> R) -> Result<R> {
-        let state = &self.state;
-        Ok(self.raw.dispatch_sync(|| state.enter(block))??)
+        let state = self.state();
+        Ok(self.raw().dispatch_sync(|| state.enter(block))??)
     }
 
     /// Stops the queue: no further work starts; `done` runs after the work in progress, last.
@@ -81,8 +82,8 @@ impl<S: Send + 'static> IODispatchQueue<S> {
     /// Callable from any thread, including this queue. Cancelling twice runs the second `done`
     /// too. After `done`, no handler of any source aimed at this queue runs again.
     pub fn cancel(&self, done: impl FnOnce(&mut S) + Send + 'static) {
-        let state = self.state.clone();
-        self.raw.cancel(move || {
+        let state = self.state().clone();
+        self.raw().cancel(move || {
             let _ = state.enter(done);
         });
     }
@@ -90,11 +91,15 @@ impl<S: Send + 'static> IODispatchQueue<S> {
     /// The time on a clock as this queue's timers see it, in the clock's unit (all are
     /// nanoseconds here); a test's virtual time in a test.
     pub fn now(&self, clock: IOTimerClock) -> u64 {
-        self.raw.now(clock as u64).expect("the host knows every clock of the enum")
+        self.raw().now(clock as u64).expect("the host knows every clock of the enum")
     }
 
     pub(crate) fn raw(&self) -> &abi::Queue {
-        &self.raw
+        self.queue.queue()
+    }
+
+    fn state(&self) -> &Arc<QueueState<S>> {
+        self.queue.value()
     }
 
     /// An event handler that enters the state.
@@ -102,7 +107,7 @@ impl<S: Send + 'static> IODispatchQueue<S> {
         &self,
         mut handler: impl FnMut(&mut S, A, B) + Send + 'static,
     ) -> impl FnMut(A, B) + Send + 'static {
-        let state = self.state.clone();
+        let state = self.state().clone();
         move |first, second| {
             let _ = state.enter(|state| handler(state, first, second));
         }
@@ -113,7 +118,7 @@ impl<S: Send + 'static> IODispatchQueue<S> {
         &self,
         done: impl FnOnce(&mut S) + Send + 'static,
     ) -> Option<impl FnOnce() + Send + 'static> {
-        let state = self.state.clone();
+        let state = self.state().clone();
         Some(move || {
             let _ = state.enter(done);
         })
@@ -121,13 +126,13 @@ impl<S: Send + 'static> IODispatchQueue<S> {
 
     /// Puts the state in place, or takes it away. On the queue, outside of any work with it.
     pub(crate) fn replace_state(&self, state: Option<S>) -> Option<S> {
-        let mut place = self.state.lock().ok()?;
+        let mut place = self.state().lock().ok()?;
         std::mem::replace(&mut *place, state)
     }
 
     /// Runs code with the state, on the queue.
     pub(crate) fn enter<R>(&self, code: impl FnOnce(&mut S) -> R) -> Result<R, IOReturn> {
-        self.state.enter(code)
+        self.state().enter(code)
     }
 }
 
@@ -149,7 +154,7 @@ impl<S> QueueState<S> {
 
 impl<S> Clone for IODispatchQueue<S> {
     fn clone(&self) -> Self {
-        Self { raw: self.raw.clone(), name: self.name.clone(), state: self.state.clone() }
+        Self { queue: self.queue.clone(), name: self.name.clone() }
     }
 }
 

@@ -13,7 +13,6 @@ use crate::{IODispatchQueue, IOPCIDevice, Result, abi};
 /// Dropping the source ends it and frees the vector; a handler in progress ends on its own.
 pub struct IOInterruptDispatchSource {
     source: abi::Interrupt,
-    queue: abi::Queue,
 }
 
 /// What a handler is told.
@@ -56,7 +55,7 @@ impl IOInterruptDispatchSource {
     ) -> Result<Self> {
         let handler = queue.handler(event(handler));
         let source = abi::Interrupt::create(device.raw(), index, queue.raw(), handler)?;
-        Ok(Self { source, queue: queue.raw().clone() })
+        Ok(Self { source })
     }
 
     /// Replaces the handler from the next delivery on. `queue` is the one given to `create`.
@@ -65,7 +64,7 @@ impl IOInterruptDispatchSource {
         queue: &IODispatchQueue<S>,
         handler: impl FnMut(&mut S, InterruptEvent) + Send + 'static,
     ) -> Result<()> {
-        Ok(self.source.set_handler(&self.queue, queue.handler(event(handler)))?)
+        Ok(self.source.set_handler(queue.handler(event(handler)))?)
     }
 
     /// Enables or disables delivery. `SetEnable`.
@@ -75,7 +74,7 @@ impl IOInterruptDispatchSource {
     ///
     /// Errors: `UNSUPPORTED` for a change after cancel.
     pub fn set_enable(&self, enable: bool) -> Result<()> {
-        Ok(self.source.set_enable(&self.queue, enable, None::<fn()>)?)
+        Ok(self.source.set_enable(enable, None::<fn()>)?)
     }
 
     /// As [`set_enable`](Self::set_enable), and `done` runs once on the queue after a handler in
@@ -86,7 +85,7 @@ impl IOInterruptDispatchSource {
         enable: bool,
         done: impl FnOnce(&mut S) + Send + 'static,
     ) -> Result<()> {
-        Ok(self.source.set_enable(&self.queue, enable, queue.completion(done))?)
+        Ok(self.source.set_enable(enable, queue.completion(done))?)
     }
 
     /// Ends the source. `done` runs on the queue once no handler runs or will run; what was
@@ -96,7 +95,7 @@ impl IOInterruptDispatchSource {
         queue: &IODispatchQueue<S>,
         done: impl FnOnce(&mut S) + Send + 'static,
     ) {
-        self.source.cancel(&self.queue, queue.completion(done));
+        self.source.cancel(queue.completion(done));
     }
 
     /// The count not delivered yet, and the time of the latest interrupt seen (0 before the

@@ -10,7 +10,6 @@ use crate::{IODispatchQueue, Result, abi};
 /// from now, so that a period does not drift. Starts enabled and not armed. Dropping it ends it.
 pub struct IOTimerDispatchSource {
     timer: abi::Timer,
-    queue: abi::Queue,
 }
 
 /// `kIOTimerClock…`: the clock a deadline is on. All count nanoseconds.
@@ -39,7 +38,7 @@ impl IOTimerDispatchSource {
     ) -> Result<Self> {
         let handler = queue.handler(move |state, time, _: u64| handler(state, time));
         let timer = abi::Timer::create(queue.raw(), handler)?;
-        Ok(Self { timer, queue: queue.raw().clone() })
+        Ok(Self { timer })
     }
 
     /// Replaces the handler from the next expiration on. `queue` is the one given to `create`.
@@ -49,7 +48,7 @@ impl IOTimerDispatchSource {
         mut handler: impl FnMut(&mut S, u64) + Send + 'static,
     ) -> Result<()> {
         let handler = queue.handler(move |state, time, _: u64| handler(state, time));
-        Ok(self.timer.set_handler(&self.queue, handler)?)
+        Ok(self.timer.set_handler(handler)?)
     }
 
     /// Fires between `deadline` and `deadline + leeway` nanoseconds on `clock`; a deadline that
@@ -65,7 +64,7 @@ impl IOTimerDispatchSource {
     ///
     /// Errors: `UNSUPPORTED` for a change after cancel.
     pub fn set_enable(&self, enable: bool) -> Result<()> {
-        Ok(self.timer.set_enable(&self.queue, enable, None::<fn()>)?)
+        Ok(self.timer.set_enable(enable, None::<fn()>)?)
     }
 
     /// As [`set_enable`](Self::set_enable), and `done` runs once on the queue after a handler in
@@ -76,7 +75,7 @@ impl IOTimerDispatchSource {
         enable: bool,
         done: impl FnOnce(&mut S) + Send + 'static,
     ) -> Result<()> {
-        Ok(self.timer.set_enable(&self.queue, enable, queue.completion(done))?)
+        Ok(self.timer.set_enable(enable, queue.completion(done))?)
     }
 
     /// Ends the timer. `done` runs on the queue once no handler runs or will run.
@@ -85,7 +84,7 @@ impl IOTimerDispatchSource {
         queue: &IODispatchQueue<S>,
         done: impl FnOnce(&mut S) + Send + 'static,
     ) {
-        self.timer.cancel(&self.queue, queue.completion(done));
+        self.timer.cancel(queue.completion(done));
     }
 }
 

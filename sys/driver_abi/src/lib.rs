@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 use std::ffi::{c_char, c_void};
+use std::mem::MaybeUninit;
 
 /// The exported symbol.
 pub const SYMBOL: &str = "iohost_driver";
@@ -202,26 +203,45 @@ opaque! {
     HostWatch;
     /// An invocation of one of the driver's actions.
     HostInvocation;
+    /// Where a panic is told, for one call.
+    HostPanic;
 }
 
-/// Code of the plugin that runs at most once. `call` consumes `context` as `drop` would.
+/// Words of a [`Work`] that are the plugin's.
+pub const WORK_WORDS: usize = 5;
+
+/// Where a [`Work`] keeps what it needs; the host moves it as bytes.
+pub type WorkSpace = MaybeUninit<[usize; WORK_WORDS]>;
+
+/// Code of the plugin that runs at most once, on any thread.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Work {
-    /// Runs it and frees the context. A null pointer: there is no work.
-    pub call: Option<unsafe extern "C" fn(context: *mut c_void)>,
-    /// Frees the context without running.
-    pub drop: Option<unsafe extern "C" fn(context: *mut c_void)>,
+    /// What can be done with it. A null pointer: there is no work.
+    pub functions: *const WorkFunctions,
     /// The plugin's.
-    pub context: *mut c_void,
+    pub space: WorkSpace,
+}
+
+/// The functions of a kind of [`Work`]. Each consumes the space. They stay where they are for the
+/// life of the process.
+#[repr(C)]
+#[derive(Debug)]
+pub struct WorkFunctions {
+    /// Runs it. When it panicked, `panic` has been told.
+    pub call: unsafe extern "C" fn(space: *mut WorkSpace, panic: *mut HostPanic),
+    /// Drops it unrun.
+    pub drop: unsafe extern "C" fn(space: *mut WorkSpace),
 }
 
 /// Code of the plugin that runs for each event, never twice at a time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Handler {
-    /// Runs it. What the two numbers are, the function that takes the handler says.
-    pub call: unsafe extern "C" fn(context: *mut c_void, first: u64, second: u64),
+    /// Runs it. What the two numbers are, the function that takes the handler says. When it
+    /// panicked, `panic` has been told.
+    pub call:
+        unsafe extern "C" fn(context: *mut c_void, first: u64, second: u64, panic: *mut HostPanic),
     /// Frees the context.
     pub drop: unsafe extern "C" fn(context: *mut c_void),
     /// The plugin's.
@@ -241,8 +261,10 @@ pub struct HostTable {
     /// Takes a log line. `level` is 1 error to 5 trace. `None`: the plugin is linked into the
     /// host and shares its logger.
     pub log: Option<unsafe extern "C" fn(level: u32, text: *const u8, len: usize)>,
-    /// A panic was caught inside the plugin: the driver has failed.
+    /// The driver has failed, for a reason that no [`Work`] or [`Handler`] tells.
     pub failed: unsafe extern "C" fn(queue: *mut HostQueue, text: *const u8, len: usize),
+    /// A panic was caught inside a [`Work`] or [`Handler`], which got `panic` for that.
+    pub panicked: unsafe extern "C" fn(panic: *mut HostPanic, text: *const u8, len: usize),
 }
 
 /// Queues and sources: the table `iohost.dispatch.1`.
@@ -275,6 +297,13 @@ pub struct DispatchTable {
         call: unsafe extern "C" fn(context: *mut c_void),
         context: *mut c_void,
     ) -> i32,
+    /// Has the queue keep a context for as long as any of its work can run; `drop` is called once,
+    /// after that.
+    pub queue_keep: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        context: *mut c_void,
+        drop: unsafe extern "C" fn(context: *mut c_void),
+    ),
     /// Stops the queue; `done` runs last.
     pub queue_cancel: unsafe extern "C" fn(queue: *mut HostQueue, done: Work),
     /// Makes an interrupt source; its handler gets the count and the time. `index` is the vector
