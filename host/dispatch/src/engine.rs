@@ -19,7 +19,7 @@ use iohost_event::{Clock, Poller, Ready, Signal, TickScale};
 use crate::baton::{Baton, Turn};
 use crate::deadlines::Deadlines;
 use crate::queue::QueueCore;
-use crate::source::Watched;
+use crate::source::{Then, Watched};
 use crate::watchlist::Watchlist;
 use crate::{NO_PANIC, QueueNumbers};
 
@@ -272,7 +272,21 @@ impl Shared {
             self.parking.notify_one();
         }
         waited.expect("epoll_wait fails only for a descriptor that is no epoll set");
+        if let Some(source) = self.only_source(found) {
+            return source.became_ready(Then::RunHere);
+        }
         looking_next(|| self.take_in(found));
+    }
+
+    /// The source of an event that came alone.
+    fn only_source(&self, found: &Ready) -> Option<Arc<dyn Watched>> {
+        let mut tokens = found.tokens();
+        let token = tokens.next().filter(|_| tokens.next().is_none())?;
+        self.source(token)
+    }
+
+    fn source(&self, token: u64) -> Option<Arc<dyn Watched>> {
+        self.watched.read().expect(NO_PANIC).get(token).and_then(Weak::upgrade)
     }
 
     /// Looks once, without waiting, and runs one thing. `false` when there was nothing.
@@ -296,9 +310,8 @@ impl Shared {
                 self.deadlines.expire(token);
                 continue;
             }
-            let source = self.watched.read().expect(NO_PANIC).get(token).and_then(Weak::upgrade);
-            if let Some(source) = source {
-                source.became_ready();
+            if let Some(source) = self.source(token) {
+                source.became_ready(Then::Schedule);
             }
         }
     }

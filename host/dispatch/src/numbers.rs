@@ -56,7 +56,7 @@ pub struct QueueNumbers {
 pub(crate) struct Numbers {
     /// Items that stood on the queue and have run.
     taken: AtomicU64,
-    /// Blocks of `dispatch_sync` that found the queue idle.
+    /// What found the queue idle and ran at once: blocks of `dispatch_sync`, deliveries.
     at_once_started: AtomicU64,
     at_once_ended: AtomicU64,
     longest: AtomicU64,
@@ -69,16 +69,21 @@ impl Numbers {
         self.wait.note(ticks);
     }
 
+    /// An item that stood on the queue has run.
     pub(crate) fn note_run(&self, ticks: u64) {
         count_one(&self.taken);
+        self.note_time(ticks);
+    }
+
+    pub(crate) fn note_time(&self, ticks: u64) {
         self.run.note(ticks);
         if ticks > self.longest.load(Relaxed) {
             self.longest.store(ticks, Relaxed);
         }
     }
 
-    /// A block of `dispatch_sync` runs, until what is returned is dropped. `stood`: it waited on
-    /// the queue for its turn.
+    /// Something runs on the thread that brought it, until what is returned is dropped. `stood`: it
+    /// waited on the queue for its turn.
     pub(crate) fn count_synchronous(&self, stood: bool) -> Synchronous<'_> {
         if !stood {
             count_one(&self.at_once_started);
@@ -112,7 +117,7 @@ impl Numbers {
     }
 }
 
-/// A block of `dispatch_sync` under way; counted at its end, also by a panic.
+/// Something runs on the thread that brought it; counted at its end, also by a panic.
 pub(crate) struct Synchronous<'a> {
     ended: &'a AtomicU64,
 }

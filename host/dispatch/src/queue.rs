@@ -15,7 +15,7 @@
 //! 1. `schedule`: work was announced; the queue joins the engine's ready list.
 //! 2. `run`: a worker took it from the list.
 //! 3. `release`: nothing is announced.
-//! 4. `acquire` on an idle queue: the caller's own thread runs, without a hop, in one exchange.
+//! 4. `take_if_idle`: the caller's own thread runs, without a hop, in one exchange.
 //! 5. `release`: something is announced; back to the list, behind the other queues.
 //! 6. `run` met a [`Baton`]: a thread in `dispatch_sync` takes over as the running thread.
 //!
@@ -397,8 +397,7 @@ impl QueueCore {
     /// Becomes the running thread of the queue, waiting for its turn. `true` when there was
     /// nothing to wait for.
     fn acquire(self: &Arc<Self>) -> Result<bool, IOReturn> {
-        // Idle, and not one flag set.
-        if self.word.compare_exchange(IDLE, RUNNING, Acquire, Relaxed).is_ok() {
+        if self.take_if_idle() {
             return Ok(true);
         }
         let baton = Arc::new(Baton::for_this_thread());
@@ -408,6 +407,30 @@ impl QueueCore {
             Turn::Granted => Ok(false),
             _ => Err(IOReturn::ABORTED),
         }
+    }
+
+    /// Delivers on this thread if the queue is idle. `false` when it is not; nothing is done then.
+    pub(crate) fn run_if_idle(self: &Arc<Self>, source: &dyn Deliver) -> bool {
+        if !self.take_if_idle() {
+            return false;
+        }
+        let held = Holding::of(self);
+        let start = ticks();
+        let counted = self.numbers.count_synchronous(false);
+        self.numbers.note_wait(0);
+        self.guarded(|| source.deliver());
+        // After a sleep another thread may have it, if the queue was cancelled meanwhile.
+        if self.is_held() {
+            self.numbers.note_time(ticks().saturating_sub(start));
+        }
+        drop(counted);
+        looking_next(|| drop(held));
+        true
+    }
+
+    /// Becomes the running thread of an idle queue: one that has not one flag set.
+    fn take_if_idle(&self) -> bool {
+        self.word.compare_exchange(IDLE, RUNNING, Acquire, Relaxed).is_ok()
     }
 
     /// Runs the queue's work on this worker, for one turn.

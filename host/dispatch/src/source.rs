@@ -12,8 +12,18 @@ use crate::queue::{Deliver, Item};
 
 /// A source, seen from the engine.
 pub(crate) trait Watched: Send + Sync {
-    /// The descriptor became readable. Called on a worker, must not block.
-    fn became_ready(&self);
+    /// The descriptor became readable.
+    fn became_ready(&self, then: Then);
+}
+
+/// What a source does with an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Then {
+    /// Puts its delivery on its queue.
+    Schedule,
+    /// Delivers on this thread, if its queue is idle; else as above. That spares a worker, which
+    /// has nothing else to do, the way over the queue's lists.
+    RunHere,
 }
 
 /// Has a handler run on a queue whenever a descriptor becomes readable.
@@ -69,16 +79,20 @@ impl<F: AsFd + Send + Sync + 'static> DescriptorSource<F> {
 
     /// Has the handler called once more, event or not.
     pub fn nudge(&self) {
-        self.feed.became_ready();
+        self.feed.became_ready(Then::Schedule);
     }
 }
 
 impl<F: AsFd + Send + Sync + 'static> Watched for Feed<F> {
-    fn became_ready(&self) {
+    fn became_ready(&self, then: Then) {
         // [event]
-        if !self.scheduled.swap(true, AcqRel)
-            && let Some(this) = self.this.upgrade()
-        {
+        if self.scheduled.swap(true, AcqRel) {
+            return;
+        }
+        if then == Then::RunHere && self.queue.core().run_if_idle(self) {
+            return;
+        }
+        if let Some(this) = self.this.upgrade() {
             self.queue.core().push(Item::Delivery(this));
         }
     }

@@ -55,11 +55,12 @@ impl Watchlist {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::source::Then;
 
     struct Nothing;
 
     impl Watched for Nothing {
-        fn became_ready(&self) {}
+        fn became_ready(&self, _: Then) {}
     }
 
     #[test]
