@@ -1,40 +1,21 @@
 //! Serial queues.
 //!
-//! # The word
+//! What a queue is doing is one atomic [`Word`]; who makes it `RUNNING` runs the queue. Work comes
+//! in through the inbox, under its lock, and is taken from there in batches.
 //!
-//! What a queue is doing is one atomic word: a stage, and three flags.
-//!
-//! ```text
-//!            1                 2                3
-//!   IDLE ────────▶ SCHEDULED ─────▶ RUNNING ──────▶ IDLE        nothing left
-//!    │                 ▲              │  │
-//!    │ 4               └──────5───────┘  │ 6
-//!    └────────────────▶ RUNNING ◀────────┘
-//! ```
-//!
-//! 1. `schedule`: work was announced; the queue joins the engine's ready list.
-//! 2. `run`: a worker took it from the list.
-//! 3. `release`: nothing is announced.
-//! 4. `take_if_idle`: the caller's own thread runs, without a hop, in one exchange.
-//! 5. `release`: something is announced; back to the list, behind the other queues.
-//! 6. `run` met a [`Baton`]: a thread in `dispatch_sync` takes over as the running thread.
-//!
-//! `PENDING`: there is something to run. Set by `push` and `cancel` under the inbox's lock, and by
-//! the running thread for what it leaves over; cleared by `take`, under the lock. Whoever sets it
-//! on an idle queue schedules it. `CANCELLED`: set once. `SHARED`: concurrent blocks are running.
-//!
-//! When the engine is gone, `abandon` drops what waits and takes a queue from SCHEDULED to IDLE.
+//! When the engine is gone, `abandon` drops what waits.
 //!
 //! Only the thread that made a queue `RUNNING` touches its turn, so the turn's lock is free
 //! whenever it is taken, but for the ends of concurrent blocks.
+
+mod word;
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 
 use iohost_closure::Closure;
@@ -48,19 +29,13 @@ use crate::numbers::{Numbers, QueueNumbers};
 use crate::sleepers::Sleepers;
 use crate::{Clock, Engine, NO_PANIC};
 
+use word::Word;
+
 /// The longest name in bytes; `IODispatchQueueName` has 256 with its terminator.
 const LONGEST_NAME: usize = 255;
 
 /// How many items one queue runs before it lets the others have the worker.
 const TURN: usize = 256;
-
-const STAGE: u32 = 0b11;
-const IDLE: u32 = 0;
-const SCHEDULED: u32 = 1;
-const RUNNING: u32 = 2;
-const PENDING: u32 = 1 << 2;
-const CANCELLED: u32 = 1 << 3;
-const SHARED: u32 = 1 << 4;
 
 /// A list of work that runs in order, one item at a time.
 ///
@@ -89,7 +64,7 @@ pub(crate) struct QueueCore {
     name: String,
     engine: Arc<Shared>,
     options: QueueOptions,
-    word: AtomicU32,
+    word: Word,
     inbox: Mutex<Inbox>,
     turn: Mutex<TurnState>,
     pub(crate) sleepers: Sleepers,
@@ -182,7 +157,7 @@ impl Queue {
             name: name.to_owned(),
             engine: engine.clone(),
             options,
-            word: AtomicU32::new(IDLE),
+            word: Word::default(),
             inbox: Mutex::default(),
             turn: Mutex::default(),
             sleepers: Sleepers::default(),
@@ -350,14 +325,14 @@ impl QueueCore {
     /// Appends an item, and has the queue run if nobody sees to that yet.
     pub(crate) fn push(self: &Arc<Self>, item: Item) {
         let mut inbox = self.inbox.lock().expect(NO_PANIC);
-        if self.word.load(Relaxed) & CANCELLED != 0 {
+        if self.word.is_cancelled() {
             inbox.dropped += 1;
             drop(inbox);
             return item.cancelled();
         }
         inbox.pushed += 1;
         inbox.items.push_back(item);
-        let announced = self.announce(PENDING);
+        let announced = self.word.announce();
         drop(inbox);
         if announced {
             self.schedule();
@@ -367,24 +342,15 @@ impl QueueCore {
     fn cancel(self: &Arc<Self>, done: Closure) {
         let mut inbox = self.inbox.lock().expect(NO_PANIC);
         inbox.cancel_handlers.push(done);
-        self.word.fetch_or(CANCELLED | PENDING, AcqRel);
+        self.word.cancel();
         drop(inbox);
         self.schedule();
         self.sleepers.abort();
     }
 
-    /// Sets `PENDING`. `false` when it was set: whoever did that sees to it. Under the inbox's
-    /// lock, so that it is not cleared meanwhile.
-    fn announce(&self, flags: u32) -> bool {
-        self.word.load(Relaxed) & PENDING == 0 && self.word.fetch_or(flags, AcqRel) & PENDING == 0
-    }
-
     /// Puts an idle queue on the ready list.
     fn schedule(self: &Arc<Self>) {
-        let scheduled = self.word.fetch_update(AcqRel, Acquire, |word| {
-            (word & STAGE == IDLE).then_some(word | SCHEDULED)
-        });
-        if scheduled.is_ok() {
+        if self.word.schedule() {
             self.become_ready();
         }
     }
@@ -397,7 +363,7 @@ impl QueueCore {
     /// Becomes the running thread of the queue, waiting for its turn. `true` when there was
     /// nothing to wait for.
     fn acquire(self: &Arc<Self>) -> Result<bool, IOReturn> {
-        if self.take_if_idle() {
+        if self.word.take_if_idle() {
             return Ok(true);
         }
         let baton = Arc::new(Baton::for_this_thread());
@@ -411,7 +377,7 @@ impl QueueCore {
 
     /// Delivers on this thread if the queue is idle. `false` when it is not; nothing is done then.
     pub(crate) fn run_if_idle(self: &Arc<Self>, source: &dyn Deliver) -> bool {
-        if !self.take_if_idle() {
+        if !self.word.take_if_idle() {
             return false;
         }
         let held = Holding::of(self);
@@ -428,14 +394,9 @@ impl QueueCore {
         true
     }
 
-    /// Becomes the running thread of an idle queue: one that has not one flag set.
-    fn take_if_idle(&self) -> bool {
-        self.word.compare_exchange(IDLE, RUNNING, Acquire, Relaxed).is_ok()
-    }
-
     /// Runs the queue's work on this worker, for one turn.
     pub(crate) fn run(self: &Arc<Self>) {
-        self.word.fetch_xor(SCHEDULED ^ RUNNING, AcqRel);
+        self.word.start();
         let held = Holding::of(self);
         self.run_items(&held);
         looking_next(|| drop(held));
@@ -448,7 +409,7 @@ impl QueueCore {
         // stays in the turn. On a plain queue this thread keeps it to itself.
         let mut mine = VecDeque::new();
         for _ in 0..TURN {
-            if self.word.load(Relaxed) & CANCELLED != 0 {
+            if self.word.is_cancelled() {
                 return self.run_cancelled(mine);
             }
             let Some(item) = self.next_item(&mut mine) else { return };
@@ -483,14 +444,14 @@ impl QueueCore {
             return Some(item);
         }
         let mut turn = self.turn.lock().expect(NO_PANIC);
-        if turn.items.is_empty() || self.word.load(Relaxed) & PENDING != 0 {
+        if turn.items.is_empty() || self.word.is_pending() {
             let mut inbox = self.inbox.lock().expect(NO_PANIC);
             if turn.items.is_empty() {
                 std::mem::swap(&mut turn.items, &mut inbox.items);
             } else {
                 turn.items.append(&mut inbox.items);
             }
-            self.word.fetch_and(!PENDING, AcqRel);
+            self.word.clear_pending();
         }
         if turn.concurrent > 0 && !matches!(turn.items.front(), Some(Item::Concurrent(_))) {
             // The last concurrent block schedules the queue again.
@@ -509,14 +470,14 @@ impl QueueCore {
         mine.append(&mut turn.items);
         turn.items = mine;
         if !turn.items.is_empty() {
-            self.word.fetch_or(PENDING, AcqRel);
+            self.word.set_pending();
         }
     }
 
     /// Runs a concurrent block on some worker.
     fn start_concurrent(self: &Arc<Self>, block: Closure) {
         self.turn.lock().expect(NO_PANIC).concurrent += 1;
-        self.word.fetch_or(SHARED, AcqRel);
+        self.word.set_shared(true);
         let core = self.clone();
         self.engine.run_soon(Closure::new(move || {
             let core = &core;
@@ -528,12 +489,12 @@ impl QueueCore {
             core.numbers.note_run(ticks().saturating_sub(start));
             turn.concurrent -= 1;
             if turn.concurrent == 0 {
-                core.word.fetch_and(!SHARED, AcqRel);
-                let cancelled = core.word.load(Relaxed) & CANCELLED != 0;
+                core.word.set_shared(false);
+                let cancelled = core.word.is_cancelled();
                 let more = !turn.items.is_empty() || cancelled;
                 drop(turn);
                 if more {
-                    core.word.fetch_or(PENDING, AcqRel);
+                    core.word.set_pending();
                     core.schedule();
                 }
             }
@@ -554,7 +515,7 @@ impl QueueCore {
                 0 => std::mem::take(&mut inbox.cancel_handlers),
                 _ => Vec::new(),
             };
-            self.word.fetch_and(!PENDING, AcqRel);
+            self.word.clear_pending();
             drop((turn, inbox));
             if dropped.is_empty() && handlers.is_empty() {
                 return;
@@ -572,7 +533,7 @@ impl QueueCore {
         dropped.append(&mut inbox.items);
         inbox.dropped += dropped.len() as u64;
         let handlers = std::mem::take(&mut inbox.cancel_handlers);
-        self.word.fetch_and(!(PENDING | STAGE), AcqRel);
+        self.word.abandon();
         drop((turn, inbox));
         dropped.into_iter().for_each(Item::cancelled);
         drop(handlers);
@@ -596,12 +557,7 @@ impl QueueCore {
 
     /// Ends this thread's turn.
     fn release(self: &Arc<Self>) {
-        if self.word.compare_exchange(RUNNING, IDLE, AcqRel, Relaxed).is_ok() {
-            return;
-        }
-        let next = |word: u32| (word & !STAGE) | if word & PENDING == 0 { IDLE } else { SCHEDULED };
-        let before = self.word.fetch_update(AcqRel, Acquire, |word| Some(next(word)));
-        if before.is_ok_and(|word| word & PENDING != 0) {
+        if self.word.end() {
             self.become_ready();
         }
     }
@@ -610,7 +566,7 @@ impl QueueCore {
     fn put_down(self: &Arc<Self>) {
         self.lay_down();
         if !self.turn.lock().expect(NO_PANIC).items.is_empty() {
-            self.word.fetch_or(PENDING, AcqRel);
+            self.word.set_pending();
         }
         self.release();
     }

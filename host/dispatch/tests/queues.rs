@@ -6,7 +6,7 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use iohost_dispatch::{Owner, Clock, Engine, EngineClock, Queue, QueueOptions};
+use iohost_dispatch::{Clock, Engine, EngineClock, Owner, Queue, QueueOptions};
 use iohost_interface::IOReturn;
 
 fn engine() -> Engine {

@@ -30,8 +30,8 @@ use std::panic::resume_unwind;
 use std::path::Path;
 use std::ptr;
 use std::slice;
-use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 
 use iohost_control::host::RunningService;
 use iohost_device_backend::InterruptKind;
@@ -42,9 +42,9 @@ use iohost_dispatch::{
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DeviceBar, DeviceTable,
     DispatchTable, DriverAction, DriverDescriptor, DriverEntry, Handler, HostAction,
-    HostDescriptor, HostDevice, HostInterrupt, HostInvocation, HostMemory, HostPanic, HostQueue, HostReply,
-    HostTable, HostTimer, HostWatch, SERVICES, SESSION, SYMBOL, ServiceHandler, ServiceText,
-    ServicesTable, SessionInfo, SessionTable, Work,
+    HostDescriptor, HostDevice, HostInterrupt, HostInvocation, HostMemory, HostPanic, HostQueue,
+    HostReply, HostTable, HostTimer, HostWatch, SERVICES, SESSION, SYMBOL, ServiceHandler,
+    ServiceText, ServicesTable, SessionInfo, SessionTable, Work,
 };
 use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, PassedAction, ReplySink};
 use iohost_memory::SharedMemory;

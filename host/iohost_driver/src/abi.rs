@@ -36,9 +36,9 @@ pub(crate) use iohost_driver_abi::Personality;
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DescriptorHeader, DeviceBar,
     DeviceTable, DispatchTable, DriverAction, DriverEntry, Handler, HostAction, HostDescriptor,
-    HostDevice, HostInterrupt, HostInvocation, HostMemory, HostPanic, HostQueue, HostReply, HostTable,
-    HostTimer, HostWatch, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SERVICES, SESSION, ServiceHandler,
-    ServiceText, ServicesTable, SessionInfo, SessionTable, Work, WorkFunctions,
+    HostDevice, HostInterrupt, HostInvocation, HostMemory, HostPanic, HostQueue, HostReply,
+    HostTable, HostTimer, HostWatch, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SERVICES, SESSION,
+    ServiceHandler, ServiceText, ServicesTable, SessionInfo, SessionTable, Work, WorkFunctions,
     WorkSpace,
 };
 use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, PassedAction, ReplySink};
