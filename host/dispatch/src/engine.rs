@@ -354,14 +354,19 @@ impl Shared {
         }
     }
 
-    /// Waits until a baton's wait has ended. A worker that waits is replaced meanwhile, if that
-    /// leaves too few.
+    /// Waits until a baton's wait has ended.
     pub(crate) fn wait_for(&self, baton: &Baton) {
         if self.ready.lock().expect(NO_PANIC).manual {
-            return self.turn_until_ended(baton);
+            self.turn_until_ended(baton);
+        } else {
+            self.blocking(|| baton.wait());
         }
+    }
+
+    /// Runs code that waits. A worker that does is replaced meanwhile, if that leaves too few.
+    pub(crate) fn blocking<R>(&self, code: impl FnOnce() -> R) -> R {
         if !IS_WORKER.get() {
-            return baton.wait();
+            return code();
         }
         let mut ready = self.ready.lock().expect(NO_PANIC);
         ready.blocked += 1;
@@ -373,8 +378,8 @@ impl Shared {
         if stand_in {
             self.add_stand_in();
         }
-        baton.wait();
-        self.ready.lock().expect(NO_PANIC).blocked -= 1;
+        let _blocked = Blocked(&self.ready);
+        code()
     }
 
     /// In a manual engine the waiting thread turns it. Inside of a handler, with nothing left to
@@ -436,6 +441,15 @@ impl Shared {
         let queues = self.queues.lock().expect(NO_PANIC);
         let mut queues = queues.iter().filter_map(Weak::upgrade);
         queues.find(|queue| queue.address() == address).map(|queue| queue.name().to_owned())
+    }
+}
+
+/// A worker waits; on drop, also by a panic, it does no longer.
+struct Blocked<'a>(&'a Mutex<ReadyList>);
+
+impl Drop for Blocked<'_> {
+    fn drop(&mut self) {
+        self.0.lock().expect(NO_PANIC).blocked -= 1;
     }
 }
 

@@ -285,6 +285,12 @@ impl Queue {
         self.core.cancel(Closure::new(done));
     }
 
+    /// Runs code that waits for something other than this crate's own. On a worker of the engine
+    /// another one takes its place meanwhile, up to 64, so that what is waited for can run.
+    pub fn blocking<R>(&self, code: impl FnOnce() -> R) -> R {
+        self.core.engine.blocking(code)
+    }
+
     /// Keeps a value for as long as any work of the queue can run: until the last handle has gone
     /// and what waited has run or was dropped.
     pub fn keep(&self, value: impl Any + Send + Sync) {

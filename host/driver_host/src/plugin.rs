@@ -639,6 +639,7 @@ static DISPATCH_TABLE: DispatchTable = DispatchTable {
     queue_concurrent,
     queue_sleep,
     queue_wakeup,
+    queue_blocking,
     queue_held,
 };
 
@@ -696,6 +697,17 @@ unsafe extern "C" fn queue_wakeup(queue: *mut HostQueue, event: usize, options: 
         _ => Err(IOReturn::BAD_ARGUMENT),
     };
     IOReturn::code(&woken)
+}
+
+unsafe extern "C" fn queue_blocking(
+    queue: *mut HostQueue,
+    call: unsafe extern "C" fn(context: *mut c_void),
+    context: *mut c_void,
+) {
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    // SAFETY: contract 3, on the plugin's own thread and before it goes on.
+    queue.queue.blocking(|| unsafe { call(context) });
 }
 
 unsafe extern "C" fn queue_held(

@@ -469,30 +469,17 @@ impl Queue {
     }
 
     pub(crate) fn dispatch_sync<R>(&self, block: impl FnOnce() -> R) -> Result<R, IOReturn> {
-        /// The block before, its result after.
-        struct Turn<F, R> {
-            block: Option<F>,
-            result: Option<std::thread::Result<R>>,
-        }
-        unsafe extern "C" fn run<F: FnOnce() -> R, R>(context: *mut c_void) {
-            // SAFETY: the context is the `turn` below, which waits for this call on its stack
-            // and is not touched meanwhile.
-            let turn = unsafe { &mut *context.cast::<Turn<F, R>>() };
-            let block = turn.block.take();
-            turn.result = block.map(|block| catch_unwind(AssertUnwindSafe(block)));
-        }
-        fn runner<F: FnOnce() -> R, R>(_: &Turn<F, R>) -> unsafe extern "C" fn(*mut c_void) {
-            run::<F, R>
-        }
-        let mut turn = Turn { block: Some(block), result: None };
-        let run = runner(&turn);
-        check(host!(dispatch.queue_sync(self.0.as_ptr(), run, (&raw mut turn).cast())))?;
-        match turn.result {
-            Some(Ok(result)) => Ok(result),
-            // The caller's own code panicked, on the caller's own thread.
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-            None => Err(IOReturn::INTERNAL_ERROR),
-        }
+        let queue = self.0.as_ptr();
+        on_this_thread(block, |run, context| check(host!(dispatch.queue_sync(queue, run, context))))
+    }
+
+    /// Runs code that waits for something that other work of the driver does.
+    pub(crate) fn blocking<R>(&self, code: impl FnOnce() -> R) -> Result<R, IOReturn> {
+        let queue = self.0.as_ptr();
+        on_this_thread(code, |run, context| {
+            host!(dispatch.queue_blocking(queue, run, context));
+            Ok(())
+        })
     }
 
     pub(crate) fn cancel(&self, done: impl FnOnce() + Send + 'static) {
@@ -515,6 +502,33 @@ impl Clone for Queue {
     fn clone(&self) -> Self {
         host!(dispatch.queue_retain(self.0.as_ptr()));
         Self(self.0)
+    }
+}
+
+/// Has the host run code at once, on this thread, and returns what it returned.
+fn on_this_thread<F: FnOnce() -> R, R>(
+    code: F,
+    host: impl FnOnce(unsafe extern "C" fn(*mut c_void), *mut c_void) -> Result<(), IOReturn>,
+) -> Result<R, IOReturn> {
+    /// The code before, its result after.
+    struct Turn<F, R> {
+        code: Option<F>,
+        result: Option<std::thread::Result<R>>,
+    }
+    unsafe extern "C" fn run<F: FnOnce() -> R, R>(context: *mut c_void) {
+        // SAFETY: the context is the `turn` below, which waits for this call on its stack and is
+        // not touched meanwhile.
+        let turn = unsafe { &mut *context.cast::<Turn<F, R>>() };
+        let code = turn.code.take();
+        turn.result = code.map(|code| catch_unwind(AssertUnwindSafe(code)));
+    }
+    let mut turn = Turn { code: Some(code), result: None };
+    host(run::<F, R>, (&raw mut turn).cast())?;
+    match turn.result {
+        Some(Ok(result)) => Ok(result),
+        // The caller's own code panicked, on the caller's own thread.
+        Some(Err(panic)) => std::panic::resume_unwind(panic),
+        None => Err(IOReturn::INTERNAL_ERROR),
     }
 }
 

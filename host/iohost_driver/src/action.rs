@@ -240,9 +240,9 @@ impl<A: Results> ActionWait<A> {
     /// Waits until an invocation has ended that no earlier `wait` has reported; without a
     /// deadline, for as long as it takes.
     ///
-    /// Blocks the calling thread, so it is for a thread of the driver's own or for a queue that
-    /// has nothing else to do; each such queue keeps one of the host's threads. In a rig, whose
-    /// handlers all run on the test's thread, it is for another thread of the test.
+    /// Blocks the calling thread: a thread of the driver's own, or that of another queue, which runs
+    /// nothing else meanwhile; the host takes another thread for its other queues, up to 64 in all.
+    /// In a rig, whose handlers all run on the test's thread, it is for another thread of the test.
     ///
     /// Errors: `ABORTED` when the action is cancelled, when every other holder is gone, or when
     /// its queue was cancelled; `TIMEOUT` at the deadline, a time on a clock in nanoseconds;
@@ -254,6 +254,10 @@ impl<A: Results> ActionWait<A> {
             let why = "waiting for an action on its own queue would never end";
             return Err(Error::new(IOReturn::CANNOT_LOCK, why));
         }
+        target.blocking(|| self.block(&target, deadline))?
+    }
+
+    fn block(&self, target: &abi::Queue, deadline: Option<(IOTimerClock, u64)>) -> Result<()> {
         let mut state = self.core.state();
         loop {
             if let Some(ended) = state.take_ended() {

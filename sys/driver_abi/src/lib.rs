@@ -368,6 +368,13 @@ pub struct DispatchTable {
     /// Wakes one sleeper of the event, or all (option 1).
     pub queue_wakeup:
         unsafe extern "C" fn(queue: *mut HostQueue, event: usize, options: u64) -> i32,
+    /// Runs `call(context)`, which waits: if that keeps a thread of the host, another one takes its
+    /// place meanwhile.
+    pub queue_blocking: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        call: unsafe extern "C" fn(context: *mut c_void),
+        context: *mut c_void,
+    ),
     /// Gives the names of the queues the calling thread holds to `sink`, one by one, outermost
     /// first.
     pub queue_held: unsafe extern "C" fn(

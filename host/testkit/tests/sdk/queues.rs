@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use iohost_driver::prelude::*;
 
@@ -253,4 +254,35 @@ fn work_that_never_ran_is_dropped_with_its_engine() {
     side.dispatch_async(move |()| drop((held, again)));
     drop((bench, side));
     assert_eq!(Arc::strong_count(&owned), 1);
+}
+
+/// Eight queues wait, each for an action, on an engine with three threads.
+#[test]
+fn queues_that_wait_for_actions_leave_a_thread_for_the_invocations() {
+    let host = Host::with_threads();
+    let (entered, arrived) = channel();
+    let mut actions = Vec::new();
+    let mut waiting = Vec::new();
+    for number in 0..8 {
+        let target = IODispatchQueue::create(&host.queue, "target", ()).unwrap();
+        let waiter = IODispatchQueue::create(&host.queue, "waiter", ()).unwrap();
+        let action = OSAction::create(&target, (), |(), (), ()| {}).unwrap();
+        let wait = action.will_wait().unwrap();
+        let (ended, end) = channel();
+        let entered = entered.clone();
+        waiter.dispatch_async(move |()| {
+            entered.send(number).unwrap();
+            ended.send(wait.wait(None)).unwrap();
+        });
+        actions.push(action);
+        waiting.push((waiter, end));
+    }
+    // All of them wait now, or are about to.
+    (0..8).for_each(|_| {
+        drop(arrived.recv_timeout(Duration::from_secs(60)).expect("no thread is left"))
+    });
+    actions.iter().for_each(|action| action.invoke(()).unwrap());
+    for (_waiter, end) in waiting {
+        assert_eq!(end.recv_timeout(Duration::from_secs(60)).expect("a wait ends"), Ok(()));
+    }
 }
