@@ -278,9 +278,9 @@ fn queues_that_wait_for_actions_leave_a_thread_for_the_invocations() {
         waiting.push((waiter, end));
     }
     // All of them wait now, or are about to.
-    (0..8).for_each(|_| {
-        drop(arrived.recv_timeout(Duration::from_secs(60)).expect("no thread is left"))
-    });
+    for _ in 0..8 {
+        arrived.recv_timeout(Duration::from_secs(60)).expect("a thread is left");
+    }
     actions.iter().for_each(|action| action.invoke(()).unwrap());
     for (_waiter, end) in waiting {
         assert_eq!(end.recv_timeout(Duration::from_secs(60)).expect("a wait ends"), Ok(()));
