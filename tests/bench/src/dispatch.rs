@@ -17,7 +17,7 @@ use iohost_driver_host::{Device, Driver, Plugin};
 use iohost_testkit::FakeDevice;
 
 use crate::machine::Cores;
-use crate::rounds::{Better, Case, Effort, Metric};
+use crate::rounds::{Better, Case, Effort, Metric, Peer};
 
 pub const CASES: &[Case] = &[
     Case {
@@ -25,16 +25,14 @@ pub const CASES: &[Case] = &[
         name: "dispatch-engine",
         metrics: &[Metric { name: "async_ops_per_s", better: Better::Higher }],
         ours: on_the_engine,
-        peer: through_a_channel,
-        peer_name: "crossbeam-channel",
+        peers: &[Peer { name: "crossbeam-channel", run: through_a_channel }],
     },
     Case {
         bench: "dispatch",
         name: "dispatch-driver",
         metrics: &[Metric { name: "driver_async_ops_per_s", better: Better::Higher }],
         ours: in_a_driver,
-        peer: through_a_channel,
-        peer_name: "crossbeam-channel",
+        peers: &[Peer { name: "crossbeam-channel", run: through_a_channel }],
     },
 ];
 

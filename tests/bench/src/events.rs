@@ -13,7 +13,7 @@ use iohost_event::{Clock, Signal};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::machine::Cores;
-use crate::rounds::{Better, Case, Effort, Metric, percentile};
+use crate::rounds::{Better, Case, Effort, Metric, Peer, percentile};
 
 pub const CASES: &[Case] = &[Case {
     bench: "events",
@@ -23,8 +23,7 @@ pub const CASES: &[Case] = &[Case {
         Metric { name: "handler_p99_ns", better: Better::Lower },
     ],
     ours: interrupt_source,
-    peer: epoll_thread,
-    peer_name: "epoll_wait + read",
+    peers: &[Peer { name: "epoll_wait + read", run: epoll_thread }],
 }];
 
 /// Long enough for the handler's thread to sleep again.

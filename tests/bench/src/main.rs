@@ -1,8 +1,9 @@
 //! Benchmarks, each figure beside a peer's.
 //!
-//! `scripts/bench [AREA]... [--json]`. An area is a module with a list of [`Case`]s. A case has two
-//! contenders, ours and a peer, that do the same work and measure it the same way; each runs in a
-//! process of its own, which is this program with `--contender`. [`rounds`] has them take turns.
+//! `scripts/bench [AREA]... [--json]`. An area is a module with a list of [`Case`]s. A case has
+//! contenders, ours and one or more peers, that do the same work and measure it the same way; each
+//! runs in a process of its own, which is this program with `--contender`. [`rounds`] has them take
+//! turns.
 
 #![forbid(unsafe_code)]
 
@@ -116,5 +117,6 @@ fn complaint_about(area: &str) -> Option<String> {
 fn contender(of: &[String]) -> Result<(&'static Case, Side)> {
     let [name, side] = of else { anyhow::bail!("a case and a side, not {of:?}") };
     let case = cases().find(|case| case.name == name);
-    Ok((case.with_context(|| format!("no case {name}"))?, side.parse()?))
+    let case = case.with_context(|| format!("no case {name}"))?;
+    Ok((case, case.side(side)?))
 }

@@ -14,7 +14,7 @@ use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, QueueError, R
 use nix::sys::socket::{MsgFlags, recv, send};
 
 use crate::machine::Cores;
-use crate::rounds::{Better, Case, Effort, Metric, Side, percentile, this_program};
+use crate::rounds::{self, Better, Case, Effort, Metric, Side, percentile, this_program};
 
 pub const CASES: &[Case] = &[
     Case {
@@ -22,8 +22,10 @@ pub const CASES: &[Case] = &[
         name: STREAM,
         metrics: &[Metric { name: "messages_per_s", better: Better::Higher }],
         ours: |effort| stream(Side::Ours, effort),
-        peer: |effort| stream(Side::Peer, effort),
-        peer_name: "Unix seqpacket socket",
+        peers: &[rounds::Peer {
+            name: "Unix seqpacket socket",
+            run: |effort| stream(Side::Peer(0), effort),
+        }],
     },
     Case {
         bench: "queue",
@@ -33,8 +35,10 @@ pub const CASES: &[Case] = &[
             Metric { name: "round_trip_p99_ns", better: Better::Lower },
         ],
         ours: |effort| round_trip(Side::Ours, effort),
-        peer: |effort| round_trip(Side::Peer, effort),
-        peer_name: "Unix seqpacket socket",
+        peers: &[rounds::Peer {
+            name: "Unix seqpacket socket",
+            run: |effort| round_trip(Side::Peer(0), effort),
+        }],
     },
 ];
 
@@ -82,7 +86,7 @@ pub fn other_end(case: &str, side: Side, effort: Effort) -> Result<()> {
     let socket = Packets::from(std::io::stdin().as_fd().try_clone_to_owned()?);
     let mut line: Box<dyn Line> = match side {
         Side::Ours => Box::new(Queues::join(socket)?),
-        Side::Peer => Box::new(Socket(socket.into())),
+        Side::Peer(_) => Box::new(Socket(socket.into())),
     };
     if case == ROUND_TRIP {
         for number in 0..round_trips(effort) {
@@ -138,7 +142,7 @@ impl Session {
         Cores::choose()?.pin_producer()?;
         let line: Box<dyn Line> = match side {
             Side::Ours => Box::new(Queues::make(ours)?),
-            Side::Peer => Box::new(Socket(ours.into())),
+            Side::Peer(_) => Box::new(Socket(ours.into())),
         };
         Ok(Self { line, process })
     }

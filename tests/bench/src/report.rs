@@ -1,12 +1,24 @@
 //! What the user sees: a table, or a JSON object per line.
 
 use anyhow::Result;
+use serde::Serialize;
 
 use crate::rounds::Figure;
 
 pub struct Report {
     json: bool,
-    rows: Vec<[String; 6]>,
+    rows: Vec<[String; 5]>,
+}
+
+/// A figure in JSON: beside the best peer.
+#[derive(Serialize)]
+struct Line {
+    bench: &'static str,
+    metric: &'static str,
+    ours: f64,
+    peer: f64,
+    peer_name: &'static str,
+    ratio: f64,
 }
 
 impl Report {
@@ -18,7 +30,7 @@ impl Report {
     pub fn add(&mut self, figures: &[Figure]) -> Result<()> {
         for figure in figures {
             if self.json {
-                println!("{}", serde_json::to_string(figure)?);
+                println!("{}", serde_json::to_string(&line(figure))?);
             } else {
                 self.rows.push(row(figure));
             }
@@ -31,23 +43,35 @@ impl Report {
         if self.json {
             return;
         }
-        println!("{:10}{:22}{:>12}{:>12}  {:24}ratio", "bench", "metric", "ours", "peer", "");
-        for [bench, metric, ours, peer, peer_name, ratio] in &self.rows {
-            println!("{bench:10}{metric:22}{ours:>12}{peer:>12}  {peer_name:24}{ratio}");
+        println!("{:10}{:32}{:>10}{:>7}  peers", "bench", "metric", "ours", "ratio");
+        for [bench, metric, ours, ratio, peers] in &self.rows {
+            println!("{bench:10}{metric:32}{ours:>10}{ratio:>7}  {peers}");
         }
-        println!("A ratio over 1 is in our favour.");
+        println!("The ratio is that to the best peer, the first one; over 1 is in our favour.");
     }
 }
 
-fn row(figure: &Figure) -> [String; 6] {
-    let Figure { bench, metric, ours, peer, peer_name, ratio } = figure;
+fn line(figure: &Figure) -> Line {
+    let &Figure { bench, metric, ours, ref peers, ratio } = figure;
+    let (peer_name, peer) = peers[0];
+    Line { bench, metric, ours, peer, peer_name, ratio }
+}
+
+fn row(figure: &Figure) -> [String; 5] {
+    let Figure { bench, metric, ours, peers, ratio } = figure;
     let (what, show): (_, fn(f64) -> String) = if let Some(what) = metric.strip_suffix("_per_s") {
         (what, |value| format!("{:.2} M/s", value / 1e6))
     } else if let Some(what) = metric.strip_suffix("_ns") {
-        (what, |value| format!("{:.2} µs", value / 1e3))
+        (what, duration)
     } else {
-        (*metric, |value| format!("{value}"))
+        (*metric, |value| format!("{value:.2}"))
     };
+    let peers: Vec<_> =
+        peers.iter().map(|(name, value)| format!("{name} {}", show(*value))).collect();
     let ratio = format!("{ratio:.2}");
-    [(*bench).into(), what.replace('_', " "), show(*ours), show(*peer), (*peer_name).into(), ratio]
+    [(*bench).into(), what.replace('_', " "), show(*ours), ratio, peers.join(", ")]
+}
+
+fn duration(ns: f64) -> String {
+    if ns < 1e3 { format!("{ns:.1} ns") } else { format!("{:.2} µs", ns / 1e3) }
 }

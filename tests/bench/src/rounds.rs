@@ -1,16 +1,15 @@
-//! Two contenders take turns.
+//! Contenders take turns.
 //!
-//! A round runs each contender once, in its own process; the next round starts with the other one.
+//! A round runs each contender once, in its own process; the next round starts with the next one.
 //! A figure is the median over the rounds. Two things outside of the program change figures by a
 //! factor, so each round is measured itself: how long a cache line takes between the two cores,
 //! which changes while we run, and how much processor time others used. Rounds that were disturbed
 //! are repeated, up to as many as there are; what was left out is said on stderr.
 
+use std::iter;
 use std::process::{Command, Stdio};
-use std::str::FromStr;
 
 use anyhow::{Context, Result, ensure};
-use serde::Serialize;
 
 use crate::machine::{CpuTime, cache_line_round_trip_ns};
 
@@ -23,8 +22,14 @@ pub struct Case {
     /// What a run of a contender returns, in this order.
     pub metrics: &'static [Metric],
     pub ours: Contender,
-    pub peer: Contender,
-    pub peer_name: &'static str,
+    /// At least one; the ratio is that against the best of them.
+    pub peers: &'static [Peer],
+}
+
+/// What ours is compared with.
+pub struct Peer {
+    pub name: &'static str,
+    pub run: Contender,
 }
 
 /// Does the work and returns one value per metric.
@@ -53,27 +58,27 @@ pub enum Effort {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     Ours,
-    Peer,
+    /// By its place in the list.
+    Peer(usize),
 }
 
-/// One line of the report.
-#[derive(Serialize)]
+/// What came out for one metric.
 pub struct Figure {
     pub bench: &'static str,
     pub metric: &'static str,
     pub ours: f64,
-    pub peer: f64,
-    pub peer_name: &'static str,
-    /// Over 1 is in our favour.
+    /// The names of the peers, and their values; the best one first.
+    pub peers: Vec<(&'static str, f64)>,
+    /// Against the best peer; over 1 is in our favour.
     pub ratio: f64,
 }
 
 /// What one round gave.
 struct Round {
-    ours: Vec<f64>,
-    peer: Vec<f64>,
+    /// For each side, in the order of [`Case::sides`].
+    values: Vec<Vec<f64>>,
     /// Before, between and after the contenders.
-    cache_line_ns: [f64; 3],
+    cache_line_ns: Vec<f64>,
     /// Of all processors' time, the part that was not ours.
     foreign: f64,
 }
@@ -89,8 +94,7 @@ pub fn run(case: &'static Case, wanted: usize, effort: Effort) -> Result<Vec<Fig
     let most = if effort == Effort::Quick { wanted } else { 2 * wanted };
     let mut rounds = Vec::new();
     while rounds.len() < most && (rounds.len() < wanted || good(&rounds).len() < wanted) {
-        let order = [[Side::Ours, Side::Peer], [Side::Peer, Side::Ours]][rounds.len() % 2];
-        rounds.push(round(case, order, effort)?);
+        rounds.push(round(case, rounds.len(), effort)?);
     }
     let mut counted = good(&rounds);
     // With hardly a good round all are equally bad.
@@ -98,18 +102,26 @@ pub fn run(case: &'static Case, wanted: usize, effort: Effort) -> Result<Vec<Fig
         counted = rounds.iter().collect();
     }
     say_how_it_went(case, &rounds, &counted);
-    let figures = case.metrics.iter().enumerate().map(|(place, metric)| {
-        let ours = median(counted.iter().map(|round| round.ours[place]));
-        let peer = median(counted.iter().map(|round| round.peer[place]));
-        let ratio = match metric.better {
-            Better::Higher => ours / peer,
-            Better::Lower => peer / ours,
-        };
-        let (bench, metric, peer_name) = (case.bench, metric.name, case.peer_name);
-        let [ours, peer, ratio] = [ours, peer, ratio].map(four_digits);
-        Figure { bench, metric, ours, peer, peer_name, ratio }
-    });
-    Ok(figures.collect())
+    Ok(figures(case, &counted))
+}
+
+fn figures(case: &Case, rounds: &[&Round]) -> Vec<Figure> {
+    let figure = |(place, metric): (usize, &Metric)| {
+        let value = |side: usize| median(rounds.iter().map(|round| round.values[side][place]));
+        let ours = value(0);
+        let names = case.peers.iter().map(|peer| peer.name);
+        let mut peers: Vec<_> = names.zip((1..).map(value)).collect();
+        // From the one that leaves us the least.
+        peers.sort_by(|(_, one), (_, other)| {
+            metric.better.ratio(ours, *one).total_cmp(&metric.better.ratio(ours, *other))
+        });
+        let ratio = four_digits(metric.better.ratio(ours, peers[0].1));
+        for (_, value) in &mut peers {
+            *value = four_digits(*value);
+        }
+        Figure { bench: case.bench, metric: metric.name, ours: four_digits(ours), peers, ratio }
+    };
+    case.metrics.iter().enumerate().map(figure).collect()
 }
 
 /// Without the digits that mean nothing.
@@ -117,20 +129,19 @@ fn four_digits(value: f64) -> f64 {
     format!("{value:.3e}").parse().unwrap_or(value)
 }
 
-fn round(case: &Case, order: [Side; 2], effort: Effort) -> Result<Round> {
-    let (mut ours, mut peer) = (Vec::new(), Vec::new());
+/// Runs every side once, from another one on in each round.
+fn round(case: &Case, number: usize, effort: Effort) -> Result<Round> {
+    let sides: Vec<Side> = case.sides().collect();
+    let mut values = vec![Vec::new(); sides.len()];
     let before = CpuTime::now()?;
-    let mut cache_line_ns = [cache_line_round_trip_ns()?, 0.0, 0.0];
-    for (place, side) in order.into_iter().enumerate() {
-        let values = run_contender(case, side, effort)?;
-        match side {
-            Side::Ours => ours = values,
-            Side::Peer => peer = values,
-        }
-        cache_line_ns[place + 1] = cache_line_round_trip_ns()?;
+    let mut cache_line_ns = vec![cache_line_round_trip_ns()?];
+    for turn in 0..sides.len() {
+        let place = (number + turn) % sides.len();
+        values[place] = run_contender(case, sides[place], effort)?;
+        cache_line_ns.push(cache_line_round_trip_ns()?);
     }
     let foreign = CpuTime::now()?.foreign_since(&before);
-    Ok(Round { ours, peer, cache_line_ns, foreign })
+    Ok(Round { values, cache_line_ns, foreign })
 }
 
 fn run_contender(case: &Case, side: Side, effort: Effort) -> Result<Vec<f64>> {
@@ -149,7 +160,7 @@ fn run_contender(case: &Case, side: Side, effort: Effort) -> Result<Vec<f64>> {
 /// This program again, as a part of a case.
 pub fn this_program(role: &str, case: &str, side: Side, effort: Effort) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args([role, case, side.name()]);
+    command.args([role, case, &side.name()]);
     if effort == Effort::Quick {
         command.arg("--quick");
     }
@@ -158,7 +169,7 @@ pub fn this_program(role: &str, case: &str, side: Side, effort: Effort) -> Resul
 
 /// The rounds in which nothing outside of the program changed.
 fn good(rounds: &[Round]) -> Vec<&Round> {
-    let usual = median(rounds.iter().flat_map(|round| round.cache_line_ns));
+    let usual = median(rounds.iter().flat_map(|round| round.cache_line_ns.iter().copied()));
     let of_the_phase = |&ns: &f64| ns <= usual * SAME_PHASE && ns * SAME_PHASE >= usual;
     let is_good = |round: &&Round| {
         round.foreign <= MOST_FOREIGN && round.cache_line_ns.iter().all(of_the_phase)
@@ -168,7 +179,8 @@ fn good(rounds: &[Round]) -> Vec<&Round> {
 
 fn say_how_it_went(case: &Case, rounds: &[Round], counted: &[&Round]) {
     let good = good(rounds).len();
-    let ns: Vec<f64> = rounds.iter().flat_map(|round| round.cache_line_ns).collect();
+    let ns: Vec<f64> =
+        rounds.iter().flat_map(|round| round.cache_line_ns.iter().copied()).collect();
     let least = ns.iter().copied().fold(f64::INFINITY, f64::min);
     let most = ns.iter().copied().fold(0.0, f64::max);
     let usual = median(ns.iter().copied());
@@ -194,10 +206,30 @@ pub fn percentile(mut values: Vec<f64>, percent: usize) -> f64 {
 }
 
 impl Case {
+    fn sides(&self) -> impl Iterator<Item = Side> {
+        iter::once(Side::Ours).chain((0..self.peers.len()).map(Side::Peer))
+    }
+
+    /// Reads a side's name.
+    pub fn side(&self, name: &str) -> Result<Side> {
+        let side = self.sides().find(|side| side.name() == name);
+        side.with_context(|| format!("no side {name} of {}", self.name))
+    }
+
     pub fn contender(&self, side: Side) -> Contender {
         match side {
             Side::Ours => self.ours,
-            Side::Peer => self.peer,
+            Side::Peer(place) => self.peers[place].run,
+        }
+    }
+}
+
+impl Better {
+    /// Over 1 when ours is better.
+    fn ratio(self, ours: f64, peer: f64) -> f64 {
+        match self {
+            Better::Higher => ours / peer,
+            Better::Lower => peer / ours,
         }
     }
 }
@@ -213,20 +245,11 @@ impl Effort {
 }
 
 impl Side {
-    pub fn name(self) -> &'static str {
+    fn name(self) -> String {
         match self {
-            Side::Ours => "ours",
-            Side::Peer => "peer",
+            Side::Ours => "ours".to_owned(),
+            Side::Peer(place) => format!("peer-{place}"),
         }
-    }
-}
-
-impl FromStr for Side {
-    type Err = anyhow::Error;
-
-    fn from_str(name: &str) -> Result<Self> {
-        let side = [Side::Ours, Side::Peer].into_iter().find(|side| side.name() == name);
-        side.with_context(|| format!("no side {name}"))
     }
 }
 
@@ -235,7 +258,7 @@ mod tests {
     use super::*;
 
     fn round(cache_line_ns: f64, foreign: f64) -> Round {
-        Round { ours: vec![], peer: vec![], cache_line_ns: [cache_line_ns; 3], foreign }
+        Round { values: vec![], cache_line_ns: vec![cache_line_ns; 3], foreign }
     }
 
     #[test]
@@ -251,5 +274,27 @@ mod tests {
         let rounds = [round(100.0, 0.0), round(520.0, 0.0), round(110.0, 0.5), round(90.0, 0.05)];
         let good: Vec<f64> = good(&rounds).iter().map(|round| round.cache_line_ns[0]).collect();
         assert_eq!(good, [100.0, 90.0]);
+    }
+    #[test]
+    fn the_ratio_is_that_to_the_peer_that_is_best_at_the_metric() {
+        const CASE: Case = Case {
+            bench: "test",
+            name: "test",
+            metrics: &[
+                Metric { name: "ops_per_s", better: Better::Higher },
+                Metric { name: "wait_ns", better: Better::Lower },
+            ],
+            ours: |_| unreachable!(),
+            peers: &[
+                Peer { name: "quick", run: |_| unreachable!() },
+                Peer { name: "busy", run: |_| unreachable!() },
+            ],
+        };
+        let values = vec![vec![10.0, 10.0], vec![4.0, 5.0], vec![8.0, 20.0]];
+        let round = Round { values, ..round(0.0, 0.0) };
+        let figures = figures(&CASE, &[&round]);
+        let told: Vec<_> = figures.iter().map(|figure| (figure.ratio, &figure.peers[..])).collect();
+        assert_eq!(told[0], (1.25, &[("busy", 8.0), ("quick", 4.0)][..]));
+        assert_eq!(told[1], (0.5, &[("quick", 5.0), ("busy", 20.0)][..]));
     }
 }
