@@ -1,138 +1,238 @@
-//! Work handed to a serial queue by one producer.
+//! Work handed to a serial queue.
 //!
-//! Operations are numbered, and each checks that it is the next one. The time is that from the first
-//! one handed over to the last one run. The peer is what one would write without a dispatch engine:
-//! a thread that runs boxed closures out of a channel.
+//! The peers are what one would write without a dispatch engine: a thread that runs boxed closures
+//! out of a channel, or a mutex. All run the same closures, which check that they run in order or
+//! one at a time. Each case is there twice: for the engine's queue, and for the driver's view of
+//! it, which is behind the plugin ABI and brings the driver's state.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock, mpsc};
+mod contenders;
+
+use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Barrier, Mutex, mpsc};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
-use iohost_device_models::{Function, edu};
-use iohost_dispatch::{Block, Engine, Queue};
-use iohost_driver::{Exported, IODispatchQueue, IOPCIDevice, IOService, Personality};
-use iohost_driver_host::{Device, Driver, Plugin};
-use iohost_testkit::FakeDevice;
+use anyhow::{Result, ensure};
+use iohost_dispatch::{Block, Queue};
+use iohost_driver::IODispatchQueue;
 
+use crate::driver::Lender;
+use crate::latency::{CLOCK, one_way};
 use crate::machine::Cores;
 use crate::rounds::{Better, Case, Effort, Metric, Peer};
+use contenders::{Contender, HandOver, Serial, Synchronous};
 
-pub const CASES: &[Case] = &[
-    Case {
-        bench: "dispatch",
-        name: "dispatch-engine",
-        metrics: &[Metric { name: "async_ops_per_s", better: Better::Higher }],
-        ours: on_the_engine,
-        peers: &[Peer { name: "crossbeam-channel", run: through_a_channel }],
-    },
-    Case {
-        bench: "dispatch",
-        name: "dispatch-driver",
-        metrics: &[Metric { name: "driver_async_ops_per_s", better: Better::Higher }],
-        ours: in_a_driver,
-        peers: &[Peer { name: "crossbeam-channel", run: through_a_channel }],
-    },
-];
+type DriverQueue = IODispatchQueue<Lender>;
+type Mpsc = mpsc::Sender<Block>;
+type Crossbeam = crossbeam_channel::Sender<Block>;
+type Kanal = kanal::Sender<Block>;
+type Flume = flume::Sender<Block>;
+type LockAndCall = Mutex<()>;
 
-/// `Queue::dispatch_async`, on an engine as the driver host starts it.
-fn on_the_engine(effort: Effort) -> Result<Vec<f64>> {
-    let cores = Cores::choose()?;
-    cores.pin_consumer()?;
-    let engine = Engine::start()?;
-    cores.pin_producer()?;
-    let queue = Queue::create(&engine, "bench", Default::default())?;
-    rate(
-        effort,
-        |number| queue.dispatch_async(move || run_operation(number)),
-        |done| queue.dispatch_async(move || drop(done)),
-    )
-}
-
-/// `IODispatchQueue::dispatch_async`, through the plugin ABI, with the driver's state.
-fn in_a_driver(effort: Effort) -> Result<Vec<f64>> {
-    let cores = Cores::choose()?;
-    cores.pin_consumer()?;
-    let engine = Engine::start()?;
-    cores.pin_producer()?;
-    let function = Arc::new(Function::new(edu::Edu::new(edu::Timing::Immediate)));
-    let (device, _) = Device::take_over(Arc::new(FakeDevice::new(function)), Vec::new())?;
-    let driver =
-        Driver::start(&engine, Plugin::linked(Counting::descriptor()), device, Arc::default())?;
-    let queue = DEFAULT_QUEUE.get().context("the driver started")?;
-    let result = rate(
-        effort,
-        |number| queue.dispatch_async(move |_: &mut Counting| run_operation(number)),
-        |done| queue.dispatch_async(move |_: &mut Counting| drop(done)),
-    );
-    driver.stop();
-    result
-}
-
-fn through_a_channel(effort: Effort) -> Result<Vec<f64>> {
-    let cores = Cores::choose()?;
-    cores.pin_consumer()?;
-    let (blocks, waiting) = crossbeam_channel::unbounded::<Block>();
-    let worker = thread::spawn(move || waiting.into_iter().for_each(|block| block()));
-    cores.pin_producer()?;
-    let send = |block| blocks.send(block).expect("the worker takes all there is");
-    let result = rate(
-        effort,
-        |number| send(Box::new(move || run_operation(number))),
-        |done| send(Box::new(move || drop(done))),
-    );
-    drop(blocks);
-    worker.join().expect("no operation panicked");
-    result
-}
-
-/// Operations per second. `dispatch` hands over one operation, `end` drops the value behind all of
-/// them.
-fn rate(
-    effort: Effort,
-    dispatch: impl Fn(u64),
-    end: impl Fn(mpsc::Sender<()>),
-) -> Result<Vec<f64>> {
-    let run = |numbers: std::ops::Range<u64>| {
-        let (done, finished) = mpsc::channel();
-        let count = numbers.end - numbers.start;
-        let start = Instant::now();
-        numbers.for_each(&dispatch);
-        end(done);
-        // Comes back when `done` is dropped.
-        let _ = finished.recv();
-        count as f64 / start.elapsed().as_secs_f64()
+/// Two cases for each line: the engine's queue and the driver's, against the same peers.
+macro_rules! cases {
+    ($($name:literal, $metric:literal, $better:ident, $measure:ident: $($peer:ty),+;)+) => {
+        &[$(
+            Case {
+                bench: "dispatch",
+                name: concat!("dispatch-", $name),
+                metrics: &[Metric { name: $metric, better: Better::$better }],
+                ours: $measure::<Queue>,
+                peers: &[$(Peer { name: <$peer>::NAME, run: $measure::<$peer> }),+],
+            },
+            Case {
+                bench: "dispatch",
+                name: concat!("dispatch-", $name, "-driver"),
+                metrics: &[Metric { name: concat!("driver_", $metric), better: Better::$better }],
+                ours: $measure::<DriverQueue>,
+                peers: &[$(Peer { name: <$peer>::NAME, run: $measure::<$peer> }),+],
+            },
+        )+]
     };
-    let (warm, all) = (effort.of(50_000, 100), effort.of(550_000, 1_100));
+}
+
+pub const CASES: &[Case] = cases! {
+    "async", "async_ops_per_s", Higher, one_producer: Crossbeam, Kanal, Flume, Mpsc;
+    "async-2", "async_2_producers_ops_per_s", Higher, two_producers: Crossbeam, Kanal, Flume, Mpsc;
+    "chain", "async_from_own_item_ns", Lower, chain: Crossbeam, Kanal, Flume, Mpsc;
+    "idle", "async_to_idle_p50_ns", Lower, async_to_idle: HandOver, Crossbeam, Mpsc;
+    "sync", "sync_idle_ns", Lower, sync_idle: LockAndCall;
+    "sync-2", "sync_2_callers_ops_per_s", Higher, two_callers: Crossbeam, Mpsc;
+};
+
+fn one_producer<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
+    let serial = start_and_pin::<S>()?;
+    let run = |operations| produce(serial, 0, operations);
+    let (warm, count) = (effort.of(50_000, 100), effort.of(500_000, 1_000));
     run(0..warm);
-    let rate = run(warm..all);
-    let ran = NEXT.load(Relaxed);
-    anyhow::ensure!(ran == all, "{ran} operations ran in order, of {all}");
-    Ok(vec![rate])
+    let start = Instant::now();
+    run(warm..warm + count);
+    let elapsed = start.elapsed();
+    check_order(0, warm + count)?;
+    Ok(vec![count as f64 / elapsed.as_secs_f64()])
 }
 
-/// The number of the next operation; written only by operations, which run one at a time.
-static NEXT: AtomicU64 = AtomicU64::new(0);
+/// Each on a core of its own, as far as there are so many.
+fn two_producers<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
+    let cores = Cores::choose()?;
+    let serial = start_and_pin::<S>()?;
+    let (warm, count) = (effort.of(50_000, 100), effort.of(250_000, 1_000));
+    let together = Barrier::new(2);
+    let run = |producer| {
+        produce(serial, producer, 0..warm);
+        together.wait();
+        let start = Instant::now();
+        produce(serial, producer, warm..warm + count);
+        together.wait();
+        start.elapsed()
+    };
+    let elapsed = thread::scope(|threads| {
+        let other = threads.spawn(|| {
+            // Takes part in any case: somebody waits at the barrier.
+            let pinned = cores.pin_second_producer();
+            run(1);
+            pinned
+        });
+        let elapsed = run(0);
+        other.join().expect("the thread does not panic").map(|()| elapsed)
+    })?;
+    check_order(0, warm + count)?;
+    check_order(1, warm + count)?;
+    Ok(vec![2.0 * count as f64 / elapsed.as_secs_f64()])
+}
 
-fn run_operation(number: u64) {
-    if NEXT.load(Relaxed) == number {
-        NEXT.store(number + 1, Relaxed);
+/// Hands over one producer's operations and waits until they have run.
+fn produce<S: Serial>(serial: &S, producer: usize, operations: std::ops::Range<u64>) {
+    let (done, finished) = mpsc::channel::<()>();
+    for number in operations {
+        serial.run_later(move || run_in_order(producer, number));
+    }
+    serial.run_later(move || drop(done));
+    // Comes back when `done` is dropped.
+    let _ = finished.recv();
+}
+
+/// The number of each producer's next operation; written only by operations, which run one at a
+/// time.
+static NEXT: [AtomicU64; 2] = [AtomicU64::new(0), AtomicU64::new(0)];
+
+fn run_in_order(producer: usize, number: u64) {
+    if NEXT[producer].load(Relaxed) == number {
+        NEXT[producer].store(number + 1, Relaxed);
     }
 }
 
-/// A driver that lends its queue to the benchmark.
-struct Counting;
+fn check_order(producer: usize, all: u64) -> Result<()> {
+    let ran = NEXT[producer].load(Relaxed);
+    ensure!(ran == all, "{ran} operations of producer {producer} ran in order, of {all}");
+    Ok(())
+}
 
-static DEFAULT_QUEUE: OnceLock<IODispatchQueue<Counting>> = OnceLock::new();
+/// An operation that hands over the next one, to the thread it runs on.
+fn chain<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
+    let serial = start_and_pin::<S>()?;
+    let (warm, count) = (effort.of(40_000, 100), effort.of(400_000, 1_000));
+    let run = |count| {
+        serial.run_later(move || link(serial, count));
+        CHAIN_ENDS.wait();
+    };
+    run(warm);
+    let start = Instant::now();
+    run(count);
+    Ok(vec![start.elapsed().as_nanos() as f64 / count as f64])
+}
 
-impl IOService for Counting {
-    const PERSONALITIES: &'static [Personality] = &[Personality::pci(0x1234, 0x11e8)];
+static CHAIN_ENDS: Barrier = Barrier::new(2);
 
-    fn start(_: IOPCIDevice, queue: &IODispatchQueue<Self>) -> iohost_driver::Result<Self> {
-        let _ = DEFAULT_QUEUE.set(queue.clone());
-        Ok(Self)
+fn link<S: Serial>(serial: &'static S, left: u64) {
+    if left == 0 {
+        CHAIN_ENDS.wait();
+    } else {
+        serial.run_later(move || link(serial, left - 1));
     }
 }
 
-iohost_driver::export_driver!(Counting);
+/// From before the call to the closure, whose thread sleeps.
+fn async_to_idle<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
+    let serial = start_and_pin::<S>()?;
+    static RAN_AT: AtomicU64 = AtomicU64::new(0);
+    let samples = one_way(effort, &RAN_AT, || {
+        let sent = CLOCK.now();
+        serial.run_later(|| RAN_AT.store(CLOCK.now(), Release));
+        sent
+    });
+    Ok(vec![samples.p50])
+}
+
+/// One caller, nothing else on the queue.
+fn sync_idle<S: Synchronous>(effort: Effort) -> Result<Vec<f64>> {
+    let caller = start_and_pin::<S>()?.caller();
+    let (warm, count) = (effort.of(200_000, 100), effort.of(2_000_000, 1_000));
+    let run = |count| (0..count).for_each(|_| S::run_now(&caller, count_one));
+    run(warm);
+    let start = Instant::now();
+    run(count);
+    let elapsed = start.elapsed();
+    check_count(warm + count)?;
+    Ok(vec![elapsed.as_nanos() as f64 / count as f64])
+}
+
+/// Two threads on two cores that do nothing else; a thread behind a channel runs where it likes.
+fn two_callers<S: Synchronous>(effort: Effort) -> Result<Vec<f64>> {
+    let cores = Cores::choose()?;
+    let started = S::start()?;
+    let length = Duration::from_millis(effort.of(100, 1));
+    let (together, over) = (Barrier::new(2), AtomicBool::new(false));
+    let call = |is_over: &dyn Fn(Instant) -> bool| {
+        let caller = started.caller();
+        together.wait();
+        let (start, mut count) = (Instant::now(), 0);
+        loop {
+            for _ in 0..16 {
+                S::run_now(&caller, count_one);
+            }
+            count += 16;
+            if is_over(start) {
+                return (start, count);
+            }
+        }
+    };
+    let (elapsed, all) = thread::scope(|threads| {
+        let other = threads.spawn(|| {
+            // Takes part in any case: somebody waits at the barrier.
+            let pinned = cores.pin_consumer();
+            let (_, count) = call(&|_| over.load(Relaxed));
+            pinned.map(|()| count)
+        });
+        let pinned = cores.pin_producer();
+        let (start, count) = call(&|start| start.elapsed() > length);
+        over.store(true, Relaxed);
+        let others = other.join().expect("the thread does not panic")?;
+        pinned.map(|()| (start.elapsed(), count + others))
+    })?;
+    check_count(all)?;
+    Ok(vec![all as f64 / elapsed.as_secs_f64()])
+}
+
+/// Written only by operations that run one at a time, so that none is lost.
+static COUNT: AtomicU64 = AtomicU64::new(0);
+
+fn count_one() {
+    COUNT.store(COUNT.load(Relaxed) + 1, Relaxed);
+}
+
+fn check_count(all: u64) -> Result<()> {
+    let ran = COUNT.load(Relaxed);
+    ensure!(ran == all, "{ran} operations ran one at a time, of {all}");
+    Ok(())
+}
+
+/// Starts a contender on the consumer's core, and goes on on the producer's.
+fn start_and_pin<C: Contender>() -> Result<&'static C> {
+    let cores = Cores::choose()?;
+    cores.pin_consumer()?;
+    let started = C::start()?;
+    cores.pin_producer()?;
+    Ok(started)
+}

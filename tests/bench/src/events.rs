@@ -1,100 +1,200 @@
 //! From a write to an eventfd, on one core, to the handler, on another one, that sleeps.
 //!
-//! The peer is the least one can write by hand: a thread in `epoll_wait` that reads the count. Both
-//! sides take the time on `CLOCK_MONOTONIC`, the writer before the system call, the handler first.
+//! The peers are the least one can write by hand, a thread in `epoll_wait` that reads the count,
+//! and the same with a library. System calls are counted from one event to the next, without the
+//! write.
 
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Acquire, Ordering::Release};
+use std::sync::atomic::{AtomicU64, Ordering::Release};
 use std::thread;
 
 use anyhow::Result;
 use iohost_dispatch::{Engine, InterruptLine, InterruptSource, Queue};
-use iohost_event::{Clock, Signal};
+use iohost_event::Signal;
+use mio::unix::SourceFd;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
+use crate::driver;
+use crate::latency::{CLOCK, one_sample, one_way};
 use crate::machine::Cores;
-use crate::rounds::{Better, Case, Effort, Metric, Peer, percentile};
+use crate::rounds::{Better, Case, Effort, Metric, Peer, Side, this_program};
+use crate::system_calls;
 
-pub const CASES: &[Case] = &[Case {
-    bench: "events",
-    name: "events",
-    metrics: &[
-        Metric { name: "handler_p50_ns", better: Better::Lower },
-        Metric { name: "handler_p99_ns", better: Better::Lower },
-    ],
-    ours: interrupt_source,
-    peers: &[Peer { name: "epoll_wait + read", run: epoll_thread }],
-}];
+const LATENCY: &[Metric] = &[
+    Metric { name: "handler_p50_ns", better: Better::Lower },
+    Metric { name: "handler_p99_ns", better: Better::Lower },
+];
+const DRIVER_LATENCY: &[Metric] = &[
+    Metric { name: "driver_handler_p50_ns", better: Better::Lower },
+    Metric { name: "driver_handler_p99_ns", better: Better::Lower },
+];
+const LATENCY_PEERS: &[Peer] = &[
+    Peer { name: "epoll_wait + read", run: |effort| latency(effort, epoll_thread) },
+    Peer { name: "mio + read", run: |effort| latency(effort, mio_thread) },
+];
+const SYSTEM_CALLS: &str = "events-system-calls";
+const DRIVER_SYSTEM_CALLS: &str = "events-system-calls-driver";
 
-/// Long enough for the handler's thread to sleep again.
-const GAP_NS: u64 = 50_000;
+pub const CASES: &[Case] = &[
+    Case {
+        bench: "events",
+        name: "events",
+        metrics: LATENCY,
+        ours: |effort| latency(effort, on_the_engine),
+        peers: LATENCY_PEERS,
+    },
+    Case {
+        bench: "events",
+        name: "events-driver",
+        metrics: DRIVER_LATENCY,
+        ours: |effort| latency(effort, in_a_driver),
+        peers: LATENCY_PEERS,
+    },
+    Case {
+        bench: "events",
+        name: SYSTEM_CALLS,
+        metrics: &[Metric { name: "system_calls_per_event", better: Better::Lower }],
+        ours: |effort| calls_per_event(SYSTEM_CALLS, Side::Ours, effort),
+        peers: &[Peer {
+            name: "epoll_wait + read",
+            run: |effort| calls_per_event(SYSTEM_CALLS, Side::Peer(0), effort),
+        }],
+    },
+    Case {
+        bench: "events",
+        name: DRIVER_SYSTEM_CALLS,
+        metrics: &[Metric { name: "driver_system_calls_per_event", better: Better::Lower }],
+        ours: |effort| calls_per_event(DRIVER_SYSTEM_CALLS, Side::Ours, effort),
+        peers: &[Peer {
+            name: "epoll_wait + read",
+            run: |effort| calls_per_event(DRIVER_SYSTEM_CALLS, Side::Peer(0), effort),
+        }],
+    },
+];
 
-/// An `InterruptSource` on an engine as the driver host starts it.
-fn interrupt_source(effort: Effort) -> Result<Vec<f64>> {
+/// Something that handles events, and ends with the process.
+struct Handling {
+    /// Makes an event. Returns when, in time of [`CLOCK`].
+    raise: Box<dyn Fn() -> u64>,
+    /// When the handler ran last.
+    handled: &'static AtomicU64,
+}
+
+type Start = fn() -> Result<Handling>;
+
+fn latency(effort: Effort, start: Start) -> Result<Vec<f64>> {
+    let Handling { raise, handled } = start_and_pin(start)?;
+    let latency = one_way(effort, handled, raise);
+    Ok(vec![latency.p50, latency.p99])
+}
+
+/// Starts it on the consumer's core, and goes on on the producer's.
+fn start_and_pin(start: Start) -> Result<Handling> {
     let cores = Cores::choose()?;
     cores.pin_consumer()?;
-    let engine = Engine::start()?;
+    let handling = start()?;
     cores.pin_producer()?;
-    let queue = Queue::create(&engine, "bench", Default::default())?;
-    let (signal, handled) = (Arc::new(Signal::new()?), Arc::new(AtomicU64::new(0)));
-    let source = InterruptSource::create(&queue, signal.clone(), InterruptLine::Edge, CLOCK, {
-        let handled = handled.clone();
-        move |_| handled.store(CLOCK.now(), Release)
-    })?;
-    source.set_enable(true, None)?;
-    Ok(latencies(effort, &signal, &handled))
+    Ok(handling)
 }
 
-fn epoll_thread(effort: Effort) -> Result<Vec<f64>> {
-    let cores = Cores::choose()?;
-    let (signal, handled) = (Signal::new()?, AtomicU64::new(0));
+/// The difference of two runs, so that starting and ending are not in it.
+fn calls_per_event(case: &str, side: Side, effort: Effort) -> Result<Vec<f64>> {
+    let (few, many) = (effort.of(100, 20), effort.of(600, 120));
+    let calls = |events: u64| {
+        let program = this_program("--other-end", case, side, effort)?;
+        system_calls::count(program, &events.to_string())
+    };
+    let difference = calls(many)? as f64 - calls(few)? as f64;
+    const WRITE: f64 = 1.0;
+    Ok(vec![difference / (many - few) as f64 - WRITE])
+}
+
+/// The process whose system calls are counted.
+pub fn other_end(case: &str, side: Side) -> Result<()> {
+    let events: u64 = system_calls::wait_to_be_counted()?.parse()?;
+    let start: Start = match (case, side) {
+        (SYSTEM_CALLS, Side::Ours) => on_the_engine,
+        (DRIVER_SYSTEM_CALLS, Side::Ours) => in_a_driver,
+        _ => epoll_thread,
+    };
+    let Handling { raise, handled } = start_and_pin(start)?;
+    for _ in 0..events {
+        one_sample(handled, &raise);
+    }
+    Ok(())
+}
+
+/// An `InterruptSource` on an engine as the driver host starts it.
+fn on_the_engine() -> Result<Handling> {
+    let engine = Box::leak(Box::new(Engine::start()?));
+    let queue = Queue::create(engine, "bench", Default::default())?;
+    let (signal, handled) = (Arc::new(Signal::new()?), new_time());
+    let handler = move |_| handled.store(CLOCK.now(), Release);
+    let source =
+        InterruptSource::create(&queue, signal.clone(), InterruptLine::Edge, CLOCK, handler)?;
+    source.set_enable(true, None)?;
+    Box::leak(Box::new(source));
+    Ok(Handling { raise: raise(signal), handled })
+}
+
+/// An `IOInterruptDispatchSource`, through the plugin ABI.
+fn in_a_driver() -> Result<Handling> {
+    let function = driver::lend()?.function;
+    let raise = move || {
+        function.with_model(|_, bus| {
+            let now = CLOCK.now();
+            bus.send_msi(0);
+            now
+        })
+    };
+    Ok(Handling { raise: Box::new(raise), handled: &driver::HANDLED })
+}
+
+fn epoll_thread() -> Result<Handling> {
+    let (signal, handled) = (Arc::new(Signal::new()?), new_time());
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(&signal, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
-    let stopping = AtomicBool::new(false);
-    thread::scope(|threads| {
-        cores.pin_consumer()?;
-        threads.spawn(|| {
-            let mut events = [EpollEvent::empty(); 16];
-            while !stopping.load(Acquire) {
-                let woken = epoll.wait(&mut events, EpollTimeout::NONE);
-                if woken.is_ok() && signal.take() > 0 {
-                    handled.store(CLOCK.now(), Release);
-                }
+    let waited_for = signal.clone();
+    thread::spawn(move || {
+        let mut events = [EpollEvent::empty(); 16];
+        loop {
+            let woken = epoll.wait(&mut events, EpollTimeout::NONE);
+            if woken.is_ok() && waited_for.take() > 0 {
+                handled.store(CLOCK.now(), Release);
             }
-        });
-        cores.pin_producer()?;
-        let latencies = latencies(effort, &signal, &handled);
-        stopping.store(true, Release);
-        signal.raise();
-        Ok(latencies)
-    })
-}
-
-const CLOCK: Clock = Clock::Uptime;
-
-/// The median and the 99th percentile. The handler puts the time into `handled`.
-fn latencies(effort: Effort, signal: &Signal, handled: &AtomicU64) -> Vec<f64> {
-    let (warm, count) = (effort.of(200, 5), effort.of(2_000, 50));
-    let mut samples = Vec::new();
-    for _ in 0..warm + count {
-        spin_until(|| CLOCK.now(), CLOCK.now() + GAP_NS);
-        handled.store(0, Release);
-        let sent = CLOCK.now();
-        signal.raise();
-        let at = spin_until(|| handled.load(Acquire), 1);
-        samples.push(at.saturating_sub(sent) as f64);
-    }
-    let samples = samples.split_off(warm as usize);
-    vec![percentile(samples.clone(), 50), percentile(samples, 99)]
-}
-
-/// Spins, so that this core is awake and its caches are warm, until `value` is at least `least`.
-fn spin_until(value: impl Fn() -> u64, least: u64) -> u64 {
-    loop {
-        let value = value();
-        if value >= least {
-            return value;
         }
-        std::hint::spin_loop();
-    }
+    });
+    Ok(Handling { raise: raise(signal), handled })
+}
+
+fn mio_thread() -> Result<Handling> {
+    let (signal, handled) = (Arc::new(Signal::new()?), new_time());
+    let mut poll = mio::Poll::new()?;
+    let descriptor = signal.as_fd().as_raw_fd();
+    let readable = mio::Interest::READABLE;
+    poll.registry().register(&mut SourceFd(&descriptor), mio::Token(0), readable)?;
+    let waited_for = signal.clone();
+    thread::spawn(move || {
+        let mut events = mio::Events::with_capacity(16);
+        loop {
+            let woken = poll.poll(&mut events, None);
+            if woken.is_ok() && waited_for.take() > 0 {
+                handled.store(CLOCK.now(), Release);
+            }
+        }
+    });
+    Ok(Handling { raise: raise(signal), handled })
+}
+
+fn new_time() -> &'static AtomicU64 {
+    Box::leak(Box::default())
+}
+
+fn raise(signal: Arc<Signal>) -> Box<dyn Fn() -> u64> {
+    Box::new(move || {
+        let now = CLOCK.now();
+        signal.raise();
+        now
+    })
 }

@@ -21,6 +21,8 @@ pub struct Cores {
     pub producer: usize,
     /// Of the thread or process that is sent to.
     pub consumer: usize,
+    /// Of a thread that sends too: one more, or the consumer's.
+    second_producer: usize,
 }
 
 impl Cores {
@@ -33,11 +35,16 @@ impl Cores {
         let others: Vec<usize> = cores.collect();
         let apart = others.iter().find(|&&other| siblings(other) != siblings(producer));
         let consumer = *apart.or(others.first()).unwrap_or(&producer);
-        Ok(Self { producer, consumer })
+        let third = others.iter().find(|&&other| other != consumer);
+        Ok(Self { producer, consumer, second_producer: *third.unwrap_or(&consumer) })
     }
 
     pub fn pin_producer(self) -> Result<()> {
         pin(self.producer)
+    }
+
+    pub fn pin_second_producer(self) -> Result<()> {
+        pin(self.second_producer)
     }
 
     pub fn pin_consumer(self) -> Result<()> {

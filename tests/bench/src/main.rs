@@ -8,11 +8,14 @@
 #![forbid(unsafe_code)]
 
 mod dispatch;
+mod driver;
 mod events;
+mod latency;
 mod machine;
 mod queue;
 mod report;
 mod rounds;
+mod system_calls;
 
 use std::process::ExitCode;
 
@@ -45,7 +48,7 @@ struct Options {
     /// This process is one contender: measures, prints its figures, ends
     #[arg(long, hide = true, value_names = ["CASE", "SIDE"], num_args = 2)]
     contender: Option<Vec<String>>,
-    /// This process is what a contender sends to
+    /// This process is a contender's other one: it is sent to, or its system calls are counted
     #[arg(long, hide = true, value_names = ["CASE", "SIDE"], num_args = 2)]
     other_end: Option<Vec<String>>,
 }
@@ -63,7 +66,10 @@ fn main() -> Result<ExitCode> {
     if let Some(of) = &options.other_end {
         machine::die_after_a_minute();
         let (case, side) = contender(of)?;
-        queue::other_end(case.name, side, effort)?;
+        match case.bench {
+            "events" => events::other_end(case.name, side)?,
+            _ => queue::other_end(case.name, side, effort)?,
+        }
         return Ok(ExitCode::SUCCESS);
     }
     for area in &options.areas {
@@ -113,7 +119,7 @@ fn complaint_about(area: &str) -> Option<String> {
     }
 }
 
-/// Reads the names with which [`rounds`] and [`queue`] start this program.
+/// Reads the names with which [`rounds`], [`events`] and [`queue`] start this program.
 fn contender(of: &[String]) -> Result<(&'static Case, Side)> {
     let [name, side] = of else { anyhow::bail!("a case and a side, not {of:?}") };
     let case = cases().find(|case| case.name == name);

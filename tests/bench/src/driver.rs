@@ -1,0 +1,62 @@
+//! A driver that lends its queue and its interrupt to the benchmarks.
+
+use std::sync::atomic::{AtomicU64, Ordering::Release};
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, Result};
+use iohost_device_backend::InterruptKind;
+use iohost_device_models::{Function, edu};
+use iohost_dispatch::Engine;
+use iohost_driver::{
+    Exported, IODispatchQueue, IOInterruptDispatchSource, IOPCIDevice, IOService, InterruptType,
+    Personality,
+};
+use iohost_driver_host::{Device, Driver, Plugin};
+use iohost_testkit::FakeDevice;
+
+use crate::latency::CLOCK;
+
+pub struct Lender {
+    /// Owned, so that it stays.
+    _interrupt: IOInterruptDispatchSource,
+}
+
+/// A driver's queue and its device, which interrupts.
+pub struct Lent {
+    pub queue: &'static IODispatchQueue<Lender>,
+    pub function: Arc<Function<edu::Edu>>,
+}
+
+/// When the handler of the driver's interrupt ran last.
+pub static HANDLED: AtomicU64 = AtomicU64::new(0);
+
+static DEFAULT_QUEUE: OnceLock<IODispatchQueue<Lender>> = OnceLock::new();
+
+/// Starts the driver as the driver host does, but linked, on an emulated device; to be done once.
+/// It ends with the process.
+pub fn lend() -> Result<Lent> {
+    let engine = Box::leak(Box::new(Engine::start()?));
+    let function = Arc::new(Function::new(edu::Edu::new(edu::Timing::Immediate)));
+    let backend = Arc::new(FakeDevice::new(function.clone()));
+    let (device, _) = Device::take_over(backend, vec![InterruptKind::Msi])?;
+    let plugin = Plugin::linked(Lender::descriptor());
+    Box::leak(Box::new(Driver::start(engine, plugin, device, Arc::default())?));
+    let queue = DEFAULT_QUEUE.get().context("the driver started")?;
+    Ok(Lent { queue, function })
+}
+
+impl IOService for Lender {
+    const PERSONALITIES: &'static [Personality] = &[Personality::pci(0x1234, 0x11e8)];
+
+    fn start(device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> iohost_driver::Result<Self> {
+        device.configure_interrupts(InterruptType::Messaged, 1, 1)?;
+        let interrupt = IOInterruptDispatchSource::create(&device, 0, queue, |_: &mut Self, _| {
+            HANDLED.store(CLOCK.now(), Release);
+        })?;
+        interrupt.set_enable(true)?;
+        let _ = DEFAULT_QUEUE.set(queue.clone());
+        Ok(Self { _interrupt: interrupt })
+    }
+}
+
+iohost_driver::export_driver!(Lender);
