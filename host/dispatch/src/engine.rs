@@ -41,6 +41,8 @@ pub enum EngineClock {
 
 /// What the workers, the queues and the sources of one engine share.
 pub(crate) struct Shared {
+    /// It has no threads; its owner turns it.
+    manual: bool,
     poller: Poller,
     /// Raised to wake one polling worker; never read, since watching is edge-triggered.
     bell: Signal,
@@ -73,8 +75,6 @@ struct ReadyList {
     workers: usize,
     blocked: usize,
     stopping: bool,
-    /// Nobody waits in a manual engine; its owner turns it.
-    manual: bool,
 }
 
 enum Runnable {
@@ -209,9 +209,10 @@ impl Shared {
             poller.watch(timer, token)?;
         }
         Ok(Arc::new_cyclic(|this| Self {
+            manual,
             poller,
             bell,
-            ready: Mutex::new(ReadyList { manual, ..ReadyList::default() }),
+            ready: Mutex::default(),
             parking: Condvar::new(),
             watched: RwLock::default(),
             deadlines,
@@ -340,7 +341,7 @@ impl Shared {
 
     /// Wakes one worker if work waits; it will wake the next one when more than one waits.
     fn share_the_rest(&self, mut ready: MutexGuard<'_, ReadyList>) {
-        if ready.work.is_empty() || ready.manual {
+        if ready.work.is_empty() || self.manual {
             return;
         }
         if ready.parked > ready.released {
@@ -356,7 +357,7 @@ impl Shared {
 
     /// Waits until a baton's wait has ended.
     pub(crate) fn wait_for(&self, baton: &Baton) {
-        if self.ready.lock().expect(NO_PANIC).manual {
+        if self.manual {
             self.turn_until_ended(baton);
         } else {
             self.blocking(|| baton.wait());

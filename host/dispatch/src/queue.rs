@@ -1,17 +1,18 @@
 //! Serial queues.
 //!
 //! What a queue is doing is one atomic [`Word`]; who makes it `RUNNING` runs the queue. Work comes
-//! in through the inbox, under its lock, and is taken from there in batches.
+//! in through the inbox, under its lock. A plain queue's thread takes all of it from there as its
+//! [`Batch`]. A block of a reentrant queue can give it up, and others then run what is left, so
+//! there it is taken into the queue's turn.
 //!
 //! When the engine is gone, `abandon` drops what waits.
-//!
-//! Only the thread that made a queue `RUNNING` touches its turn, so the turn's lock is free
-//! whenever it is taken, but for the ends of concurrent blocks.
 
+mod batch;
+mod held;
 mod word;
 
 use std::any::Any;
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -25,11 +26,14 @@ use log::error;
 
 use crate::baton::{Baton, Turn};
 use crate::engine::{Shared, looking_next};
-use crate::numbers::{Numbers, QueueNumbers};
+use crate::numbers::{Numbers, QueueNumbers, Stopwatch};
 use crate::sleepers::Sleepers;
 use crate::{Clock, Engine, NO_PANIC};
 
+use batch::Batch;
 use word::Word;
+
+pub(crate) use held::holds_nothing;
 
 /// The longest name in bytes; `IODispatchQueueName` has 256 with its terminator.
 const LONGEST_NAME: usize = 255;
@@ -85,7 +89,7 @@ struct Inbox {
     dropped: u64,
 }
 
-/// What belongs to the running thread.
+/// What belongs to the running thread of a reentrant queue, and to its concurrent blocks.
 #[derive(Default)]
 struct TurnState {
     /// Taken from the inbox and not run yet.
@@ -109,16 +113,6 @@ pub(crate) trait Deliver: Send + Sync {
     /// Runs the handler for what there is to deliver now, which can be nothing.
     fn deliver(&self);
 }
-
-thread_local! {
-    /// The queues this thread holds, innermost last, by the address of their core. A core lives
-    /// for as long as it is held: its holder has a reference. An address with [`BESIDE`] set is
-    /// held by a concurrent block.
-    static HELD: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Marks a held queue whose holder is a concurrent block. Addresses of cores are even.
-const BESIDE: usize = 1;
 
 impl Queue {
     /// Makes a serial queue.
@@ -176,6 +170,7 @@ impl Queue {
     }
 
     /// Whether the calling thread is running work of this queue, also further out.
+    #[inline]
     pub fn on_queue(&self) -> bool {
         self.core.is_held()
     }
@@ -205,13 +200,17 @@ impl Queue {
     /// queue there is no thread change; on a queue the thread already holds it runs at once.
     ///
     /// Errors: `ABORTED` when the queue is cancelled before the turn comes.
+    #[inline]
     pub fn dispatch_sync<R>(&self, block: impl FnOnce() -> R) -> Result<R, IOReturn> {
-        if self.on_queue() {
-            return Ok(block());
+        let at_once = self.core.word.take_if_idle();
+        if !at_once {
+            if self.on_queue() {
+                return Ok(block());
+            }
+            self.core.take_in_turn()?;
         }
-        let stood = !self.core.acquire()?;
         let _held = Holding::of(&self.core);
-        let _counted = self.core.numbers.count_synchronous(stood);
+        let _counted = self.core.numbers.count_synchronous(!at_once);
         Ok(block())
     }
 
@@ -227,7 +226,7 @@ impl Queue {
         if !self.core.options.reentrant {
             return Err(IOReturn::UNSUPPORTED);
         }
-        if !self.core.is_held_once_and_alone() {
+        if !held::holds_once_and_alone(self.core.address()) {
             return Err(IOReturn::NOT_PERMITTED);
         }
         // Registered before the queue is given up, so no wakeup is lost.
@@ -239,8 +238,8 @@ impl Queue {
         timer.into_iter().for_each(|armed| deadlines.disarm(armed));
         let turn = sleeper.baton().turn();
         self.core.sleepers.remove(&sleeper);
-        self.core.acquire()?;
-        self.core.pick_up(self.core.address());
+        self.core.take()?;
+        held::pick_up(self.core.address());
         match turn {
             Turn::Granted => Ok(()),
             Turn::TimedOut => Err(IOReturn::TIMEOUT),
@@ -272,9 +271,8 @@ impl Queue {
     /// The names of the queues of this queue's engine that the calling thread holds, outermost
     /// first.
     pub fn held(&self) -> Vec<String> {
-        HELD.with_borrow(|held| {
-            held.iter().filter_map(|core| self.core.engine.name_of(*core & !BESIDE)).collect()
-        })
+        let held = held::addresses().into_iter();
+        held.filter_map(|address| self.core.engine.name_of(address)).collect()
     }
 
     /// Stops the queue: no further work starts; `done` runs after the work in progress, last.
@@ -330,6 +328,11 @@ impl fmt::Debug for Queue {
 impl QueueCore {
     /// Appends an item, and has the queue run if nobody sees to that yet.
     pub(crate) fn push(self: &Arc<Self>, item: Item) {
+        if batch::is_of(self.address()) && self.word.is_quiet() {
+            // Nothing that came before waits in the inbox.
+            self.numbers.count_own_push();
+            return batch::push(item);
+        }
         let mut inbox = self.inbox.lock().expect(NO_PANIC);
         if self.word.is_cancelled() {
             inbox.dropped += 1;
@@ -366,17 +369,19 @@ impl QueueCore {
         self.engine.make_ready(self.clone());
     }
 
-    /// Becomes the running thread of the queue, waiting for its turn. `true` when there was
-    /// nothing to wait for.
-    fn acquire(self: &Arc<Self>) -> Result<bool, IOReturn> {
-        if self.word.take_if_idle() {
-            return Ok(true);
-        }
+    /// Becomes the running thread of the queue.
+    fn take(self: &Arc<Self>) -> Result<(), IOReturn> {
+        if self.word.take_if_idle() { Ok(()) } else { self.take_in_turn() }
+    }
+
+    /// Becomes the running thread of the queue, behind what waits.
+    #[cold]
+    fn take_in_turn(self: &Arc<Self>) -> Result<(), IOReturn> {
         let baton = Arc::new(Baton::for_this_thread());
         self.push(Item::Baton(baton.clone()));
         self.engine.wait_for(&baton);
         match baton.turn() {
-            Turn::Granted => Ok(false),
+            Turn::Granted => Ok(()),
             _ => Err(IOReturn::ABORTED),
         }
     }
@@ -404,22 +409,71 @@ impl QueueCore {
     pub(crate) fn run(self: &Arc<Self>) {
         self.word.start();
         let held = Holding::of(self);
-        self.run_items(&held);
+        let start = ticks();
+        self.numbers.note_wait(start.saturating_sub(self.scheduled_at.load(Relaxed)));
+        let mut watch = Stopwatch::start(&self.numbers, start);
+        if self.options.reentrant {
+            self.run_turn(&held, &mut watch);
+        } else {
+            self.run_batch(&held, &mut watch);
+        }
+        watch.read_rest(ticks);
         looking_next(|| drop(held));
     }
 
-    fn run_items(self: &Arc<Self>, held: &Holding<'_>) {
-        let mut now = ticks();
-        self.numbers.note_wait(now.saturating_sub(self.scheduled_at.load(Relaxed)));
-        // A block of a reentrant queue can give it up and others then run what is left: there it
-        // stays in the turn. On a plain queue this thread keeps it to itself.
-        let mut mine = VecDeque::new();
+    /// Runs items of a plain queue.
+    fn run_batch(self: &Arc<Self>, held: &Holding<'_>, watch: &mut Stopwatch<'_>) {
+        let batch = Batch::of(self.address());
         for _ in 0..TURN {
             if self.word.is_cancelled() {
-                return self.run_cancelled(mine);
+                let mut left = VecDeque::new();
+                batch.swap(&mut left);
+                return self.run_cancelled(left);
             }
-            let Some(item) = self.next_item(&mut mine) else { return };
-            let start = now;
+            let mut next = batch.pop().or_else(|| self.next_batch(&batch));
+            match next {
+                None => return,
+                Some(Item::Block(ref mut block)) => self.guarded(|| block.run_in_place()),
+                Some(Item::Delivery(ref source)) => self.guarded(|| source.deliver()),
+                Some(Item::Concurrent(_)) => unreachable!("refused on a plain queue"),
+                Some(Item::Baton(ref baton)) => {
+                    self.leave(&batch);
+                    if held.pass_on(baton) {
+                        return;
+                    }
+                    continue;
+                }
+            }
+            watch.item_ran(ticks);
+        }
+        self.leave(&batch);
+    }
+
+    /// Takes all there is, and of that the first.
+    fn next_batch(&self, batch: &Batch) -> Option<Item> {
+        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        batch.swap(&mut inbox.items);
+        self.word.clear_pending();
+        drop(inbox);
+        batch.pop()
+    }
+
+    /// Leaves a batch for the next turn, in front of what is there.
+    fn leave(&self, batch: &Batch) {
+        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        batch.put_before(&mut inbox.items);
+        if !inbox.items.is_empty() {
+            self.word.set_pending();
+        }
+    }
+
+    /// Runs items of a reentrant queue.
+    fn run_turn(self: &Arc<Self>, held: &Holding<'_>, watch: &mut Stopwatch<'_>) {
+        for _ in 0..TURN {
+            if self.word.is_cancelled() {
+                return self.run_cancelled(VecDeque::new());
+            }
+            let Some(item) = self.next_of_turn() else { return };
             match item {
                 Item::Block(block) => self.guarded(|| block.run()),
                 Item::Delivery(source) => self.guarded(|| source.deliver()),
@@ -428,54 +482,40 @@ impl QueueCore {
                     continue;
                 }
                 Item::Baton(baton) => {
-                    self.leave(mine);
-                    held.pass_on();
-                    baton.end(Turn::Granted);
-                    return;
+                    self.leave_turn();
+                    if held.pass_on(&baton) {
+                        return;
+                    }
+                    continue;
                 }
             }
-            if self.options.reentrant && !self.is_held() {
+            if !self.is_held() {
                 // The block slept, and the queue was cancelled meanwhile: somebody else has it.
                 return;
             }
-            now = ticks();
-            self.numbers.note_run(now.saturating_sub(start));
+            watch.item_ran(ticks);
         }
-        self.leave(mine);
+        self.leave_turn();
     }
 
-    /// The next item this thread may run.
-    fn next_item(&self, mine: &mut VecDeque<Item>) -> Option<Item> {
-        if let Some(item) = mine.pop_front() {
-            return Some(item);
-        }
+    /// The next item of a reentrant queue that this thread may run.
+    fn next_of_turn(&self) -> Option<Item> {
         let mut turn = self.turn.lock().expect(NO_PANIC);
         if turn.items.is_empty() || self.word.is_pending() {
             let mut inbox = self.inbox.lock().expect(NO_PANIC);
-            if turn.items.is_empty() {
-                std::mem::swap(&mut turn.items, &mut inbox.items);
-            } else {
-                turn.items.append(&mut inbox.items);
-            }
+            turn.items.append(&mut inbox.items);
             self.word.clear_pending();
         }
         if turn.concurrent > 0 && !matches!(turn.items.front(), Some(Item::Concurrent(_))) {
             // The last concurrent block schedules the queue again.
             return None;
         }
-        if !self.options.reentrant {
-            std::mem::swap(&mut turn.items, mine);
-            return mine.pop_front();
-        }
         turn.items.pop_front()
     }
 
-    /// Leaves items for the next turn, in front of what is there.
-    fn leave(&self, mut mine: VecDeque<Item>) {
-        let mut turn = self.turn.lock().expect(NO_PANIC);
-        mine.append(&mut turn.items);
-        turn.items = mine;
-        if !turn.items.is_empty() {
+    /// What is left of the turn is for whoever holds the queue next.
+    fn leave_turn(&self) {
+        if !self.turn.lock().expect(NO_PANIC).items.is_empty() {
             self.word.set_pending();
         }
     }
@@ -488,11 +528,12 @@ impl QueueCore {
         self.engine.run_soon(Closure::new(move || {
             let core = &core;
             let start = ticks();
-            core.pick_up(core.address() | BESIDE);
+            held::pick_up_beside(core.address());
             core.guarded(|| block.run());
-            core.lay_down();
+            held::lay_down(core.address());
             let mut turn = core.turn.lock().expect(NO_PANIC);
-            core.numbers.note_run(ticks().saturating_sub(start));
+            core.numbers.count_run();
+            core.numbers.note_time(ticks().saturating_sub(start));
             turn.concurrent -= 1;
             if turn.concurrent == 0 {
                 core.word.set_shared(false);
@@ -562,46 +603,58 @@ impl QueueCore {
     }
 
     /// Ends this thread's turn.
+    #[inline]
     fn release(self: &Arc<Self>) {
+        if !self.word.end_if_quiet() {
+            self.release_to_next();
+        }
+    }
+
+    #[cold]
+    fn release_to_next(self: &Arc<Self>) {
+        while let Some(baton) = self.next_baton() {
+            if baton.end(Turn::Granted) {
+                return;
+            }
+        }
         if self.word.end() {
             self.become_ready();
         }
     }
 
+    /// The thread that is to run next, when it is one in `dispatch_sync`: it needs no worker to
+    /// hand it the queue.
+    fn next_baton(&self) -> Option<Arc<Baton>> {
+        if self.options.reentrant {
+            return None;
+        }
+        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        if self.word.is_cancelled() {
+            return None;
+        }
+        let baton = inbox.items.pop_front_if(|item| matches!(item, Item::Baton(_)));
+        if inbox.items.is_empty() {
+            self.word.clear_pending();
+        }
+        match baton {
+            Some(Item::Baton(baton)) => Some(baton),
+            _ => None,
+        }
+    }
+
     /// Gives the queue up for a sleep.
     fn put_down(self: &Arc<Self>) {
-        self.lay_down();
-        if !self.turn.lock().expect(NO_PANIC).items.is_empty() {
-            self.word.set_pending();
-        }
+        held::lay_down(self.address());
+        self.leave_turn();
         self.release();
     }
 
-    /// This thread holds the queue from now on, as `mark` says.
-    fn pick_up(&self, mark: usize) {
-        HELD.with_borrow_mut(|held| held.push(mark));
-    }
-
-    /// This thread does not hold the queue any more, as far as its innermost hold goes.
-    fn lay_down(&self) {
-        HELD.with_borrow_mut(|held| {
-            if let Some(at) = held.iter().rposition(|mark| mark & !BESIDE == self.address()) {
-                held.remove(at);
-            }
-        });
-    }
-
+    #[inline]
     fn is_held(&self) -> bool {
-        HELD.with_borrow(|held| held.iter().any(|mark| mark & !BESIDE == self.address()))
+        held::holds(self.address())
     }
 
-    fn is_held_once_and_alone(&self) -> bool {
-        HELD.with_borrow(|held| {
-            let mut marks = held.iter().filter(|mark| **mark & !BESIDE == self.address());
-            marks.next() == Some(&self.address()) && marks.next().is_none()
-        })
-    }
-
+    #[inline]
     pub(crate) fn address(&self) -> usize {
         (&raw const *self).addr()
     }
@@ -612,14 +665,9 @@ impl QueueCore {
 
     pub(crate) fn numbers(&self) -> QueueNumbers {
         let inbox = self.inbox.lock().expect(NO_PANIC);
-        let depth = self.numbers.depth(inbox.pushed - inbox.dropped);
+        let depth = self.numbers.depth(inbox.pushed, inbox.dropped);
         self.numbers.read(&self.name, depth, inbox.dropped, self.engine.scale.rate())
     }
-}
-
-/// Whether the calling thread runs no queue at all.
-pub(crate) fn holds_nothing() -> bool {
-    HELD.with_borrow(Vec::is_empty)
 }
 
 impl Item {
@@ -639,22 +687,29 @@ struct Holding<'a> {
 }
 
 impl<'a> Holding<'a> {
+    #[inline]
     fn of(core: &'a Arc<QueueCore>) -> Self {
-        core.pick_up(core.address());
+        held::pick_up(core.address());
         Self { core, passed_on: Cell::new(false) }
     }
 
-    /// Gives the queue up without releasing it: another thread runs it from here on.
-    fn pass_on(&self) {
-        self.passed_on.set(true);
-        self.core.lay_down();
+    /// Gives the queue up without releasing it: another thread runs it from here on. `false` when
+    /// that thread does not wait any more.
+    fn pass_on(&self, baton: &Baton) -> bool {
+        let taken = baton.end(Turn::Granted);
+        if taken {
+            self.passed_on.set(true);
+            held::lay_down(self.core.address());
+        }
+        taken
     }
 }
 
 impl Drop for Holding<'_> {
+    #[inline]
     fn drop(&mut self) {
-        if !self.passed_on.get() && self.core.is_held() {
-            self.core.lay_down();
+        // After a sleep the queue may be somebody else's, if it was cancelled meanwhile.
+        if !self.passed_on.get() && held::lay_down(self.core.address()) {
             self.core.release();
         }
     }

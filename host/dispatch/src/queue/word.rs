@@ -10,12 +10,12 @@
 //!
 //! 1. [`schedule`](Word::schedule): work was announced; the queue joins the engine's ready list.
 //! 2. [`start`](Word::start): a worker took it from the list.
-//! 3. [`end`](Word::end): nothing is announced.
+//! 3. [`end_if_quiet`](Word::end_if_quiet), [`end`](Word::end): nothing is announced.
 //! 4. [`take_if_idle`](Word::take_if_idle): the caller's own thread runs, without a hop, in one
 //!    exchange.
 //! 5. [`end`](Word::end): something is announced; back to the list, behind the other queues.
-//! 6. The running thread met a baton: a thread in `dispatch_sync` takes over as the running one.
-//!    The word does not change.
+//! 6. The running thread met a baton, or found one at its end: a thread in `dispatch_sync` takes
+//!    over as the running one. The word does not change.
 //!
 //! `PENDING`: there is something to run. Set under the inbox's lock by who puts something in, and
 //! by the running thread for what it leaves over; cleared under the lock by the running thread
@@ -39,6 +39,7 @@ pub(super) struct Word(AtomicU32);
 impl Word {
     /// Sets `PENDING`. `false` when it was set: whoever did that sees to it. Under the inbox's
     /// lock, so that it is not cleared meanwhile.
+    #[inline]
     pub fn announce(&self) -> bool {
         !self.is_pending() && self.0.fetch_or(PENDING, AcqRel) & PENDING == 0
     }
@@ -50,6 +51,7 @@ impl Word {
     }
 
     /// From `IDLE` without any flag to `RUNNING`.
+    #[inline]
     pub fn take_if_idle(&self) -> bool {
         self.0.compare_exchange(IDLE, RUNNING, Acquire, Relaxed).is_ok()
     }
@@ -59,12 +61,15 @@ impl Word {
         self.0.fetch_xor(SCHEDULED ^ RUNNING, AcqRel);
     }
 
+    /// From `RUNNING` to `IDLE`, if there is no flag at all.
+    #[inline]
+    pub fn end_if_quiet(&self) -> bool {
+        self.0.compare_exchange(RUNNING, IDLE, AcqRel, Relaxed).is_ok()
+    }
+
     /// From `RUNNING` to `IDLE`, or to `SCHEDULED` when something is pending. `true`: the caller
     /// puts the queue on the ready list.
     pub fn end(&self) -> bool {
-        if self.0.compare_exchange(RUNNING, IDLE, AcqRel, Relaxed).is_ok() {
-            return false;
-        }
         let next = |word: u32| (word & !STAGE) | if word & PENDING == 0 { IDLE } else { SCHEDULED };
         let before = self.0.fetch_update(AcqRel, Acquire, |word| Some(next(word)));
         before.is_ok_and(|word| word & PENDING != 0)
@@ -75,6 +80,13 @@ impl Word {
         self.0.fetch_and(!(PENDING | STAGE), AcqRel);
     }
 
+    /// Nothing is pending, and the queue is not cancelled.
+    #[inline]
+    pub fn is_quiet(&self) -> bool {
+        self.0.load(Relaxed) & (PENDING | CANCELLED) == 0
+    }
+
+    #[inline]
     pub fn is_pending(&self) -> bool {
         self.0.load(Relaxed) & PENDING != 0
     }
@@ -89,6 +101,7 @@ impl Word {
         self.0.fetch_and(!PENDING, AcqRel);
     }
 
+    #[inline]
     pub fn is_cancelled(&self) -> bool {
         self.0.load(Relaxed) & CANCELLED != 0
     }
