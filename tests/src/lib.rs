@@ -2,11 +2,11 @@
 //!
 //! What each file under `tests/` holds: `architecture` the shape of the tree, `processes` the
 //! daemon with its driver hosts and clients as separate processes, `hostile_clients` what a
-//! client may do wrong, `refusals` what an operator may. [`System`] is what the latter three
-//! stand on.
+//! client may do wrong, `refusals` what an operator may, `clients`, `event_loops` and
+//! `c_client` what a client library offers. [`System`] is what they stand on, but for the first.
 
 #![forbid(unsafe_code)]
 
 mod system;
 
-pub use system::{Edu, Ended, System, eventually};
+pub use system::{Edu, Ended, System, built_files, eventually};

@@ -266,13 +266,19 @@ fn program(name: &str) -> Command {
 
 /// A file that cargo built beside this test, after seeing to it that it is built.
 fn binary(name: &str) -> PathBuf {
+    built_files().join(name)
+}
+
+/// Where the programs, plugins and libraries are that cargo built, after seeing to it that they are
+/// built.
+pub fn built_files() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
         let test = std::env::current_exe().expect("a test is a file");
         let folder = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/test");
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet"]);
-        for package in ["iohost", "iohost_driver_host", "iohost_device_models", "edu", "probe"] {
+        for package in PACKAGES {
             build.args(["-p", package]);
         }
         if folder.ends_with("release") {
@@ -282,5 +288,9 @@ fn binary(name: &str) -> PathBuf {
         assert!(built.expect("cargo runs").success(), "the programs do not build");
         folder.to_owned()
     });
-    folder.join(name)
+    folder.clone()
 }
+
+/// The packages that whole-system tests need files of.
+const PACKAGES: [&str; 6] =
+    ["iohost", "iohost_driver_host", "iohost_device_models", "iohost_client_c", "edu", "probe"];

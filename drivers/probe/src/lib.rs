@@ -6,7 +6,9 @@
 #![forbid(unsafe_code)]
 
 use iohost_driver::prelude::*;
-use iohost_driver::{IOServiceNotificationDispatchSource, ServiceMatching, ServiceNotification};
+use iohost_driver::{
+    ClientMemory, IOServiceNotificationDispatchSource, ServiceMatching, ServiceNotification,
+};
 
 /// The probe. Everything here runs on its default queue.
 pub struct Probe {
@@ -21,6 +23,8 @@ pub struct Probe {
     news: Vec<String>,
     /// Replies that are never given.
     held: Vec<Reply<()>>,
+    /// By type.
+    memory: [IOBufferMemoryDescriptor; 2],
 }
 
 impl IOService for Probe {
@@ -36,7 +40,23 @@ impl IOService for Probe {
             services: None,
             news: Vec::new(),
             held: Vec::new(),
+            memory: [
+                IOBufferMemoryDescriptor::create(probe_api::MEMORY_BYTES)?,
+                IOBufferMemoryDescriptor::create(probe_api::MEMORY_BYTES)?,
+            ],
         })
+    }
+
+    fn copy_client_memory_for_type(
+        &mut self,
+        _session: SessionId,
+        memory_type: u64,
+    ) -> Result<ClientMemory> {
+        match memory_type {
+            probe_api::SHARED => ClientMemory::read_write(self.memory(memory_type)?),
+            probe_api::PUBLISHED => ClientMemory::read_only(self.memory(memory_type)?),
+            _ => Err(Error::new(IOReturn::NOT_FOUND, "the probe has two")),
+        }
     }
 }
 
@@ -98,9 +118,28 @@ impl probe_api::Server for Probe {
     fn hold(&mut self, reply: Reply<()>) {
         self.held.push(reply);
     }
+
+    fn peek(&mut self, memory: u64, offset: u32, len: u32, reply: Reply<Vec<u8>>) {
+        let mut data = vec![0; len as usize];
+        let read = self.memory(memory).and_then(|it| it.read_at(offset as usize, &mut data));
+        reply.finish(read.map(|()| data).map_err(|err| err.code()));
+    }
+
+    fn poke(&mut self, memory: u64, offset: u32, data: Vec<u8>, reply: Reply<()>) {
+        let memory = self.memory.get_mut(memory as usize);
+        let memory = memory.ok_or(IOReturn::NOT_FOUND);
+        reply.finish(
+            memory.and_then(|it| it.write_at(offset as usize, &data).map_err(|err| err.code())),
+        );
+    }
 }
 
 impl Probe {
+    fn memory(&self, memory_type: u64) -> Result<&IOBufferMemoryDescriptor> {
+        let memory = self.memory.get(memory_type as usize);
+        memory.ok_or_else(|| Error::new(IOReturn::NOT_FOUND, "the probe has two"))
+    }
+
     fn make_action(&mut self) -> Result<Action<u32>> {
         let action = OSAction::create(&self.queue, (), |probe: &mut Self, (), number| {
             probe.noted.push(number);

@@ -20,7 +20,8 @@
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
-use zlink::introspect;
+use zlink::connection::Socket;
+use zlink::{Call, Connection, introspect};
 
 use crate::host::{Failure, Statistics};
 
@@ -176,6 +177,33 @@ pub struct Queue {
     pub bytes: u32,
 }
 
+/// A reply to `Watch`: a service began to run, or ended.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct ServiceEvent {
+    /// Which of the two.
+    pub kind: EventKind,
+    /// The service's name.
+    pub service: String,
+    /// Its driver.
+    pub driver: String,
+    /// The name of the interface it serves; empty for none.
+    pub interface: String,
+    /// How many driver hosts the device has had, this one included.
+    pub incarnation: u64,
+    /// Why it ended.
+    pub reason: Option<Reason>,
+}
+
+/// What happened to a service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, introspect::CustomType)]
+#[serde(rename_all = "lowercase")]
+pub enum EventKind {
+    /// It runs: sessions can be opened.
+    Began,
+    /// It runs no more: its sessions are over. One that restarts will have `began` again.
+    Ended,
+}
+
 /// The error of every method.
 #[derive(Clone, Debug, PartialEq, zlink::ReplyError, introspect::ReplyError)]
 #[zlink(interface = "io.iohost")]
@@ -240,4 +268,28 @@ pub trait Daemon {
         service: &str,
         queue_bytes: Option<Vec<u32>>,
     ) -> zlink::Result<(Result<Opened, Error>, Vec<OwnedFd>)>;
+}
+
+/// Asks for the replies of `Watch` on a connection, which is good for nothing else from then on:
+/// one for each service that runs already, then one for each change. Take them with
+/// [`next_event`].
+pub async fn begin_watch<S: Socket>(connection: &mut Connection<S>) -> zlink::Result<()> {
+    #[derive(Debug, Serialize)]
+    #[serde(tag = "method")]
+    enum Method {
+        #[serde(rename = "io.iohost.Watch")]
+        Watch,
+    }
+    connection.send_call(&Call::new(Method::Watch).set_more(true), Vec::new()).await
+}
+
+/// The next reply of `Watch`. Dropped before it is ready, it has taken nothing.
+pub async fn next_event<S: Socket>(
+    connection: &mut Connection<S>,
+) -> zlink::Result<Result<ServiceEvent, Error>> {
+    let (reply, _) = connection.receive_reply::<ServiceEvent, Error>().await?;
+    match reply {
+        Ok(reply) => reply.into_parameters().map(Ok).ok_or(zlink::Error::UnexpectedEof),
+        Err(error) => Ok(Err(error)),
+    }
 }

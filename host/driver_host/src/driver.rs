@@ -1,5 +1,6 @@
 //! A driver that runs: its instance, its default queue, its device.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use iohost_dispatch::{Engine, Owner, Queue, QueueOptions};
@@ -105,6 +106,22 @@ impl Driver {
                 && let Some(sink) = owed.0.take()
             {
                 instance.call(session, selector, &arguments, sink);
+            }
+        });
+    }
+
+    /// Asks the driver, later, on its queue, for memory that a client wants to map: the file, and
+    /// whether the client may only read. Once the driver has stopped, `answer` is dropped.
+    pub fn copy_client_memory(
+        self: &Arc<Self>,
+        session: u64,
+        memory_type: u64,
+        answer: impl FnOnce(Result<(OwnedFd, bool), IOReturn>) + Send + 'static,
+    ) {
+        let driver = self.clone();
+        self.queue.dispatch_async(move || {
+            if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC) {
+                answer(instance.copy_client_memory(session, memory_type));
             }
         });
     }

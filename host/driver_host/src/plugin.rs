@@ -14,6 +14,7 @@
 //! 5. It uses a reply on one thread at a time. `DriverAction` holds functions that take their
 //!    context from any thread, `invoke` also several at a time, `drop` last; so does
 //!    `ServiceHandler`.
+//! 6. A descriptor that it gives away is open, and ours from there on.
 //!
 //! Our side: objects are `Arc`s turned into pointers, so each release is matched; a context is
 //! dropped exactly once because a Rust value with a `Drop` owns it; a panic in a function of a
@@ -25,7 +26,7 @@
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
 use std::mem::ManuallyDrop;
-use std::os::fd::{AsFd, BorrowedFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::ptr;
@@ -40,8 +41,8 @@ use iohost_dispatch::{
     TimerSource,
 };
 use iohost_driver_abi::{
-    ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DeviceBar, DeviceTable,
-    DispatchTable, DriverAction, DriverDescriptor, DriverEntry, Handler, HostAction,
+    ABI_VERSION, ACTION, ActionTable, CallArguments, ClientMemory, DEVICE, DISPATCH, DeviceBar,
+    DeviceTable, DispatchTable, DriverAction, DriverDescriptor, DriverEntry, Handler, HostAction,
     HostDescriptor, HostDevice, HostInterrupt, HostInvocation, HostMemory, HostPanic, HostQueue,
     HostReply, HostTable, HostTimer, HostWatch, SERVICES, SESSION, SYMBOL, ServiceHandler,
     ServiceText, ServicesTable, SessionInfo, SessionTable, Work,
@@ -221,6 +222,26 @@ impl Instance {
     pub(crate) fn session_closed(&self, session: u64) {
         // SAFETY: as in `stop`.
         unsafe { (self.entry.session_closed)(self.instance, session) }
+    }
+
+    /// A memory file for a client, and whether it may only read.
+    pub(crate) fn copy_client_memory(
+        &self,
+        session: u64,
+        memory_type: u64,
+    ) -> Result<(OwnedFd, bool), IOReturn> {
+        let mut memory = ClientMemory { fd: -1, options: 0 };
+        // SAFETY: as in `stop`; the place is ours for the call.
+        let status = unsafe {
+            (self.entry.copy_client_memory)(self.instance, session, memory_type, &raw mut memory)
+        };
+        IOReturn(status).result()?;
+        if memory.fd < 0 {
+            return Err(IOReturn::INTERNAL_ERROR);
+        }
+        // SAFETY: contract 6.
+        let file = unsafe { OwnedFd::from_raw_fd(memory.fd) };
+        Ok((file, memory.options & 1 != 0))
     }
 }
 

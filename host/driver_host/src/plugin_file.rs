@@ -5,7 +5,7 @@ use std::path::Path;
 use iohost_control::host::Failure;
 use iohost_control::plugin::{ClassMatch, Personality, PluginInfo};
 use iohost_driver_abi::{
-    ABI_VERSION, DescriptorHeader, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SYMBOL,
+    ABI_VERSION, DescriptorHeader, DriverDescriptor, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SYMBOL,
 };
 use object::read::elf::ElfFile64;
 use object::{Architecture, Endianness, Object, ObjectKind, ObjectSection, ObjectSymbol};
@@ -60,6 +60,19 @@ pub fn inspect(path: &Path) -> Result<PluginInfo, Failure> {
             "build the driver against this host's version of iohost_driver",
         ));
     }
+    if (header.size as usize) < size_of::<DriverDescriptor>() {
+        return Err(refused(
+            "plugin-abi",
+            format!(
+                "was built by {} and lacks functions that this host calls (a descriptor of {} \
+                 bytes, not {})",
+                header.built_with,
+                header.size,
+                size_of::<DriverDescriptor>()
+            ),
+            "build the driver against this host's version of iohost_driver",
+        ));
+    }
     let personalities = header.personalities.iter().map(personality).collect::<Option<_>>();
     let personalities = personalities.ok_or_else(|| {
         refused(
@@ -91,6 +104,7 @@ fn descriptor_bytes(
 struct Header {
     magic: [u8; 8],
     abi_version: u32,
+    size: u32,
     name: String,
     built_with: String,
     personalities: Vec<iohost_driver_abi::Personality>,
@@ -101,7 +115,7 @@ impl Header {
         let mut fields = Fields(bytes);
         let magic = *fields.take();
         let abi_version = fields.number();
-        let _size = fields.number();
+        let size = fields.number();
         let name = fields.text();
         let built_with = fields.text();
         let count = fields.number() as usize;
@@ -115,7 +129,7 @@ impl Header {
             class_mask: fields.number(),
         });
         let personalities = personalities.take(count.min(MOST_PERSONALITIES)).collect();
-        Self { magic, abi_version, name, built_with, personalities }
+        Self { magic, abi_version, size, name, built_with, personalities }
     }
 }
 

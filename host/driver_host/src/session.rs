@@ -4,6 +4,7 @@
 //! that happens is the end of its own session.
 
 use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -11,6 +12,7 @@ use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket};
 use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, ReplySink};
+use log::warn;
 
 use crate::Driver;
 use crate::device::with_sources;
@@ -128,6 +130,10 @@ impl Sessions {
             };
             let done = packet.map_err(|fault| fault.to_string()).and_then(|packet| match packet {
                 FromClient::Call(call) => self.call(session, call),
+                FromClient::Map { id, memory } => {
+                    self.map(session, id, memory);
+                    Ok(())
+                }
                 FromClient::Invoke(invocation) => self.invoke(session, invocation),
                 FromClient::Release { action } => {
                     let held = session.actions.take_back(action);
@@ -169,6 +175,13 @@ impl Sessions {
         let sink = Answer { sessions: self.this.clone(), session: session.clone(), id };
         self.driver.call(session.id, selector, arguments, Box::new(sink));
         Ok(())
+    }
+
+    fn map(&self, session: &Arc<Session>, id: u64, memory: u64) {
+        session.waiting.fetch_add(1, AcqRel);
+        let reply =
+            MapReply { sessions: self.this.clone(), session: session.clone(), id, is_owed: true };
+        self.driver.copy_client_memory(session.id, memory, move |file| reply.deliver(file));
     }
 
     fn invoke(&self, session: &Arc<Session>, invocation: Invocation) -> Result<(), String> {
@@ -224,6 +237,50 @@ impl ReplySink for Answer {
         let sent = self.session.socket.send(&reply, &[]);
         self.session.one_less();
         end_unless(sent, &self.sessions, self.session.id);
+    }
+}
+
+/// The reply that is owed to a client that asked for memory. Dropped without one, because the
+/// driver has stopped, it says so.
+struct MapReply {
+    sessions: Weak<Sessions>,
+    session: Arc<Session>,
+    id: u64,
+    is_owed: bool,
+}
+
+impl MapReply {
+    /// Gives the client the memory, or tells it that there is none: `BAD_ARGUMENT`, whatever the
+    /// driver said, as in DriverKit.
+    fn deliver(mut self, file: Result<(OwnedFd, bool), IOReturn>) {
+        let offered = file.and_then(|(file, read_only)| {
+            iohost_memory::offer(file, read_only)
+                .map(|(file, len)| (file, vec![len as u64, u64::from(read_only)]))
+                .inspect_err(|err| warn!(reason:% = with_sources(err); "memory not offered"))
+                .map_err(|_| IOReturn::INTERNAL_ERROR)
+        });
+        match offered {
+            Ok((file, scalars)) => {
+                self.send(Ok(Arguments { scalars, ..Default::default() }), &[file.as_fd()]);
+            }
+            Err(_) => self.send(Err(IOReturn::BAD_ARGUMENT), &[]),
+        }
+    }
+
+    fn send(&mut self, answer: Result<Arguments, IOReturn>, fds: &[BorrowedFd<'_>]) {
+        self.is_owed = false;
+        let reply = ReplyPacket { id: self.id, answer }.encode();
+        let sent = self.session.socket.send(&reply, fds);
+        self.session.one_less();
+        end_unless(sent, &self.sessions, self.session.id);
+    }
+}
+
+impl Drop for MapReply {
+    fn drop(&mut self) {
+        if self.is_owed {
+            self.send(Err(IOReturn::NOT_READY), &[]);
+        }
     }
 }
 

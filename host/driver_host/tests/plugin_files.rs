@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use iohost_control::plugin::PciIds;
-use iohost_driver_abi::{ABI_VERSION, DescriptorHeader, MAGIC, Personality};
+use iohost_driver_abi::{ABI_VERSION, DescriptorHeader, DriverDescriptor, MAGIC, Personality};
 use iohost_driver_host::plugin_file::inspect;
 use tempfile::TempDir;
 
@@ -104,6 +104,20 @@ fn a_text_file_and_an_empty_file_are_no_library() {
         assert_eq!(code, "plugin-not-a-library");
         assert!(message.contains("not a 64-bit ELF file"), "{message}");
     }
+}
+
+#[test]
+fn a_plugin_that_lacks_functions_this_host_calls_is_refused_with_both_sizes() {
+    let copy = Copy::new();
+    let expected = size_of::<DriverDescriptor>();
+    let size = std::mem::offset_of!(DescriptorHeader, size);
+    copy.describe(size, &(expected as u32 - 8).to_ne_bytes());
+    let (code, message) = copy.refusal();
+    assert_eq!(code, "plugin-abi");
+    assert!(message.contains(&format!("{} bytes, not {expected}", expected - 8)), "{message}");
+    // A newer plugin has more, which this host leaves alone.
+    copy.describe(size, &(expected as u32 + 8).to_ne_bytes());
+    assert!(inspect(&copy.path).is_ok());
 }
 
 #[test]

@@ -2,7 +2,9 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use crate::{Arguments, IOReturn, Results};
@@ -80,11 +82,18 @@ pub trait PendingAnswer: Send {
     /// The answer, if it is there. After the first answer: `NOT_READY` for ever.
     fn poll(&mut self) -> Option<Result<Arguments, IOReturn>>;
 
+    /// As [`poll`](Self::poll), for a task: if there is no answer yet, `context` is woken when it
+    /// comes. Only the latest task is.
+    fn poll_task(&mut self, context: &mut Context<'_>) -> Poll<Result<Arguments, IOReturn>>;
+
     /// Waits for the answer; `TIMEOUT` after `timeout`, with the call still under way.
     fn wait(&mut self, timeout: Option<Duration>) -> Result<Arguments, IOReturn>;
 }
 
 /// The answer to a call that a client made.
+///
+/// A task can await it, on any executor: whoever delivers the answer wakes the task. The call is
+/// under way in any case.
 pub struct Answer<T> {
     pending: Box<dyn PendingAnswer>,
     results: PhantomData<fn() -> T>,
@@ -113,6 +122,28 @@ impl<T: Results> Answer<T> {
     }
 }
 
+impl<T: Results> IntoFuture for Answer<T> {
+    type Output = Result<T, IOReturn>;
+    type IntoFuture = AnswerFuture<T>;
+
+    fn into_future(self) -> AnswerFuture<T> {
+        AnswerFuture(self)
+    }
+}
+
+/// An [`Answer`] that a task awaits. Dropping it does not take the call back.
+#[derive(Debug)]
+pub struct AnswerFuture<T>(Answer<T>);
+
+impl<T: Results> Future for AnswerFuture<T> {
+    type Output = Result<T, IOReturn>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = self.0.pending.poll_task(context);
+        answer.map(|answer| answer.and_then(T::from_arguments))
+    }
+}
+
 impl<T> fmt::Debug for Answer<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Answer")
@@ -124,27 +155,43 @@ pub trait InterfaceClient {
     /// The interface's name.
     const NAME: &'static str;
 
+    /// The interface in the text form of [`Description`](crate::Description).
+    fn description() -> String;
+
     /// The client that sends its calls to `caller`.
     fn new(caller: Arc<dyn Caller>) -> Self;
 }
 
 /// A sink and the pending answer it fills, for two ends in one process.
 pub fn answer_pair() -> (Box<dyn ReplySink>, Box<dyn PendingAnswer>) {
-    let slot = Arc::new(Slot { answer: Mutex::new(None), filled: Condvar::new() });
+    let slot = Arc::new(Slot { content: Mutex::default(), filled: Condvar::new() });
     (Box::new(SlotSink(slot.clone())), Box::new(SlotAnswer(slot)))
 }
 
 struct Slot {
-    answer: Mutex<Option<Result<Arguments, IOReturn>>>,
+    content: Mutex<SlotContent>,
     filled: Condvar,
+}
+
+#[derive(Default)]
+struct SlotContent {
+    answer: Option<Result<Arguments, IOReturn>>,
+    /// The task that waits for it.
+    task: Option<Waker>,
 }
 
 struct SlotSink(Arc<Slot>);
 
 impl ReplySink for SlotSink {
     fn deliver(self: Box<Self>, answer: Result<Arguments, IOReturn>) {
-        *self.0.answer.lock().expect(NO_PANIC) = Some(answer);
+        let mut content = self.0.content.lock().expect(NO_PANIC);
+        content.answer = Some(answer);
+        let task = content.task.take();
+        drop(content);
         self.0.filled.notify_all();
+        if let Some(task) = task {
+            task.wake();
+        }
     }
 }
 
@@ -155,24 +202,38 @@ const NO_PANIC: &str = "no code that can panic runs under this lock";
 
 impl PendingAnswer for SlotAnswer {
     fn poll(&mut self) -> Option<Result<Arguments, IOReturn>> {
-        self.0.answer.lock().expect(NO_PANIC).take()
+        self.0.content.lock().expect(NO_PANIC).answer.take()
+    }
+
+    fn poll_task(&mut self, context: &mut Context<'_>) -> Poll<Result<Arguments, IOReturn>> {
+        // Made first: cloning a waker is the executor's code, which does not run under the lock.
+        let task = context.waker().clone();
+        let mut content = self.0.content.lock().expect(NO_PANIC);
+        let (answer, unused) = match content.answer.take() {
+            Some(answer) => (Poll::Ready(answer), Some(task)),
+            None => (Poll::Pending, content.task.replace(task)),
+        };
+        drop(content);
+        drop(unused);
+        answer
     }
 
     fn wait(&mut self, timeout: Option<Duration>) -> Result<Arguments, IOReturn> {
-        let deadline = timeout.map(|timeout| Instant::now() + timeout);
-        let mut answer = self.0.answer.lock().expect(NO_PANIC);
+        // A time that no clock reaches is as long as it takes.
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
+        let mut content = self.0.content.lock().expect(NO_PANIC);
         loop {
-            if let Some(answer) = answer.take() {
+            if let Some(answer) = content.answer.take() {
                 return answer;
             }
-            answer = match deadline {
-                None => self.0.filled.wait(answer).expect(NO_PANIC),
+            content = match deadline {
+                None => self.0.filled.wait(content).expect(NO_PANIC),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(Instant::now());
                     if left.is_zero() {
                         return Err(IOReturn::TIMEOUT);
                     }
-                    self.0.filled.wait_timeout(answer, left).expect(NO_PANIC).0
+                    self.0.filled.wait_timeout(content, left).expect(NO_PANIC).0
                 }
             };
         }
@@ -181,6 +242,10 @@ impl PendingAnswer for SlotAnswer {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+    use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+    use std::task::Wake;
+
     use super::*;
 
     #[test]
@@ -188,6 +253,28 @@ mod tests {
         let (sink, pending) = answer_pair();
         drop(Reply::<u32>::new(sink));
         assert_eq!(Answer::<u32>::new(pending).poll(), Some(Err(IOReturn::ABORTED)));
+    }
+
+    #[test]
+    fn an_answer_can_be_awaited_and_its_delivery_wakes_the_task() {
+        struct Count(AtomicUsize);
+        impl Wake for Count {
+            fn wake(self: Arc<Self>) {
+                self.0.fetch_add(1, Relaxed);
+            }
+        }
+        let woken = Arc::new(Count(AtomicUsize::new(0)));
+        let waker = Waker::from(woken.clone());
+        let mut context = Context::from_waker(&waker);
+
+        let (sink, pending) = answer_pair();
+        let mut answer = pin!(Answer::<u32>::new(pending).into_future());
+        assert_eq!(answer.as_mut().poll(&mut context), Poll::Pending);
+        assert_eq!(answer.as_mut().poll(&mut context), Poll::Pending);
+        assert_eq!(woken.0.load(Relaxed), 0);
+        Reply::<u32>::new(sink).complete(7);
+        assert_eq!(woken.0.load(Relaxed), 1, "once, for the latest poll");
+        assert_eq!(answer.as_mut().poll(&mut context), Poll::Ready(Ok(7)));
     }
 
     #[test]

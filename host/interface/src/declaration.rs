@@ -85,6 +85,10 @@ macro_rules! interface {
         impl $crate::InterfaceClient for Client {
             const NAME: &'static str = stringify!($interface);
 
+            fn description() -> ::std::string::String {
+                description()
+            }
+
             fn new(caller: ::std::sync::Arc<dyn $crate::Caller>) -> Self {
                 Self { caller }
             }

@@ -72,6 +72,32 @@ impl Description {
         Ok(description)
     }
 
+    /// Whether whoever was built against `wanted` can use this: its methods and queues are all
+    /// here, with the same numbers, types and directions. Names and what comes on top do not
+    /// matter. The error is the first line that is missing, as the text form has it.
+    pub fn offers(&self, wanted: &Description) -> Result<(), String> {
+        if self.name != wanted.name {
+            return Err(format!("interface {}", wanted.name));
+        }
+        for method in &wanted.methods {
+            let same = |other: &&Method| {
+                other.selector == method.selector
+                    && other.arguments == method.arguments
+                    && other.results == method.results
+            };
+            if self.methods.iter().find(same).is_none() {
+                return Err(format!("method {} {method}", method.selector));
+            }
+        }
+        for queue in &wanted.queues {
+            let other = self.queues.get(queue.place);
+            if other.is_none_or(|other| other.direction != queue.direction) {
+                return Err(queue.to_string());
+            }
+        }
+        Ok(())
+    }
+
     /// The method of that name.
     pub fn method(&self, name: &str) -> Option<&Method> {
         self.methods.iter().find(|method| method.name == name)
@@ -133,9 +159,15 @@ impl fmt::Display for Description {
             writeln!(f, "method {} {method}", method.selector)?;
         }
         for queue in &self.queues {
-            writeln!(f, "queue {} {} {:?}", queue.place, queue.name, queue.direction)?;
+            writeln!(f, "{queue}")?;
         }
         Ok(())
+    }
+}
+
+impl fmt::Display for Queue {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "queue {} {} {:?}", self.place, self.name, self.direction)
     }
 }
 
@@ -157,6 +189,29 @@ mod tests {
         let description = Description::parse(text).unwrap();
         assert_eq!(description.to_string(), text);
         assert_eq!(description.method("factorial").unwrap().arguments, ["u32"]);
+    }
+
+    #[test]
+    fn an_interface_that_grew_serves_older_clients_and_one_that_changed_does_not() {
+        let parse = |text: &str| Description::parse(text).unwrap();
+        let wanted = parse("interface edu\nmethod 0 f(u32) -> (u32)\nqueue 0 up ToDriver\n");
+        let grown = "interface edu\nmethod 0 renamed(u32) -> (u32)\nmethod 1 g() -> ()\n\
+                     queue 0 up ToDriver\nqueue 1 down ToClient\n";
+        assert_eq!(parse(grown).offers(&wanted), Ok(()));
+
+        let changed = [
+            ("edu\n", "other\n", "interface edu"),
+            ("method 0", "method 2", "method 0 f(u32) -> (u32)"),
+            ("(u32) -> (u32)", "(u64) -> (u32)", "method 0 f(u32) -> (u32)"),
+            ("(u32) -> (u32)", "(u32) -> ()", "method 0 f(u32) -> (u32)"),
+            ("up ToDriver", "up ToClient", "queue 0 up ToDriver"),
+        ];
+        for (from, to, missing) in changed {
+            let found = parse(&grown.replacen(from, to, 1));
+            assert_eq!(found.offers(&wanted), Err(missing.to_owned()), "{from} to {to}");
+        }
+        let smaller = parse("interface edu\nmethod 0 f(u32) -> (u32)\n");
+        assert_eq!(smaller.offers(&wanted), Err("queue 0 up ToDriver".to_owned()));
     }
 
     #[test]

@@ -10,20 +10,22 @@
 //! | 4 | u32 | number of scalars |
 //! | 8 | u32 | bytes of structure |
 //! | 12 | i32 | reply: status; else: which scalars of a call are actions |
-//! | 16 | u64 | call, reply: the call's number, chosen by the client; else: the action's number |
-//! | 24 | u64 | call: selector; reply: which scalars are actions; taken: how many |
+//! | 16 | u64 | call, memory, reply: the call's number, chosen by the client; else: the action's |
+//! | 24 | u64 | call: selector; memory: its type; reply: which scalars are actions; taken: how many |
 //!
 //! | magic | kind | from |
 //! | --- | --- | --- |
 //! | `IOC1` | a call | the client |
-//! | `IOR1` | a reply | the driver host |
+//! | `IOM1` | asks for memory that the driver offers, by type | the client |
+//! | `IOR1` | a reply; beside the one to `IOM1`, the memory file | the driver host |
 //! | `IOI1` | invokes an action that the receiver passed | both |
 //! | `IOX1` | the last handle to an action that the receiver passed is gone | both |
 //! | `IOT1` | invocations of the sender's action that it has taken | the client |
 //!
 //! Which scalars are actions is a bit for each, bit 0 the first. Such a scalar is a number that
-//! its sender gave the action in this session, never twice. Fields without a meaning are zero; in
-//! the packets of actions that is checked.
+//! its sender gave the action in this session, never twice. The reply to `IOM1` has two scalars:
+//! the bytes of the memory file beside it, and 1 if it is for reading only, else 0. Fields without
+//! a meaning are zero; in `IOM1` and in the packets of actions that is checked.
 
 use crate::{Arguments, IOReturn, PassedAction};
 
@@ -35,6 +37,7 @@ const CALL: u32 = u32::from_be_bytes(*b"IOC1");
 const REPLY: u32 = u32::from_be_bytes(*b"IOR1");
 const INVOKE: u32 = u32::from_be_bytes(*b"IOI1");
 const RELEASE: u32 = u32::from_be_bytes(*b"IOX1");
+const MAP: u32 = u32::from_be_bytes(*b"IOM1");
 const TAKEN: u32 = u32::from_be_bytes(*b"IOT1");
 
 /// A packet from a client.
@@ -42,6 +45,13 @@ const TAKEN: u32 = u32::from_be_bytes(*b"IOT1");
 pub enum FromClient {
     /// A call.
     Call(Call),
+    /// Asks for memory that the driver offers.
+    Map {
+        /// The client's number for the request, which is one of a call.
+        id: u64,
+        /// Which memory: a number of the driver's.
+        memory: u64,
+    },
     /// Invokes an action of the driver's.
     Invoke(Invocation),
     /// The client holds an action of the driver's no more.
@@ -161,6 +171,10 @@ impl FromClient {
         match magic_of(packet)? {
             INVOKE => Ok(Self::Invoke(Invocation::decode(packet)?)),
             RELEASE => Ok(Self::Release { action: decode_release(packet)? }),
+            MAP => {
+                let (header, _) = decode_bare(MAP, packet)?;
+                Ok(Self::Map { id: header.id, memory: header.last })
+            }
             TAKEN => {
                 let (header, _) = decode_bare(TAKEN, packet)?;
                 let count = header.last;
@@ -248,6 +262,11 @@ pub fn encode_release(action: u64) -> Vec<u8> {
 /// The packet that says that invocations of the sender's action were taken.
 pub fn encode_taken(action: u64, count: u64) -> Vec<u8> {
     encode(TAKEN, 0, action, count, &Arguments::default())
+}
+
+/// The packet that asks for memory that the driver offers.
+pub fn encode_map(id: u64, memory: u64) -> Vec<u8> {
+    encode(MAP, 0, id, memory, &Arguments::default())
 }
 
 fn decode_release(packet: &[u8]) -> Result<u64, PacketFault> {
@@ -410,6 +429,13 @@ mod tests {
         let taken = encode_taken(9, 3);
         assert_eq!(FromClient::decode(&taken), Ok(FromClient::Taken { action: 9, count: 3 }));
         assert!(FromDriver::decode(&taken).is_err(), "a driver host takes none");
+
+        let map = encode_map(5, 6);
+        assert_eq!(FromClient::decode(&map), Ok(FromClient::Map { id: 5, memory: 6 }));
+        assert!(FromDriver::decode(&map).is_err(), "a driver host asks for none");
+        let mut wrong = map;
+        wrong[12] = 1;
+        assert!(FromClient::decode(&wrong).is_err(), "a field that has to be zero");
 
         let mut passing = call();
         passing.arguments.actions = vec![PassedAction { scalar: 1, target: None }];

@@ -6,6 +6,7 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use iohost_event::Signal;
@@ -44,6 +45,8 @@ struct Waiting {
     others: Weak<Handle>,
     others_gone: bool,
     owner_gone: bool,
+    /// Tasks that wait for something to say.
+    tasks: Vec<Waker>,
 }
 
 /// What all handles share.
@@ -59,6 +62,7 @@ impl<A: Results> OSAction<A> {
             others: Weak::new(),
             others_gone: false,
             owner_gone: false,
+            tasks: Vec::new(),
         };
         let readable = Signal::new()?;
         let inbox = Inbox { waiting: Mutex::new(waiting), changed: Condvar::new(), readable };
@@ -107,6 +111,17 @@ impl<A: Results> OSAction<A> {
         self.next_until(Instant::now().checked_add(timeout))
     }
 
+    /// As [`next`](Self::next), for any executor. A future that is dropped before it is ready has
+    /// taken nothing.
+    pub async fn next_async(&self) -> Result<A, IOReturn> {
+        std::future::poll_fn(|context| {
+            // In this order: what comes after the look wakes the task.
+            self.inbox.register(context.waker().clone());
+            self.poll().map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
+    }
+
     fn next_until(&self, deadline: Option<Instant>) -> Result<A, IOReturn> {
         loop {
             if let Some(next) = self.poll() {
@@ -136,6 +151,22 @@ const NO_PANIC: &str = "no code that can panic runs under this lock";
 impl Inbox {
     fn waiting(&self) -> MutexGuard<'_, Waiting> {
         self.waiting.lock().expect(NO_PANIC)
+    }
+
+    fn register(&self, task: Waker) {
+        let mut waiting = self.waiting();
+        if !waiting.tasks.iter().any(|other| other.will_wake(&task)) {
+            waiting.tasks.push(task);
+        }
+    }
+
+    /// Wakes whoever waits, after a change.
+    fn announce(&self, mut waiting: MutexGuard<'_, Waiting>) {
+        self.show(&waiting);
+        let tasks = std::mem::take(&mut waiting.tasks);
+        drop(waiting);
+        self.changed.notify_all();
+        tasks.into_iter().for_each(Waker::wake);
     }
 
     /// Brings the descriptor in line with what there is.
@@ -170,9 +201,7 @@ impl ActionTarget for Handle {
             return Err(IOReturn::BUSY);
         }
         waiting.invocations.push_back((arguments, completion));
-        self.inbox.show(&waiting);
-        drop(waiting);
-        self.inbox.changed.notify_all();
+        self.inbox.announce(waiting);
         Ok(())
     }
 }
@@ -182,9 +211,7 @@ impl Drop for Handle {
         let mut waiting = self.inbox.waiting();
         // The owner may have made another one meanwhile.
         waiting.others_gone = waiting.others.strong_count() == 0;
-        self.inbox.show(&waiting);
-        drop(waiting);
-        self.inbox.changed.notify_all();
+        self.inbox.announce(waiting);
     }
 }
 

@@ -13,12 +13,13 @@ use std::thread;
 
 use iohost_event::{PacketError, Packets, Poller, Ready};
 use iohost_interface::packet::{
-    self, Call, FromDriver, Invocation, ReplyPacket, encode_release, encode_taken,
+    self, Call, FromDriver, Invocation, ReplyPacket, encode_map, encode_release, encode_taken,
 };
 use iohost_interface::{
     ActionTarget, Arguments, Caller, Completion, IOReturn, PassedAction, PendingAnswer, ReplySink,
     answer_pair,
 };
+use smol::channel::{self, Sender};
 
 /// The calls under way on one session.
 #[derive(Debug)]
@@ -30,9 +31,11 @@ pub(crate) struct Calls {
     this: Weak<Calls>,
 }
 
-/// Invariant: once `is_offline`, `sinks` and `actions` are empty and stay so.
+/// Invariant: once `is_offline`, `sinks`, `mappings` and `actions` are empty and stay so.
 struct Waiting {
     sinks: HashMap<u64, Box<dyn ReplySink>>,
+    /// Who asked for memory, by numbers from the same row as the calls'.
+    mappings: HashMap<u64, Sender<Offer>>,
     next_id: u64,
     /// Our actions that the driver holds, by the number we gave them.
     actions: HashMap<u64, Arc<dyn ActionTarget>>,
@@ -55,6 +58,7 @@ impl Calls {
         poller.watch(&socket, 0)?;
         let waiting = Waiting {
             sinks: HashMap::new(),
+            mappings: HashMap::new(),
             next_id: 1,
             actions: HashMap::new(),
             next_action: 1,
@@ -91,9 +95,10 @@ impl Calls {
         let mut buffer = vec![0; packet::LONGEST];
         let mut ready = Ready::new(1);
         loop {
-            match self.socket.receive(&mut buffer, 0) {
+            match self.socket.receive(&mut buffer, 1) {
                 Ok(packet) => {
-                    if self.take_in(&buffer[..packet.len]).is_none() {
+                    let file = packet.fds.into_iter().next();
+                    if self.take_in(&buffer[..packet.len], file).is_none() {
                         // Whoever sends this is no driver host of ours.
                         break;
                     }
@@ -108,21 +113,30 @@ impl Calls {
             }
         }
         self.close();
-        let (sinks, actions) = {
+        let (sinks, mappings, actions) = {
             let mut waiting = self.waiting();
             waiting.is_offline = true;
-            (std::mem::take(&mut waiting.sinks), std::mem::take(&mut waiting.actions))
+            let Waiting { sinks, mappings, actions, .. } = &mut *waiting;
+            (std::mem::take(sinks), std::mem::take(mappings), std::mem::take(actions))
         };
-        drop(actions);
+        // Whoever waits for memory hears of this by the end of the channel.
+        drop((mappings, actions));
         for sink in sinks.into_values() {
             sink.deliver(Err(IOReturn::OFFLINE));
         }
     }
 
     /// `None` for what cannot come from a driver host.
-    fn take_in(&self, packet: &[u8]) -> Option<()> {
+    fn take_in(&self, packet: &[u8], file: Option<OwnedFd>) -> Option<()> {
         match FromDriver::decode(packet).ok()? {
-            FromDriver::Reply(reply) => self.deliver(reply),
+            FromDriver::Reply(reply) => {
+                let asked = self.waiting().mappings.remove(&reply.id);
+                match asked {
+                    // One that has stopped waiting needs none.
+                    Some(asked) => drop(asked.try_send(offer(reply.answer, file))),
+                    None => self.deliver(reply),
+                }
+            }
             FromDriver::Invoke(Invocation { action, arguments }) => {
                 let target = self.waiting().actions.get(&action).cloned()?;
                 let calls = self.this.clone();
@@ -155,6 +169,29 @@ impl Calls {
         if let Some(sink) = sink {
             sink.deliver(reply.answer);
         }
+    }
+
+    /// Asks for memory of the driver's.
+    ///
+    /// Errors: `OFFLINE`, `BUSY` when the driver host has not read the earlier calls, `IPC_ERROR`
+    /// for a reply that makes no sense, what the driver said.
+    pub(crate) async fn ask_for_memory(&self, memory: u64) -> Offer {
+        let (sender, receiver) = channel::bounded(1);
+        let id = {
+            let mut waiting = self.waiting();
+            if waiting.is_offline {
+                return Err(IOReturn::OFFLINE);
+            }
+            let id = waiting.next_id;
+            waiting.next_id += 1;
+            waiting.mappings.insert(id, sender);
+            id
+        };
+        if let Err(status) = self.send(&encode_map(id, memory)) {
+            self.waiting().mappings.remove(&id);
+            return Err(status);
+        }
+        receiver.recv().await.unwrap_or(Err(IOReturn::OFFLINE))
     }
 
     /// Numbers our actions among arguments, and keeps them for the driver to invoke.
@@ -241,6 +278,16 @@ impl Caller for Calls {
     }
 }
 
+/// Memory of the driver's: its file, its bytes, and whether it is for reading only.
+pub(crate) type Offer = Result<(OwnedFd, u64, bool), IOReturn>;
+
+fn offer(answer: Result<Arguments, IOReturn>, file: Option<OwnedFd>) -> Offer {
+    match (answer?.scalars.as_slice(), file) {
+        ([len, read_only @ (0 | 1)], Some(file)) => Ok((file, *len, *read_only == 1)),
+        _ => Err(IOReturn::IPC_ERROR),
+    }
+}
+
 /// An action of the driver's, in our hands.
 struct DriverAction {
     calls: Weak<Calls>,
@@ -269,6 +316,9 @@ impl Drop for DriverAction {
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
+
+    use iohost_interface::Results;
+    use iohost_interface::packet::FromClient;
 
     use super::*;
 
@@ -318,6 +368,29 @@ mod tests {
         let mut answer = calls.call(0, number(1));
         theirs.send(b"nonsense", &[]).unwrap();
         assert_eq!(answer.wait(None), Err(IOReturn::OFFLINE));
+    }
+
+    #[test]
+    fn whoever_waits_for_memory_is_told_when_the_driver_host_ends_or_talks_nonsense() {
+        let (theirs, calls) = session();
+        let asking = calls.clone();
+        let asked = thread::spawn(move || smol::block_on(asking.ask_for_memory(3)));
+        let mut buffer = vec![0; packet::LONGEST];
+        let len = theirs.receive(&mut buffer, 0).unwrap().len;
+        let asks = FromClient::decode(&buffer[..len]).unwrap();
+        let FromClient::Map { id, memory: 3 } = asks else { panic!("{asks:?}") };
+        // Bytes and rights, but no file.
+        let reply = ReplyPacket { id, answer: Ok((64_u64, false).into_arguments()) };
+        theirs.send(&reply.encode(), &[]).unwrap();
+        assert_eq!(asked.join().unwrap().map(drop), Err(IOReturn::IPC_ERROR));
+
+        let asking = calls.clone();
+        let asked = thread::spawn(move || smol::block_on(asking.ask_for_memory(3)));
+        theirs.receive(&mut buffer, 0).unwrap();
+        drop(theirs);
+        assert_eq!(asked.join().unwrap().map(drop), Err(IOReturn::OFFLINE));
+        let late = smol::block_on(calls.ask_for_memory(3));
+        assert_eq!(late.map(drop), Err(IOReturn::OFFLINE));
     }
 
     #[test]

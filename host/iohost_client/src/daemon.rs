@@ -10,7 +10,8 @@ use iohost_control::varlink::{Bound, Daemon as _, Description, Device, Error, St
 use smol::{Timer, block_on, future};
 use zlink::Connection;
 
-use crate::{ClientError, Session};
+use crate::watch::{AsyncServiceWatch, ServiceWatch};
+use crate::{ClientError, ServiceMatch, Session};
 
 /// The control socket of a daemon that was started without flags.
 pub const DEFAULT_SOCKET: &str = "/run/iohost/io.iohost";
@@ -21,7 +22,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to the daemon. Every method blocks until it is answered, 60 s at the most.
 #[derive(Debug)]
-pub struct Daemon {
+pub struct Daemon(AsyncDaemon);
+
+/// A connection to the daemon, for any executor: what it waits for, a thread of `async-io` watches.
+/// A method whose future is dropped before it is ready leaves the connection unusable, since its
+/// answer would be taken for the next one's; connect again.
+#[derive(Debug)]
+pub struct AsyncDaemon {
+    socket: PathBuf,
     connection: Connection<GuardedSocket>,
 }
 
@@ -30,78 +38,192 @@ impl Daemon {
     ///
     /// Errors: `NotRunning`, `NoPermission`, `Connect`.
     pub fn connect(socket: impl AsRef<Path>) -> Result<Self, ClientError> {
-        let socket = socket.as_ref();
-        match block_on(GuardedSocket::connect(socket, Limits::CLIENT)) {
-            Ok(guarded) => Ok(Self { connection: Connection::new(guarded) }),
-            Err(zlink::Error::Io(source)) => Err(explain(socket.to_owned(), source)),
-            Err(err) => Err(ClientError::Broken(err.to_string())),
-        }
+        block_on(AsyncDaemon::connect(socket)).map(Self)
     }
 
     /// The devices the daemon can see.
     pub fn devices(&mut self) -> Result<Vec<Device>, ClientError> {
-        Ok(answer(self.connection.devices())?.devices)
+        block_on(self.0.devices())
     }
 
     /// The daemon and its services.
     pub fn status(&mut self) -> Result<Status, ClientError> {
-        answer(self.connection.status())
+        block_on(self.0.status())
     }
 
     /// Takes a device, by its address or its service's name, and waits until its driver runs.
     pub fn bind(&mut self, device: &str) -> Result<Bound, ClientError> {
-        answer(self.connection.bind(device))
+        block_on(self.0.bind(device))
     }
 
     /// Stops a device's driver and gives the device back.
     pub fn unbind(&mut self, device: &str) -> Result<Unbound, ClientError> {
-        answer(self.connection.unbind(device))
+        block_on(self.0.unbind(device))
     }
 
     /// What a service's driver host counts: its sessions and its dispatch queues.
     pub fn statistics(&mut self, service: &str) -> Result<Statistics, ClientError> {
-        answer(self.connection.statistics(service))
+        block_on(self.0.statistics(service))
     }
 
     /// The interface that a service serves.
     pub fn describe(&mut self, service: &str) -> Result<Description, ClientError> {
-        answer(self.connection.describe(service))
+        block_on(self.0.describe(service))
+    }
+
+    /// The names of the services that run and agree with `wanted`, in the order of the
+    /// configuration.
+    pub fn find(&mut self, wanted: &ServiceMatch) -> Result<Vec<String>, ClientError> {
+        block_on(self.0.find(wanted))
     }
 
     /// Opens a session with queues of the daemon's default size. `service` is the service's name,
     /// its device's address, or its driver's name if only one service runs that driver.
+    ///
+    /// Errors: `Refused`, with the daemon's code: `no-such-service`, `ambiguous`, `not-running`,
+    /// `too-many-sessions`, `session-refused` by the driver, and others.
     pub fn open(&mut self, service: &str) -> Result<Session, ClientError> {
-        self.open_sized(service, None)
+        block_on(self.0.open(service))
     }
 
     /// As [`open`](Self::open), with the bytes of each queue's ring in the order of the interface.
+    ///
+    /// Errors: as `open`, and `Refused` with `queue-count` when there is not one size for each
+    /// queue, `queue-size` for one that is zero, no multiple of 4, or over the daemon's limit.
     pub fn open_with_queues(
         &mut self,
         service: &str,
         queue_bytes: &[u32],
     ) -> Result<Session, ClientError> {
-        self.open_sized(service, Some(queue_bytes.to_vec()))
+        block_on(self.0.open_with_queues(service, queue_bytes))
     }
 
-    fn open_sized(
+    /// Opens a session with the one service that agrees with `wanted`.
+    ///
+    /// Errors: `NoMatch`, `Ambiguous`, and as [`open`](Self::open).
+    pub fn open_matching(&mut self, wanted: &ServiceMatch) -> Result<Session, ClientError> {
+        block_on(self.0.open_matching(wanted))
+    }
+
+    /// Hears of services that begin and end, on a connection of its own.
+    ///
+    /// Errors: as [`connect`](Self::connect).
+    pub fn watch(&self) -> Result<ServiceWatch, ClientError> {
+        block_on(self.0.watch()).map(ServiceWatch::from)
+    }
+}
+
+impl AsyncDaemon {
+    /// As [`Daemon::connect`].
+    pub async fn connect(socket: impl AsRef<Path>) -> Result<Self, ClientError> {
+        let socket = socket.as_ref().to_owned();
+        match GuardedSocket::connect(&socket, Limits::CLIENT).await {
+            Ok(guarded) => Ok(Self { socket, connection: Connection::new(guarded) }),
+            Err(zlink::Error::Io(source)) => Err(explain(socket, source)),
+            Err(err) => Err(ClientError::Broken(err.to_string())),
+        }
+    }
+
+    /// As [`Daemon::devices`].
+    pub async fn devices(&mut self) -> Result<Vec<Device>, ClientError> {
+        Ok(answer(self.connection.devices()).await?.devices)
+    }
+
+    /// As [`Daemon::status`].
+    pub async fn status(&mut self) -> Result<Status, ClientError> {
+        answer(self.connection.status()).await
+    }
+
+    /// As [`Daemon::bind`].
+    pub async fn bind(&mut self, device: &str) -> Result<Bound, ClientError> {
+        answer(self.connection.bind(device)).await
+    }
+
+    /// As [`Daemon::unbind`].
+    pub async fn unbind(&mut self, device: &str) -> Result<Unbound, ClientError> {
+        answer(self.connection.unbind(device)).await
+    }
+
+    /// As [`Daemon::statistics`].
+    pub async fn statistics(&mut self, service: &str) -> Result<Statistics, ClientError> {
+        answer(self.connection.statistics(service)).await
+    }
+
+    /// As [`Daemon::describe`].
+    pub async fn describe(&mut self, service: &str) -> Result<Description, ClientError> {
+        answer(self.connection.describe(service)).await
+    }
+
+    /// As [`Daemon::find`].
+    pub async fn find(&mut self, wanted: &ServiceMatch) -> Result<Vec<String>, ClientError> {
+        let devices = if wanted.needs_devices() { self.devices().await? } else { Vec::new() };
+        let mut found = Vec::new();
+        for service in self.status().await?.services {
+            if !wanted.agrees(&service, &devices) {
+                continue;
+            }
+            if wanted.needs_interface() {
+                match self.describe(&service.name).await {
+                    Ok(described) if wanted.agrees_with_interface(&described.interface) => {}
+                    // Also one that has ended since.
+                    Ok(_) | Err(ClientError::Refused(_)) => continue,
+                    Err(err) => return Err(err),
+                }
+            }
+            found.push(service.name);
+        }
+        Ok(found)
+    }
+
+    /// As [`Daemon::open`].
+    pub async fn open(&mut self, service: &str) -> Result<Session, ClientError> {
+        self.open_sized(service, None).await
+    }
+
+    /// As [`Daemon::open_with_queues`].
+    pub async fn open_with_queues(
+        &mut self,
+        service: &str,
+        queue_bytes: &[u32],
+    ) -> Result<Session, ClientError> {
+        self.open_sized(service, Some(queue_bytes.to_vec())).await
+    }
+
+    /// As [`Daemon::open_matching`].
+    pub async fn open_matching(&mut self, wanted: &ServiceMatch) -> Result<Session, ClientError> {
+        let mut services = self.find(wanted).await?;
+        let wanted = || wanted.to_string();
+        match services.len() {
+            0 => Err(ClientError::NoMatch { wanted: wanted() }),
+            1 => self.open(&services.remove(0)).await,
+            _ => Err(ClientError::Ambiguous { wanted: wanted(), services }),
+        }
+    }
+
+    /// As [`Daemon::watch`].
+    pub async fn watch(&self) -> Result<AsyncServiceWatch, ClientError> {
+        let other = Self::connect(&self.socket).await?;
+        AsyncServiceWatch::begin(other.connection).await
+    }
+
+    async fn open_sized(
         &mut self,
         service: &str,
         queue_bytes: Option<Vec<u32>>,
     ) -> Result<Session, ClientError> {
-        let call = self.connection.open(service, queue_bytes);
-        let (opened, fds) = block_on(in_time(call))?;
+        let (opened, fds) = in_time(self.connection.open(service, queue_bytes)).await?;
         Session::new(opened.map_err(refused)?, fds)
     }
 }
 
-fn answer<T>(
+async fn answer<T>(
     call: impl Future<Output = zlink::Result<Result<T, Error>>>,
 ) -> Result<T, ClientError> {
-    block_on(in_time(call))?.map_err(refused)
+    in_time(call).await?.map_err(refused)
 }
 
 async fn in_time<T>(call: impl Future<Output = zlink::Result<T>>) -> Result<T, ClientError> {
-    let answered = async { call.await.map_err(|err| ClientError::Broken(err.to_string())) };
+    let answered = async { call.await.map_err(broken) };
     future::or(answered, async {
         Timer::after(PATIENCE).await;
         Err(ClientError::Silent { waited: PATIENCE })
@@ -109,7 +231,11 @@ async fn in_time<T>(call: impl Future<Output = zlink::Result<T>>) -> Result<T, C
     .await
 }
 
-fn refused(err: Error) -> ClientError {
+pub(crate) fn broken(err: zlink::Error) -> ClientError {
+    ClientError::Broken(err.to_string())
+}
+
+pub(crate) fn refused(err: Error) -> ClientError {
     ClientError::Refused(err.into())
 }
 

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use iohost_control::host::Failure;
+use iohost_interface::IOReturn;
+use iohost_memory::AttachError;
 use iohost_memory::ring::{QueueError, RingError};
 
 /// Why something could not be done, with the values that matter.
@@ -60,6 +62,28 @@ pub enum ClientError {
         /// What the client speaks.
         expected: &'static str,
     },
+    /// The driver serves the interface, but an older or a changed one.
+    #[error("service {service:?} does not offer what this program was built for: {missing}")]
+    OtherVersion {
+        /// The service.
+        service: String,
+        /// The first method or queue that is missing or different.
+        missing: String,
+    },
+    /// No service that runs is of that kind.
+    #[error("no service runs that has {wanted}")]
+    NoMatch {
+        /// What was asked for.
+        wanted: String,
+    },
+    /// Several services that run are of that kind.
+    #[error("{} services have {wanted}", services.len())]
+    Ambiguous {
+        /// What was asked for.
+        wanted: String,
+        /// Their names.
+        services: Vec<String>,
+    },
     /// The interface has no such queue, or it goes the other way.
     #[error("service {service:?} has no queue {place} in that direction")]
     NoSuchQueue {
@@ -90,6 +114,32 @@ pub enum ClientError {
         /// What is wrong with it.
         source: QueueError,
     },
+    /// The driver gave no memory.
+    #[error("no memory of type {memory}: {status}")]
+    NoMemory {
+        /// The type asked for.
+        memory: u64,
+        /// What the driver said, or `OFFLINE`.
+        status: IOReturn,
+    },
+    /// The driver's memory has another size than this program was built for.
+    #[error("memory of type {memory} has {found} bytes, not {expected}")]
+    WrongSize {
+        /// The type asked for.
+        memory: u64,
+        /// The bytes asked for.
+        expected: usize,
+        /// The bytes there are.
+        found: usize,
+    },
+    /// The memory that came is not usable.
+    #[error("mapping memory of type {memory}")]
+    Mapping {
+        /// The type asked for.
+        memory: u64,
+        /// What is wrong with it.
+        source: AttachError,
+    },
     /// This process lacks descriptors or threads.
     #[error("setting up a session")]
     Resources(#[from] io::Error),
@@ -118,6 +168,15 @@ impl ClientError {
             ClientError::WrongInterface { .. } => {
                 ("wrong-interface", "name a service of that interface: iohost status".to_owned())
             }
+            ClientError::OtherVersion { .. } => {
+                ("other-version", "install driver and program of the same version".to_owned())
+            }
+            ClientError::NoMatch { .. } => {
+                ("no-match", "see what runs with `iohost status`, or bind a device".to_owned())
+            }
+            ClientError::Ambiguous { services, .. } => {
+                ("ambiguous", format!("name one of them: {}", services.join(", ")))
+            }
             ClientError::NoSuchQueue { service, .. } => {
                 ("no-such-queue", format!("see its queues with `iohost call {service}`"))
             }
@@ -126,6 +185,15 @@ impl ClientError {
             }
             ClientError::Ring { .. } | ClientError::Queue { .. } => {
                 ("bad-queue", "install iohost and this program of the same version".to_owned())
+            }
+            ClientError::NoMemory { .. } => {
+                ("no-memory", "see the driver's documentation for the memory it offers".to_owned())
+            }
+            ClientError::WrongSize { .. } => {
+                ("wrong-size", "install driver and program of the same version".to_owned())
+            }
+            ClientError::Mapping { .. } => {
+                ("bad-memory", "install iohost and this program of the same version".to_owned())
             }
             ClientError::Resources(_) => {
                 ("no-resources", "raise this process's limit of open files".to_owned())

@@ -22,6 +22,11 @@
 //! # }
 //! ```
 //!
+//! Nothing here needs a runtime. What blocks has a form for tasks beside it: [`AsyncDaemon`],
+//! [`Session::map_memory_async`], [`QueueProducer::send_async`], [`QueueConsumer::receive_async`],
+//! [`OSAction::next_async`]; the answer to a call can be awaited. Any executor runs them. For a
+//! loop of your own, [`queue`] says how to wait on a descriptor.
+//!
 //! [`OSAction`] is for what a driver has to say unasked: pass its handle with a call, take what the
 //! driver invokes it with.
 //!
@@ -30,6 +35,7 @@
 //! in shared memory. The daemon is not in between. When the driver's process ends, for whatever
 //! reason, every call that waits and every wait on a ring ends too, with `OFFLINE`, and the wait
 //! for an action that only this driver held with `ABORTED`; then open another session.
+//! [`Daemon::watch`] tells why it ended, and when there is one again.
 
 #![forbid(unsafe_code)]
 
@@ -37,15 +43,22 @@ mod action;
 mod calls;
 mod daemon;
 mod error;
-mod queue;
+mod matching;
+mod memory;
+pub mod queue;
 mod session;
+mod watch;
 
 pub use action::OSAction;
-pub use daemon::{DEFAULT_SOCKET, Daemon};
+pub use daemon::{AsyncDaemon, DEFAULT_SOCKET, Daemon};
 pub use error::ClientError;
 pub use iohost_control::host::Failure;
 pub use iohost_control::varlink;
+pub use iohost_control::varlink::{EventKind, ServiceEvent};
 pub use iohost_interface::Action;
 pub use iohost_memory::ring::{Entry, QueueError, WaitError};
+pub use matching::ServiceMatch;
+pub use memory::{ClientMemory, NoAccess};
 pub use queue::{QueueConsumer, QueueProducer};
 pub use session::Session;
+pub use watch::{AsyncServiceWatch, ServiceWatch};

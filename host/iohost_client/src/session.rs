@@ -10,7 +10,8 @@ use iohost_interface::{
 use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, Ring};
 
 use crate::calls::Calls;
-use crate::{ClientError, QueueConsumer, QueueProducer};
+use crate::queue::Line;
+use crate::{ClientError, ClientMemory, QueueConsumer, QueueProducer};
 
 /// A conversation with one driver. Dropped, it ends: calls under way and ends of queues that were
 /// taken from it become `OFFLINE`.
@@ -79,21 +80,60 @@ impl Session {
     /// The typed client of the driver's interface, as its api crate declares it. Callable from any
     /// thread, as often as needed.
     ///
-    /// Errors: `WrongInterface`.
+    /// Errors: `WrongInterface`, `OtherVersion`.
     pub fn client<C: InterfaceClient>(&self) -> Result<C, ClientError> {
+        let service = || self.service.clone();
         if self.description.name != C::NAME {
+            let found = self.description.name.clone();
             return Err(ClientError::WrongInterface {
-                service: self.service.clone(),
-                found: self.description.name.clone(),
+                service: service(),
+                found,
                 expected: C::NAME,
             });
         }
+        let wanted = Description::parse(&C::description());
+        let wanted = wanted.map_err(|err| ClientError::Broken(err.to_string()))?;
+        let offered = self.description.offers(&wanted);
+        offered.map_err(|missing| ClientError::OtherVersion { service: service(), missing })?;
         Ok(C::new(self.calls.clone()))
     }
 
     /// Calls a method by its number, for programs that learn an interface at run time.
     pub fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
         self.calls.call(selector, arguments)
+    }
+
+    /// Maps memory that the driver offers, all of it. `memory` is the type, a number that the
+    /// driver's interface documents; the same one leads to the same memory each time. The client's
+    /// side of `CopyClientMemoryForType`. Blocks until the driver has answered.
+    ///
+    /// `bytes` is how many the program was built for, or `None` to take what there is.
+    ///
+    /// Errors: `NoMemory` with what the driver said (`BAD_ARGUMENT`: it offers none of that type),
+    /// or with `OFFLINE`; `WrongSize`; `Mapping` for a file that cannot be trusted or mapped.
+    pub fn map_memory(
+        &self,
+        memory: u64,
+        bytes: Option<usize>,
+    ) -> Result<ClientMemory, ClientError> {
+        smol::block_on(self.map_memory_async(memory, bytes))
+    }
+
+    /// As [`map_memory`](Self::map_memory), for any executor.
+    pub async fn map_memory_async(
+        &self,
+        memory: u64,
+        bytes: Option<usize>,
+    ) -> Result<ClientMemory, ClientError> {
+        let offer = self.calls.ask_for_memory(memory).await;
+        let (file, len, read_only) =
+            offer.map_err(|status| ClientError::NoMemory { memory, status })?;
+        let found = usize::try_from(len).unwrap_or(usize::MAX);
+        if let Some(expected) = bytes.filter(|bytes| *bytes != found) {
+            return Err(ClientError::WrongSize { memory, expected, found });
+        }
+        ClientMemory::map(file, found, read_only)
+            .map_err(|source| ClientError::Mapping { memory, source })
     }
 
     /// Takes a client's end of a queue to the driver.
@@ -104,7 +144,7 @@ impl Session {
         let (ring, parts) = self.take(queue.0, Direction::ToDriver)?;
         let ring = Producer::new(ring, parts.data_available)
             .map_err(|source| ClientError::Queue { place: queue.0, source })?;
-        Ok(QueueProducer { ring, line: self.line(parts.data_serviced)? })
+        Ok(QueueProducer::new(ring, self.line(parts.data_serviced)?))
     }
 
     /// Takes a client's end of a queue from the driver.
@@ -114,7 +154,7 @@ impl Session {
         let (ring, parts) = self.take(queue.0, Direction::ToClient)?;
         let ring = Consumer::new(ring, parts.data_serviced)
             .map_err(|source| ClientError::Queue { place: queue.0, source })?;
-        Ok(QueueConsumer { ring, line: self.line(parts.data_available)? })
+        Ok(QueueConsumer::new(ring, self.line(parts.data_available)?))
     }
 
     fn take(&self, place: usize, direction: Direction) -> Result<(Ring, Bells), ClientError> {
@@ -130,10 +170,11 @@ impl Session {
         Ok((ring, Bells { data_available, data_serviced }))
     }
 
-    fn line(&self, bell: Bell) -> Result<Doorway, ClientError> {
+    fn line(&self, bell: Bell) -> Result<Line, ClientError> {
         // The driver host has the other end of the session's socket, and the daemon keeps none:
         // its end is the driver host's end.
-        Ok(Doorway { bell, peer: Some(Peer::Connection(self.calls.duplicate()?)) })
+        let peer = Some(Peer::Connection(self.calls.duplicate()?));
+        Ok(Line::new(Doorway { bell, peer })?)
     }
 }
 

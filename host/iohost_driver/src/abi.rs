@@ -10,8 +10,8 @@
 //! 3. A `Work` is called or dropped once; a `Handler` is called by one thread at a time, and
 //!    dropped exactly once, last; what a queue was given to keep is dropped once, after the last
 //!    call of its work.
-//! 4. `start`, `stop`, `call`, `session_opened` and `session_closed` run on the default queue,
-//!    one at a time; `instance` is what our `start` wrote; `release` comes last and once.
+//! 4. `start`, `stop`, `call`, `session_opened`, `session_closed` and `copy_client_memory` run on
+//!    the default queue, one at a time; `instance` is what our `start` wrote; `release` comes last and once.
 //! 5. A pointer and a length given to us are valid for the call; descriptors given to us are
 //!    ours.
 //! 6. A reply is ours until we answer it. A `DriverAction` that we gave is dropped once, after
@@ -32,7 +32,6 @@ use std::slice;
 use std::sync::{Arc, OnceLock};
 
 pub use iohost_driver_abi::DriverDescriptor;
-pub(crate) use iohost_driver_abi::Personality;
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, DEVICE, DISPATCH, DescriptorHeader, DeviceBar,
     DeviceTable, DispatchTable, DriverAction, DriverEntry, Handler, HostAction, HostDescriptor,
@@ -41,6 +40,7 @@ use iohost_driver_abi::{
     ServiceHandler, ServiceText, ServicesTable, SessionInfo, SessionTable, Work, WorkFunctions,
     WorkSpace,
 };
+pub(crate) use iohost_driver_abi::{ClientMemory, Personality};
 use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, PassedAction, ReplySink};
 use iohost_registers::RegisterWindow;
 
@@ -81,6 +81,7 @@ pub const fn descriptor<D: Exported>(
             call: call::<D>,
             session_opened: session_opened::<D>,
             session_closed: session_closed::<D>,
+            copy_client_memory: copy_client_memory::<D>,
         },
     }
 }
@@ -214,6 +215,26 @@ unsafe extern "C" fn session_closed<D: Exported>(instance: *mut c_void, session:
     // SAFETY: contract 4.
     let instance = unsafe { Instance::<D>::of(instance) };
     instance.guarded(|| instance.session_closed(session));
+}
+
+unsafe extern "C" fn copy_client_memory<D: Exported>(
+    instance: *mut c_void,
+    session: u64,
+    memory_type: u64,
+    memory: *mut ClientMemory,
+) -> i32 {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    let mut copied = Err(IOReturn::INTERNAL_ERROR);
+    instance.guarded(|| copied = instance.copy_client_memory(session, memory_type));
+    match copied {
+        Ok(copied) => {
+            // SAFETY: the host's out-parameter, valid for the call.
+            unsafe { memory.write(copied) };
+            0
+        }
+        Err(status) => status.0,
+    }
 }
 
 impl<D: Exported> Instance<D> {

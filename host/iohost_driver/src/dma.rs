@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::mem;
+use std::os::fd::{AsFd, IntoRawFd, OwnedFd};
 
 use iohost_interface::IOReturn;
 use iohost_memory::SharedMemory;
@@ -62,6 +63,48 @@ impl IOBufferMemoryDescriptor {
 impl fmt::Debug for IOBufferMemoryDescriptor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("IOBufferMemoryDescriptor").field("len", &self.len()).finish()
+    }
+}
+
+/// Memory for a client to map, from
+/// [`copy_client_memory_for_type`](crate::IOService::copy_client_memory_for_type). It is the whole
+/// buffer, and stays the client's until it unmaps it, also when the driver has dropped its own.
+///
+/// What the client may write it can write at any time, also while the driver or a device reads.
+pub struct ClientMemory {
+    file: OwnedFd,
+    read_only: bool,
+}
+
+impl ClientMemory {
+    /// The client may read and write.
+    ///
+    /// Errors: `NO_RESOURCES` when no descriptor is left.
+    pub fn read_write(buffer: &IOBufferMemoryDescriptor) -> Result<Self> {
+        Self::of(buffer, false)
+    }
+
+    /// The client may read; the MMU keeps it from writing. `kIOUserClientMemoryReadOnly`.
+    ///
+    /// Errors: as [`read_write`](Self::read_write).
+    pub fn read_only(buffer: &IOBufferMemoryDescriptor) -> Result<Self> {
+        Self::of(buffer, true)
+    }
+
+    fn of(buffer: &IOBufferMemoryDescriptor, read_only: bool) -> Result<Self> {
+        let file = buffer.view.as_fd().try_clone_to_owned();
+        let file = file.map_err(|err| Error::new(IOReturn::NO_RESOURCES, err.to_string()))?;
+        Ok(Self { file, read_only })
+    }
+
+    pub(crate) fn into_abi(self) -> abi::ClientMemory {
+        abi::ClientMemory { fd: self.file.into_raw_fd(), options: u32::from(self.read_only) }
+    }
+}
+
+impl fmt::Debug for ClientMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClientMemory").field("read_only", &self.read_only).finish_non_exhaustive()
     }
 }
 
@@ -132,6 +175,11 @@ impl PreparedDma {
     pub fn write_at(&mut self, offset: usize, data: &[u8]) -> Result<()> {
         let (_, buffer) = self.state.as_mut().expect(HELD);
         buffer.write_at(offset, data).map_err(underrun)
+    }
+
+    /// The buffer, to offer it to a client while the device can reach it.
+    pub fn memory(&self) -> &IOBufferMemoryDescriptor {
+        self.buffer()
     }
 
     /// Takes the buffer back. Afterwards the device's accesses to the address fault.

@@ -36,7 +36,7 @@ pub mod wdm;
 pub use action::{ActionWait, OSAction};
 pub use data_queue::IODataQueueDispatchSource;
 pub use dispatch_queue::IODispatchQueue;
-pub use dma::{IOBufferMemoryDescriptor, IODMACommand, PreparedDma};
+pub use dma::{ClientMemory, IOBufferMemoryDescriptor, IODMACommand, PreparedDma};
 pub use error::{Error, Result};
 pub use interrupt::{IOInterruptDispatchSource, InterruptEvent, InterruptType};
 pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDriver};

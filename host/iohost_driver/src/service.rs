@@ -7,7 +7,7 @@ use iohost_interface::{Arguments, IOReturn, ReplySink, ToClient, ToDriver};
 use iohost_memory::ring::{Bell, Consumer, Producer, Ring};
 
 use crate::data_queue::RingEnd;
-use crate::{Error, IODispatchQueue, IOPCIDevice, Result, abi};
+use crate::{ClientMemory, Error, IODispatchQueue, IOPCIDevice, Result, abi};
 
 /// `IOService`: a driver.
 ///
@@ -28,6 +28,20 @@ pub trait IOService: Sized + Send + 'static {
     fn session_opened(&mut self, session: Session) -> Result<()> {
         drop(session);
         Ok(())
+    }
+
+    /// A client wants to map memory of the driver's, by a number that driver and client agree on.
+    /// `CopyClientMemoryForType`. The same type has to lead to the same memory each time.
+    ///
+    /// Any error reaches the client as `BAD_ARGUMENT`, as in DriverKit. Unless a driver says
+    /// otherwise there is no memory of any type.
+    fn copy_client_memory_for_type(
+        &mut self,
+        session: SessionId,
+        memory_type: u64,
+    ) -> Result<ClientMemory> {
+        let _ = (session, memory_type);
+        Err(Error::new(IOReturn::UNSUPPORTED, "no memory for clients"))
     }
 
     /// A session that was accepted is over: drop what belongs to it.
@@ -215,6 +229,22 @@ impl<D: Exported> Instance<D> {
             log::warn!("session refused: {err}");
         }
         IOReturn::code(&opened.map_err(|err| err.code()))
+    }
+
+    pub(crate) fn copy_client_memory(
+        &self,
+        session: u64,
+        memory_type: u64,
+    ) -> std::result::Result<abi::ClientMemory, IOReturn> {
+        let copied = self
+            .queue
+            .enter(|driver| driver.copy_client_memory_for_type(session, memory_type))
+            .map_err(Error::from)
+            .flatten();
+        copied.map(ClientMemory::into_abi).map_err(|err| {
+            log::debug!("no memory of type {memory_type} for a client: {err}");
+            err.code()
+        })
     }
 
     pub(crate) fn session_closed(&self, session: u64) {

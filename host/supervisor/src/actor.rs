@@ -34,6 +34,7 @@ use crate::request::{Answer, Inbox, Request, stopping};
 use crate::restart::Decision;
 use crate::service::{Host, LastWords, Opening, Service, Session, State};
 use crate::session::SessionMemory;
+use crate::watchers::Watchers;
 
 const REQUESTS: u64 = 0;
 const SIGNALS: u64 = 1;
@@ -57,6 +58,8 @@ pub(crate) struct Actor {
     poller: Poller,
     /// A driver host has not read what it was told of services, so that it has to be told later.
     is_behind: bool,
+    /// Clients that want to hear of services.
+    watchers: Watchers,
     /// Driver hosts that said more than fits into a turn.
     talkative: BTreeSet<u64>,
     started: Instant,
@@ -93,6 +96,7 @@ impl Actor {
             signals,
             poller,
             is_behind: false,
+            watchers: Watchers::default(),
             talkative: BTreeSet::new(),
             started: Instant::now(),
             next_host: 0,
@@ -176,6 +180,7 @@ impl Actor {
                 Request::Describe { service, answer } => answer.give(self.describe(&service)),
                 Request::Bind { device, answer } => self.bind(&device, answer),
                 Request::Unbind { device, answer } => self.unbind(&device, answer),
+                Request::Watch(answer) => answer.give(Ok(self.watchers.add())),
                 Request::Open { service, queue_bytes, answer } => {
                     self.open(&service, queue_bytes, answer);
                 }
@@ -715,6 +720,7 @@ impl Actor {
         for answer in service.binds.drain(..) {
             answer.give(Err(why.clone()));
         }
+        service.last_death = Some(why.clone());
         match service.deaths.add(now, &self.options.restart) {
             Decision::RestartAfter(pause) => {
                 warn!(
@@ -918,11 +924,12 @@ impl Actor {
     }
 }
 
-/// What driver hosts hear of services.
+/// What driver hosts and clients hear of services.
 impl Actor {
     /// Tells each driver host that asked what has changed since it was told last: what has ended
     /// first. A service that restarted meanwhile has ended and begun.
     fn tell_of_services(&mut self) {
+        self.watchers.tell(&self.services);
         self.is_behind = false;
         if !self.services.iter().any(|service| service.host().is_some_and(|h| h.told.is_some())) {
             return;

@@ -5,25 +5,30 @@
 //! written before it reads the next call of anyone. What a connection asks goes to the actor.
 
 use std::cell::Cell;
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixListener;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 use std::time::Duration;
 
 use iohost_control::host::{QueueStatistics, Statistics};
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{
-    Bound, Description, Device, DeviceList, Error, Opened, Queue, Reason, Service, State, Status,
-    Unbound,
+    Bound, Description, Device, DeviceList, Error, EventKind, Opened, Queue, Reason, Service,
+    ServiceEvent, State, Status, Unbound,
 };
 use log::{debug, warn};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use smol::stream::{self, Stream, StreamExt};
 use smol::{Async, LocalExecutor, Timer, channel, future};
-use zlink::ReadyListener;
+use zlink::{ReadyListener, Reply};
 
 use crate::request::{Asker, Request};
 
 /// Connections at the same time; one more is closed at once.
 const MOST_CONNECTIONS: usize = 128;
+
+/// How soon a connection that has something to read is looked at again for its end.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Serves connections until `stop` closes. Calls that wait for an answer then get one, because
 /// the actor answers or ends.
@@ -56,8 +61,12 @@ async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor
             debug!(most = MOST_CONNECTIONS; "one connection too many closed");
             continue;
         }
-        let socket = match GuardedSocket::new(stream, Limits::SERVER) {
-            Ok(socket) => socket,
+        let guarded = |stream: UnixStream| -> zlink::Result<_> {
+            let end = Async::new(stream.try_clone()?)?;
+            Ok((end, GuardedSocket::new(stream, Limits::SERVER)?))
+        };
+        let (end, socket) = match guarded(stream) {
+            Ok(both) => both,
             Err(err) => {
                 warn!(error:% = err; "no connection set up");
                 continue;
@@ -66,12 +75,32 @@ async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor
         let counted = Counted::one_more(&connections);
         let server = zlink::Server::new(ReadyListener::new(socket), Control(asker.clone()));
         let task = async move {
-            if let Err(err) = server.run().await {
-                debug!(error:% = err; "a connection ended badly");
-            }
+            let served = async {
+                if let Err(err) = server.run().await {
+                    debug!(error:% = err; "a connection ended badly");
+                }
+            };
+            future::or(served, hang_up(&end)).await;
             drop(counted);
         };
         executor.spawn(task).detach();
+    }
+}
+
+/// Waits until a client is gone. The server itself looks for that only while it waits for a call,
+/// so without this, one that left a watch would be kept until there is something to tell it.
+async fn hang_up(client: &Async<UnixStream>) {
+    loop {
+        let watched = client.readable().await;
+        // Closed on both sides; a client that has only ended its own may still want its answers.
+        let mut polled = [PollFd::new(client.as_fd(), PollFlags::empty())];
+        let asked = poll(&mut polled, PollTimeout::ZERO);
+        let is_gone = polled[0].revents().is_some_and(|seen| seen.contains(PollFlags::POLLHUP));
+        if watched.is_err() || asked.is_err() || is_gone {
+            return;
+        }
+        // It is the server that reads what is there, and until then it stays readable.
+        Timer::after(LOOK_AGAIN).await;
     }
 }
 
@@ -102,7 +131,7 @@ struct Control(Asker);
     vendor = "iohost",
     product = "iohost",
     version = env!("CARGO_PKG_VERSION"),
-    types = [Device, Service, State, Reason, Queue, QueueStatistics]
+    types = [Device, Service, State, Reason, Queue, QueueStatistics, EventKind]
 )]
 impl Control {
     /// The devices the daemon can see.
@@ -134,6 +163,24 @@ impl Control {
     /// The interface that a service serves.
     async fn describe(&self, service: String) -> Result<Description, Error> {
         Ok(self.0.ask(|answer| Request::Describe { service, answer }).await?)
+    }
+
+    /// Tells of every service that runs, then of every one that begins or ends, until the
+    /// connection ends. Asked for without `more`, of one. A client that does not read what it is
+    /// told is told no more.
+    #[zlink(more)]
+    async fn watch(
+        &self,
+        more: bool,
+    ) -> impl Stream<Item = Result<Reply<ServiceEvent>, Error>> + Unpin {
+        let events = match self.0.ask(Request::Watch).await {
+            Ok(events) => events.map(Ok).boxed(),
+            Err(failure) => stream::once(Err(failure.into())).boxed(),
+        };
+        let most = if more { usize::MAX } else { 1 };
+        events.take(most).map(move |event: Result<ServiceEvent, Error>| {
+            event.map(|event| Reply::new(Some(event)).set_continues(Some(more)))
+        })
     }
 
     /// Opens a session. queue_bytes are the bytes of each queue's ring, in the order of the

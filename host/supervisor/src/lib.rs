@@ -22,6 +22,7 @@ mod restart;
 mod runtime_directory;
 mod service;
 mod session;
+mod watchers;
 
 use std::path::{Path, PathBuf};
 use std::thread;

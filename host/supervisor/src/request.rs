@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::mpsc;
 
 use iohost_control::host::{Failure, Statistics};
-use iohost_control::varlink::{Bound, Description, DeviceList, Opened, Status, Unbound};
+use iohost_control::varlink::{
+    Bound, Description, DeviceList, Opened, ServiceEvent, Status, Unbound,
+};
 use iohost_event::Signal;
 use smol::channel;
 
@@ -18,6 +20,7 @@ pub(crate) enum Request {
     Unbind { device: String, answer: Answer<Unbound> },
     Statistics { service: String, answer: Answer<Statistics> },
     Describe { service: String, answer: Answer<Description> },
+    Watch(Answer<channel::Receiver<ServiceEvent>>),
     Open { service: String, queue_bytes: Option<Vec<u32>>, answer: Answer<(Opened, Vec<OwnedFd>)> },
 }
 

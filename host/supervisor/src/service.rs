@@ -28,6 +28,8 @@ pub(crate) struct Service {
     pub(crate) reset: Option<String>,
     pub(crate) incarnation: u64,
     pub(crate) deaths: Deaths,
+    /// Why the last driver host died, if one has.
+    pub(crate) last_death: Option<Failure>,
     /// How the device was bound before we took it.
     pub(crate) former: Option<Former>,
     pub(crate) binds: Vec<Answer<Bound>>,
@@ -120,6 +122,7 @@ impl Service {
             reset: None,
             incarnation: 0,
             deaths: Deaths::default(),
+            last_death: None,
             former: None,
             binds: Vec::new(),
             unbinds: Vec::new(),

@@ -128,6 +128,23 @@ pub struct DriverEntry {
         unsafe extern "C" fn(instance: *mut c_void, session: *const SessionInfo) -> i32,
     /// A session that the driver accepted is over.
     pub session_closed: unsafe extern "C" fn(instance: *mut c_void, session: u64),
+    /// A client wants to map the driver's memory of this type. Writes the memory on success.
+    pub copy_client_memory: unsafe extern "C" fn(
+        instance: *mut c_void,
+        session: u64,
+        memory_type: u64,
+        memory: *mut ClientMemory,
+    ) -> i32,
+}
+
+/// Memory for a client. The descriptor is given away with it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct ClientMemory {
+    /// The sealed memory file, whole.
+    pub fd: i32,
+    /// 1: the client may read only (`kIOUserClientMemoryReadOnly`); 0: it may write too.
+    pub options: u32,
 }
 
 /// The arguments or results of a call.

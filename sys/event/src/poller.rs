@@ -1,7 +1,7 @@
 //! An epoll set.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -9,9 +9,12 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 /// Descriptors that are watched for becoming readable, each with a number of the caller's.
 ///
-/// Watching is edge-triggered: one report per write to an eventfd or per packet that arrives,
-/// whether or not the earlier ones were read. Several threads can wait at once; the kernel wakes
-/// one of them per event.
+/// Watching is edge-triggered where the method does not say otherwise: one report per write to an
+/// eventfd or per packet that arrives, whether or not the earlier ones were read. Several threads
+/// can wait at once; the kernel wakes one of them per event.
+///
+/// The set has a descriptor of its own ([`AsFd`]), which is readable while there is something to
+/// report and can be watched by another set (epoll(7)).
 #[derive(Debug)]
 pub struct Poller {
     epoll: Epoll,
@@ -49,6 +52,16 @@ impl Poller {
         Ok(self.epoll.add(fd, EpollEvent::new(flags, token))?)
     }
 
+    /// Watches a descriptor for as long as it is readable: level-triggered.
+    pub fn watch_while_readable(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLIN, token))?)
+    }
+
+    /// Watches a connection for its end only, whatever else arrives on it: level-triggered.
+    pub fn watch_for_end(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLRDHUP, token))?)
+    }
+
     /// Stops watching a descriptor.
     pub fn forget(&self, fd: impl AsFd) -> io::Result<()> {
         Ok(self.epoll.delete(fd)?)
@@ -67,5 +80,11 @@ impl Poller {
             Err(err) => return Err(err.into()),
         };
         Ok(())
+    }
+}
+
+impl AsFd for Poller {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.0.as_fd()
     }
 }

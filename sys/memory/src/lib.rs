@@ -6,4 +6,4 @@
 pub mod ring;
 mod shared;
 
-pub use shared::{AttachError, SharedMemory};
+pub use shared::{AttachError, SharedMemory, offer};

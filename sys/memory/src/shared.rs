@@ -11,9 +11,10 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use nix::sys::stat::{Mode, fchmod};
 use nix::unistd::{SysconfVar, sysconf};
 
 /// The seals without which a peer could pull pages away from under a mapping.
@@ -46,6 +47,7 @@ const SEALS: SealFlag =
 pub struct SharedMemory {
     fd: OwnedFd,
     map: Mapping,
+    is_writable: bool,
 }
 
 /// Why a descriptor from a peer is not usable as shared memory.
@@ -82,23 +84,22 @@ impl SharedMemory {
         let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
         nix::unistd::ftruncate(&fd, len.try_into().map_err(io::Error::other)?)?;
         fcntl(&fd, FcntlArg::F_ADD_SEALS(SEALS))?;
-        let map = Mapping::new(fd.as_fd(), len)?;
-        Ok(Self { fd, map })
+        let map = Mapping::new(fd.as_fd(), len, READ_WRITE)?;
+        Ok(Self { fd, map, is_writable: true })
     }
 
     /// Maps a memory file that a peer made, after checking that it is sealed and has `len` bytes.
     pub fn attach(fd: OwnedFd, len: usize) -> Result<Self, AttachError> {
-        let seals = fcntl(&fd, FcntlArg::F_GET_SEALS).map_err(io::Error::from)?;
-        let needed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
-        if !SealFlag::from_bits_truncate(seals).contains(needed) {
-            return Err(AttachError::NotSealed { seals });
-        }
-        let size = nix::sys::stat::fstat(&fd).map_err(io::Error::from)?.st_size;
-        if len == 0 || size as u64 != len as u64 {
-            return Err(AttachError::WrongLength { expected: len, actual: size as usize });
-        }
-        let map = Mapping::new(fd.as_fd(), len)?;
-        Ok(Self { fd, map })
+        check_file(&fd, len)?;
+        let map = Mapping::new(fd.as_fd(), len, READ_WRITE)?;
+        Ok(Self { fd, map, is_writable: true })
+    }
+
+    /// As [`attach`](Self::attach), for reading only, as a descriptor for reading only allows.
+    pub fn attach_read_only(fd: OwnedFd, len: usize) -> Result<Self, AttachError> {
+        check_file(&fd, len)?;
+        let map = Mapping::new(fd.as_fd(), len, ProtFlags::PROT_READ)?;
+        Ok(Self { fd, map, is_writable: false })
     }
 
     /// Bytes in the file; never zero.
@@ -107,8 +108,14 @@ impl SharedMemory {
         self.map.len
     }
 
+    /// Whether it is mapped for writing too.
+    pub fn is_writable(&self) -> bool {
+        self.is_writable
+    }
+
     /// Where the mapping starts in this process, for a kernel that is to pin it or for code in
-    /// this crate. Page-aligned.
+    /// another language. Page-aligned. A write faults unless it
+    /// [`is_writable`](Self::is_writable).
     pub fn address(&self) -> *mut u8 {
         self.map.base.as_ptr()
     }
@@ -130,13 +137,15 @@ impl SharedMemory {
         compiler_fence(Ordering::SeqCst);
     }
 
-    /// Copies bytes in. Panics when the range is not inside the memory.
+    /// Copies bytes in. Panics when the range is not inside the memory, or the memory is mapped
+    /// for reading only.
     #[inline]
     pub fn write_at(&self, offset: usize, data: &[u8]) {
         self.check(offset, data.len());
+        assert!(self.is_writable, "writing to memory that is mapped for reading only");
         // SAFETY: `check` showed that `offset` is inside the mapping.
         let target = unsafe { self.map.base.add(offset) };
-        // SAFETY: as in `read_at`, with the roles exchanged.
+        // SAFETY: as in `read_at`, with the roles exchanged; it is mapped for writing.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target.as_ptr(), data.len()) }
     }
 
@@ -162,6 +171,42 @@ impl AsRawFd for SharedMemory {
     }
 }
 
+const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
+/// The length of a sealed memory file, and a descriptor of it to give away: for reading only if
+/// the receiver may not write.
+///
+/// Reading only holds against a receiver that is neither the file's owner nor root: those may open
+/// the file anew.
+///
+/// Errors: `NotSealed`; `WrongLength` for an empty file; `Map` for what the kernel says.
+pub fn offer(fd: OwnedFd, read_only: bool) -> Result<(OwnedFd, usize), AttachError> {
+    let len = nix::sys::stat::fstat(&fd).map_err(io::Error::from)?.st_size as usize;
+    check_file(&fd, len)?;
+    if !read_only {
+        return Ok((fd, len));
+    }
+    // Memory files are made for everybody, and whoever has one may open it by its descriptor.
+    fchmod(&fd, Mode::S_IRUSR | Mode::S_IWUSR).map_err(io::Error::from)?;
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
+    let reading = open(path.as_str(), flags, Mode::empty()).map_err(io::Error::from)?;
+    Ok((reading, len))
+}
+
+fn check_file(fd: &OwnedFd, len: usize) -> Result<(), AttachError> {
+    let seals = fcntl(fd, FcntlArg::F_GET_SEALS).map_err(io::Error::from)?;
+    let needed = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW;
+    if !SealFlag::from_bits_truncate(seals).contains(needed) {
+        return Err(AttachError::NotSealed { seals });
+    }
+    let size = nix::sys::stat::fstat(fd).map_err(io::Error::from)?.st_size;
+    if len == 0 || size as u64 != len as u64 {
+        return Err(AttachError::WrongLength { expected: len, actual: size as usize });
+    }
+    Ok(())
+}
+
 /// The whole pages of a file in our address space, and a page behind them that nobody may touch.
 #[derive(Debug)]
 struct Mapping {
@@ -173,7 +218,7 @@ struct Mapping {
 }
 
 impl Mapping {
-    fn new(fd: BorrowedFd<'_>, len: usize) -> io::Result<Self> {
+    fn new(fd: BorrowedFd<'_>, len: usize, rights: ProtFlags) -> io::Result<Self> {
         let too_long = || io::Error::from(nix::Error::ENOMEM);
         let page = sysconf(SysconfVar::PAGE_SIZE)?.expect("Linux has a page size") as usize;
         let pages = len.checked_next_multiple_of(page).and_then(NonZeroUsize::new);
@@ -186,7 +231,6 @@ impl Mapping {
         // From here on the address space is released on every way out.
         let mapping = Self { base: start.cast(), len, reserved };
 
-        let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
         let at = NonZeroUsize::new(start.as_ptr().addr());
         // SAFETY:
@@ -241,6 +285,42 @@ mod tests {
         let fd = ours.as_fd().try_clone_to_owned().unwrap();
         let err = SharedMemory::attach(fd, 200).unwrap_err();
         assert_eq!(err.to_string(), "memory file has 100 bytes, 200 were announced");
+    }
+
+    #[test]
+    fn memory_that_is_offered_for_reading_can_be_read_and_not_mapped_for_writing() {
+        let ours = SharedMemory::create(c"offered", 100).unwrap();
+        ours.write_at(0, b"hello");
+        let file = || ours.as_fd().try_clone_to_owned().unwrap();
+        let (reading, len) = offer(file(), true).unwrap();
+        assert_eq!(len, 100);
+
+        let again = reading.try_clone().unwrap();
+        let refused = SharedMemory::attach(again, len).unwrap_err();
+        let AttachError::Map(err) = refused else { panic!("{refused:?}") };
+        assert_eq!(err.kind(), io::ErrorKind::PermissionDenied);
+        let theirs = SharedMemory::attach_read_only(reading, len).unwrap();
+        let mut seen = [0; 5];
+        theirs.read_at(0, &mut seen);
+        assert_eq!((&seen, theirs.is_writable()), (b"hello", false));
+
+        let byte = theirs.address().cast::<c_void>();
+        // SAFETY: the kernel checks the address itself and answers EFAULT for one that it may not
+        // write.
+        let read = unsafe { libc::getrandom(byte, 1, 0) };
+        assert_eq!((read, nix::Error::last()), (-1, nix::Error::EFAULT), "the MMU says no");
+
+        let (both, len) = offer(file(), false).unwrap();
+        assert!(SharedMemory::attach(both, len).unwrap().is_writable());
+    }
+
+    #[test]
+    fn what_is_no_sealed_memory_is_not_offered() {
+        let fd = memfd_create(c"loose", MFdFlags::MFD_CLOEXEC).unwrap();
+        nix::unistd::ftruncate(&fd, 100).unwrap();
+        assert!(matches!(offer(fd, false), Err(AttachError::NotSealed { .. })));
+        let (read, _write) = nix::unistd::pipe().unwrap();
+        assert!(matches!(offer(read, true), Err(AttachError::Map(_))));
     }
 
     #[test]

@@ -39,7 +39,22 @@ iohost_interface::interface! {
 
         /// Is never answered while the driver runs.
         9 => fn hold();
+
+        /// Bytes of its memory.
+        10 => fn peek(memory: u64, offset: u32, len: u32) -> Vec<u8>;
+
+        /// Writes bytes of its memory.
+        11 => fn poke(memory: u64, offset: u32, data: Vec<u8>);
     }
 
     queues {}
 }
+
+/// Memory that clients may write.
+pub const SHARED: u64 = 0;
+
+/// Memory that clients may read.
+pub const PUBLISHED: u64 = 1;
+
+/// Bytes of each; no multiple of a page.
+pub const MEMORY_BYTES: usize = 10_000;

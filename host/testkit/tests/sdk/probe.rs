@@ -248,6 +248,10 @@ struct Untyped(Arc<dyn Caller>);
 impl InterfaceClient for Untyped {
     const NAME: &'static str = "probe";
 
+    fn description() -> String {
+        "interface probe\n".to_owned()
+    }
+
     fn new(caller: Arc<dyn Caller>) -> Self {
         Self(caller)
     }

@@ -1,0 +1,70 @@
+//! News of services: a driver that ended, and why, and one that is there again.
+
+use std::time::Duration;
+
+use iohost_control::socket::GuardedSocket;
+use iohost_control::varlink::{ServiceEvent, begin_watch, next_event};
+use smol::{Timer, block_on, future};
+use zlink::Connection;
+
+use crate::ClientError;
+use crate::daemon::{broken, refused};
+
+/// News of services, in order: first those that run already, as `Began`, then each one that begins
+/// or ends. One that restarts ends, with the reason, and begins with a higher incarnation.
+///
+/// The end of a driver ends its sessions as well, but there it has no reason (`OFFLINE`). After
+/// `Began` a new session can be opened.
+///
+/// Not read for a long time (1024 events), it ends with `Broken`, as it does when the daemon ends.
+#[derive(Debug)]
+pub struct ServiceWatch(AsyncServiceWatch);
+
+/// [`ServiceWatch`] for any executor.
+#[derive(Debug)]
+pub struct AsyncServiceWatch {
+    connection: Connection<GuardedSocket>,
+}
+
+impl ServiceWatch {
+    /// Waits for the next event.
+    ///
+    /// Errors: `Broken` when the daemon ended, `Refused` when it is about to.
+    pub fn next_event(&mut self) -> Result<ServiceEvent, ClientError> {
+        block_on(self.0.next_event())
+    }
+
+    /// As [`next_event`](Self::next_event), but `None` when nothing happened within `timeout`; nothing is lost
+    /// then.
+    pub fn next_event_within(
+        &mut self,
+        timeout: Duration,
+    ) -> Result<Option<ServiceEvent>, ClientError> {
+        let next = async { self.0.next_event().await.map(Some) };
+        block_on(future::or(next, async {
+            Timer::after(timeout).await;
+            Ok(None)
+        }))
+    }
+}
+
+impl From<AsyncServiceWatch> for ServiceWatch {
+    fn from(watch: AsyncServiceWatch) -> Self {
+        Self(watch)
+    }
+}
+
+impl AsyncServiceWatch {
+    pub(crate) async fn begin(
+        mut connection: Connection<GuardedSocket>,
+    ) -> Result<Self, ClientError> {
+        begin_watch(&mut connection).await.map_err(broken)?;
+        Ok(Self { connection })
+    }
+
+    /// The next event. A future that is dropped before it is ready has taken none. Errors: as
+    /// [`ServiceWatch::next_event`].
+    pub async fn next_event(&mut self) -> Result<ServiceEvent, ClientError> {
+        next_event(&mut self.connection).await.map_err(broken)?.map_err(refused)
+    }
+}
