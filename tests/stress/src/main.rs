@@ -56,7 +56,7 @@ fn main() -> ExitCode {
     let seed = options.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
     println!("stress: seed {seed}, {} s", options.seconds);
     witness::silence_meant_panics();
-    watchdog::start(seed);
+    watchdog::start();
 
     let tally = Tally::default();
     let started = Instant::now();

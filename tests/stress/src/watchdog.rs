@@ -33,7 +33,7 @@ pub fn at(step: &'static str) {
 }
 
 /// Watches until the process ends.
-pub fn start(_seed: u64) {
+pub fn start() {
     let watch = || {
         let (mut seen, mut still) = (0, Duration::ZERO);
         loop {

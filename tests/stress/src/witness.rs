@@ -32,7 +32,6 @@ impl Witness {
     }
 
     /// Ends the run unless the promise was kept.
-    #[track_caller]
     pub fn check(&self, kept: bool, promise: impl FnOnce() -> String) {
         if !kept {
             self.broken(promise());
