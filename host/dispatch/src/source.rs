@@ -105,7 +105,7 @@ impl<F: AsFd + Send + Sync + 'static> Deliver for Feed<F> {
         // exchange, which therefore sees it, and so does the handler. A plain store would not say.
         self.scheduled.swap(false, AcqRel);
         // A handler that sleeps on its queue is called once more after it returned.
-        if let Ok(handler) = self.handler.start(|| self.became_ready()) {
+        if let Ok(handler) = self.handler.start(|| self.became_ready(Then::Schedule)) {
             handler.call(());
         }
     }

@@ -11,11 +11,11 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
-use iohost_dispatch::{Clock, Queue, QueueOptions};
+use iohost_dispatch::{Clock, Owner, Queue, QueueOptions};
 use iohost_interface::IOReturn;
 
 use crate::tally::Tally;
-use crate::witness::Witness;
+use crate::witness::{MEANT, Witness, broken};
 
 /// What all subjects of a round share.
 #[derive(Debug, Default)]
@@ -126,6 +126,15 @@ impl Ledger {
 
     pub fn is_ending(&self) -> bool {
         self.ending.load(SeqCst)
+    }
+}
+
+impl Owner for Ledger {
+    fn failed(&self, queue: &str, reason: &str) {
+        if reason != MEANT {
+            broken(format_args!("nobody means this panic on {queue}: {reason}"));
+        }
+        self.tally.panics_told.one();
     }
 }
 

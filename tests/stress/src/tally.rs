@@ -41,7 +41,7 @@ tally! {
     inline: "sync calls on a held queue",
     aborted: "sync calls told ABORTED",
     panics_meant: "panics in blocks",
-    panics_told: "panics told to the engine's hook",
+    panics_told: "panics told to the queues' owner",
     slept: "sleeps ended by a wakeup",
     timed_out: "sleeps ended by their deadline",
     sleeps_aborted: "sleeps ended by a cancel",

@@ -27,7 +27,7 @@ pub struct World {
 impl World {
     pub fn new(engine: &Engine, ledger: &Arc<Ledger>, rng: &mut Rng) -> Arc<Self> {
         let (homes, others) = (rng.usize(2..=4), rng.usize(1..=4));
-        let make = |name: &str, options| Queue::create(engine, name, options);
+        let make = |name: &str, options| Queue::create_for(ledger.clone(), engine, name, options);
         let slots: Vec<_> = (0..homes + others)
             .map(|rank| {
                 // One of each kind stays.
