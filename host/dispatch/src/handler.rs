@@ -12,68 +12,90 @@ pub(crate) struct HandlerSlot<E> {
     slot: Mutex<Slot<E>>,
 }
 
-enum Slot<E> {
-    Empty,
-    Present(Handler<E>),
-    /// On its queue, taken out so that it may replace or drop itself. What is put in meanwhile
-    /// stays; the one that runs is dropped when it returns.
+/// A handler that runs is taken out, so that it may replace or drop itself.
+struct Slot<E> {
+    handler: Option<Handler<E>>,
+    running: bool,
+    /// While it ran another one was put in its place, or none.
+    replaced: bool,
+    /// While it ran another call was due.
+    missed: bool,
+}
+
+/// Why a handler cannot be called.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum NotNow {
+    /// There is none.
+    Absent,
+    /// It gave its queue up in a sleep and has not returned.
     Running,
 }
 
 impl<E> HandlerSlot<E> {
     pub(crate) fn new(handler: Option<Handler<E>>) -> Self {
-        Self { slot: Mutex::new(handler.map_or(Slot::Empty, Slot::Present)) }
+        Self { slot: Mutex::new(Slot { handler, running: false, replaced: false, missed: false }) }
     }
 
     /// Whether a handler is there, or runs.
     pub(crate) fn is_set(&self) -> bool {
-        !matches!(*self.slot.lock().expect(NO_PANIC), Slot::Empty)
+        let slot = self.slot.lock().expect(NO_PANIC);
+        slot.handler.is_some() || (slot.running && !slot.replaced)
     }
 
     /// Puts another handler in place, or none. The old one is dropped, after it returned if it
     /// runs now.
     pub(crate) fn replace(&self, handler: Option<Handler<E>>) {
-        let new = handler.map_or(Slot::Empty, Slot::Present);
-        let old = std::mem::replace(&mut *self.slot.lock().expect(NO_PANIC), new);
+        let mut slot = self.slot.lock().expect(NO_PANIC);
+        let old = std::mem::replace(&mut slot.handler, handler);
+        slot.replaced = slot.running;
+        drop(slot);
         // Not under the lock: a handler can own anything, also its own source.
         drop(old);
     }
 
-    /// Calls the handler; `false` when there is none. Called on the source's queue only, so no
-    /// two calls meet.
-    pub(crate) fn call(&self, event: E) -> bool {
-        let taken = {
-            let mut slot = self.slot.lock().expect(NO_PANIC);
-            match std::mem::replace(&mut *slot, Slot::Running) {
-                Slot::Present(handler) => handler,
-                other => {
-                    *slot = other;
-                    return false;
-                }
-            }
-        };
-        let mut running = Running { slot: self, handler: Some(taken) };
-        if let Some(handler) = &mut running.handler {
-            handler(event);
+    /// Takes the handler for a call. `again` is called after it, also after a panic, if another
+    /// one found it running meanwhile.
+    pub(crate) fn start<A: FnOnce()>(&self, again: A) -> Result<Running<'_, E, A>, NotNow> {
+        let mut slot = self.slot.lock().expect(NO_PANIC);
+        if slot.running {
+            slot.missed = true;
+            return Err(NotNow::Running);
         }
-        true
+        let handler = slot.handler.take().ok_or(NotNow::Absent)?;
+        (slot.running, slot.replaced) = (true, false);
+        drop(slot);
+        Ok(Running { slot: self, handler: Some(handler), again: Some(again) })
     }
 }
 
-/// Puts a handler back when it returns or panics.
-struct Running<'a, E> {
+/// A handler that was taken for a call. Put back on drop.
+pub(crate) struct Running<'a, E, A: FnOnce()> {
     slot: &'a HandlerSlot<E>,
     handler: Option<Handler<E>>,
+    again: Option<A>,
 }
 
-impl<E> Drop for Running<'_, E> {
+impl<E, A: FnOnce()> Running<'_, E, A> {
+    pub(crate) fn call(mut self, event: E) {
+        if let Some(handler) = &mut self.handler {
+            handler(event);
+        }
+    }
+}
+
+impl<E, A: FnOnce()> Drop for Running<'_, E, A> {
     fn drop(&mut self) {
         let mut slot = self.slot.slot.lock().expect(NO_PANIC);
-        if matches!(*slot, Slot::Running)
-            && let Some(handler) = self.handler.take()
-        {
-            *slot = Slot::Present(handler);
+        slot.running = false;
+        if !slot.replaced {
+            slot.handler = self.handler.take();
         }
-        // A handler that was replaced meanwhile goes with `self`, after the lock.
+        let missed = std::mem::take(&mut slot.missed);
+        drop(slot);
+        // A handler that was replaced meanwhile goes here, not under the lock.
+        self.handler = None;
+        if let Some(again) = self.again.take().filter(|_| missed) {
+            again();
+        }
     }
 }

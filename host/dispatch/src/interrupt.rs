@@ -157,8 +157,11 @@ impl InterruptSource {
 impl InterruptCore {
     /// On the queue: one call for all that came.
     fn deliver(&self) {
+        // Taken before the count is, so that it cannot go meanwhile and the count with it. Nobody
+        // finds it running: the source of the descriptor makes one call at a time.
+        let Ok(handler) = self.handler.start(|| ()) else { return };
         let mut state = self.state.lock().expect(NO_PANIC);
-        if !state.enabled || !self.handler.is_set() {
+        if !state.enabled {
             return;
         }
         self.collect(&mut state);
@@ -166,7 +169,7 @@ impl InterruptCore {
         state.undelivered = 0;
         drop(state);
         if event.count > 0 {
-            self.handler.call(event);
+            handler.call(event);
         }
         self.unmask();
     }

@@ -104,7 +104,10 @@ impl<F: AsFd + Send + Sync + 'static> Deliver for Feed<F> {
         // [event] pairs with `became_ready`: an event that found the flag set came before this
         // exchange, which therefore sees it, and so does the handler. A plain store would not say.
         self.scheduled.swap(false, AcqRel);
-        self.handler.call(());
+        // A handler that sleeps on its queue is called once more after it returned.
+        if let Ok(handler) = self.handler.start(|| self.became_ready(Then::Schedule)) {
+            handler.call(());
+        }
     }
 }
 

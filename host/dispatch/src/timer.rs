@@ -7,7 +7,7 @@ use iohost_event::Clock;
 use iohost_interface::IOReturn;
 
 use crate::deadlines::{Armed, Deadline, Expire};
-use crate::handler::{Handler, HandlerSlot};
+use crate::handler::{Handler, HandlerSlot, NotNow};
 use crate::queue::{Deliver, Item};
 use crate::{Block, NO_PANIC, Queue};
 
@@ -164,6 +164,14 @@ impl TimerCore {
     }
 }
 
+impl TimerCore {
+    fn schedule(&self) {
+        if let Some(this) = self.this.upgrade() {
+            self.queue.core().push(Item::Delivery(this));
+        }
+    }
+}
+
 impl Expire for TimerCore {
     fn expired(&self, generation: u64) {
         let mut state = self.state.lock().expect(NO_PANIC);
@@ -174,21 +182,26 @@ impl Expire for TimerCore {
         state.armed = None;
         state.expired = Some(generation);
         drop(state);
-        if let Some(this) = self.this.upgrade() {
-            self.queue.core().push(Item::Delivery(this));
-        }
+        self.schedule();
     }
 }
 
 impl Deliver for TimerCore {
     fn deliver(&self) {
+        let handler = self.handler.start(|| self.schedule());
+        if handler.as_ref().err() == Some(&NotNow::Running) {
+            // It sleeps on its queue; the expiration stays for when it returned.
+            return;
+        }
         let mut state = self.state.lock().expect(NO_PANIC);
         if state.expired.take() != Some(state.generation) || !state.enabled {
             return;
         }
         state.wanted = None;
         drop(state);
-        self.handler.call(self.queue.engine().deadlines.now(Clock::Uptime));
+        if let Ok(handler) = handler {
+            handler.call(self.queue.engine().deadlines.now(Clock::Uptime));
+        }
     }
 }
 

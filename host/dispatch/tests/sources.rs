@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use iohost_dispatch::{
-    Clock, Engine, EngineClock, InterruptEvent, InterruptLine, InterruptSource, Queue,
-    QueueOptions, Signal, TimerSource,
+    Clock, DescriptorSource, Engine, EngineClock, InterruptEvent, InterruptLine, InterruptSource,
+    Queue, QueueOptions, Signal, TimerSource,
 };
 use iohost_interface::IOReturn;
 
@@ -309,4 +309,91 @@ fn an_interrupt_that_was_looked_at_before_it_was_delivered_is_delivered() {
     signal.raise();
     assert_eq!(source.last_interrupt().count, 1);
     assert_eq!(bench.settled(), ["count 1"]);
+}
+
+/// A reentrant queue whose handlers can sleep, on which a block wakes them in turn.
+fn reentrant(bench: &Bench) -> Queue {
+    Queue::create(&bench.engine, "reentrant", QueueOptions { reentrant: true }).unwrap()
+}
+
+#[test]
+fn an_interrupt_while_its_handler_sleeps_is_delivered_once_the_handler_returned() {
+    let bench = Bench::new();
+    let queue = reentrant(&bench);
+    let signal = Arc::new(Signal::new().unwrap());
+    let (seen, raised, on) = (bench.seen.clone(), signal.clone(), queue.clone());
+    let source = InterruptSource::create(
+        &queue,
+        signal.clone(),
+        InterruptLine::Edge,
+        Clock::Uptime,
+        move |event| {
+            let first = seen.lock().unwrap().is_empty();
+            seen.lock().unwrap().push(format!("count {}", event.count));
+            if first {
+                raised.raise();
+                // Sent twice, so that the interrupt is looked at before the wakeup.
+                let (waker, relay) = (on.clone(), on.clone());
+                on.dispatch_async(move || {
+                    relay.dispatch_async(move || assert_eq!(waker.wakeup(7), Ok(true)));
+                });
+                assert_eq!(on.sleep(7, None), Ok(()));
+                seen.lock().unwrap().push("returned".to_owned());
+            }
+        },
+    )
+    .unwrap();
+    source.set_enable(true, None).unwrap();
+    signal.raise();
+    assert_eq!(bench.settled(), ["count 1", "returned", "count 1"]);
+}
+
+#[test]
+fn a_timer_that_expires_while_its_handler_sleeps_fires_once_the_handler_returned() {
+    let bench = Bench::new();
+    let queue = reentrant(&bench);
+    let (seen, on) = (bench.seen.clone(), queue.clone());
+    let timer: Arc<Mutex<Option<TimerSource>>> = Arc::default();
+    let again = timer.clone();
+    *timer.lock().unwrap() = Some(TimerSource::create(&queue, move |_| {
+        let first = seen.lock().unwrap().is_empty();
+        seen.lock().unwrap().push("fired".to_owned());
+        if first {
+            again.lock().unwrap().as_ref().unwrap().wake_at(Clock::Uptime, 1, 0).unwrap();
+            let (waker, relay) = (on.clone(), on.clone());
+            on.dispatch_async(move || {
+                relay.dispatch_async(move || assert_eq!(waker.wakeup(7), Ok(true)));
+            });
+            assert_eq!(on.sleep(7, None), Ok(()));
+            seen.lock().unwrap().push("returned".to_owned());
+        }
+    }));
+    timer.lock().unwrap().as_ref().unwrap().wake_at(Clock::Uptime, 1, 0).unwrap();
+    assert_eq!(bench.settled(), ["fired", "returned", "fired"]);
+    timer.lock().unwrap().take();
+}
+
+#[test]
+fn a_descriptor_event_while_its_handler_panics_asleep_is_not_forgotten() {
+    let bench = Bench::new();
+    let queue = reentrant(&bench);
+    let signal = Arc::new(Signal::new().unwrap());
+    let (seen, raised, on) = (bench.seen.clone(), signal.clone(), queue.clone());
+    let source = DescriptorSource::create(&queue, signal.clone(), move || {
+        let first = seen.lock().unwrap().is_empty();
+        seen.lock().unwrap().push(format!("took {}", raised.take()));
+        if first {
+            raised.raise();
+            let (waker, relay) = (on.clone(), on.clone());
+            on.dispatch_async(move || {
+                relay.dispatch_async(move || assert_eq!(waker.wakeup(7), Ok(true)));
+            });
+            assert_eq!(on.sleep(7, None), Ok(()));
+            panic!("a handler that panics");
+        }
+    })
+    .unwrap();
+    signal.raise();
+    assert_eq!(bench.settled(), ["took 1", "took 1"]);
+    drop(source);
 }
