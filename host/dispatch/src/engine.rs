@@ -175,7 +175,16 @@ impl fmt::Debug for Engine {
 
 impl Drop for Engine {
     fn drop(&mut self) {
-        self.shared.ready.lock().expect(NO_PANIC).stopping = true;
+        // What waits holds its queue, and the ready list does: nothing of it would ever be freed.
+        // It goes before the workers do, since one of them may wait for a turn in it.
+        let work = {
+            let mut ready = self.shared.ready.lock().expect(NO_PANIC);
+            ready.stopping = true;
+            std::mem::take(&mut ready.work)
+        };
+        work.into_iter().for_each(Runnable::abandon);
+        // Nobody is left to wake those who sleep, nor to see their deadlines pass.
+        self.shared.abort_sleepers();
         self.shared.parking.notify_all();
         // Each worker that leaves wakes the next one.
         self.shared.bell.raise();
@@ -185,9 +194,6 @@ impl Drop for Engine {
                 let _ = worker.join();
             }
         }
-        // What waits holds its queue, and the ready list does: nothing of it would ever be freed.
-        let work = std::mem::take(&mut self.shared.ready.lock().expect(NO_PANIC).work);
-        work.into_iter().for_each(Runnable::abandon);
     }
 }
 
@@ -239,6 +245,12 @@ impl Shared {
             }
             if worker == Worker::StandIn && ready.blocked == 0 {
                 ready.workers -= 1;
+                // It may have been released to wait for events: then another one has to.
+                if ready.polling == 0 && ready.parked > ready.released {
+                    ready.released += 1;
+                    drop(ready);
+                    self.parking.notify_one();
+                }
                 return;
             }
             if ready.polling < POLLERS {
@@ -435,6 +447,17 @@ impl Shared {
             queues.retain(|queue| queue.strong_count() > 0);
         }
         queues.push(Arc::downgrade(queue));
+    }
+
+    fn abort_sleepers(&self) {
+        let queues = self.queues.lock().expect(NO_PANIC);
+        let queues: Vec<_> = queues.iter().filter_map(Weak::upgrade).collect();
+        queues.iter().for_each(|queue| queue.sleepers.abort());
+    }
+
+    /// Whether the engine is being dropped, or was.
+    pub(crate) fn is_stopping(&self) -> bool {
+        self.ready.lock().expect(NO_PANIC).stopping
     }
 
     /// The name of a queue that is alive, by the address of its core.

@@ -231,6 +231,10 @@ impl Queue {
         }
         // Registered before the queue is given up, so no wakeup is lost.
         let sleeper = self.core.sleepers.add(event);
+        // A cancel, or the engine's end, that came before could not end this sleep.
+        if self.core.word.is_cancelled() || self.core.engine.is_stopping() {
+            sleeper.baton().end(Turn::Cancelled);
+        }
         let deadlines = &self.core.engine.deadlines;
         let timer = deadline.map(|(clock, at)| sleeper.end_at(deadlines, clock, at));
         self.core.put_down();
@@ -238,7 +242,10 @@ impl Queue {
         timer.into_iter().for_each(|armed| deadlines.disarm(armed));
         let turn = sleeper.baton().turn();
         self.core.sleepers.remove(&sleeper);
-        self.core.take()?;
+        if turn == Turn::Cancelled && self.core.engine.is_stopping() {
+            return Err(IOReturn::ABORTED);
+        }
+        self.core.take_again()?;
         held::pick_up(self.core.address());
         match turn {
             Turn::Granted => Ok(()),
@@ -369,9 +376,14 @@ impl QueueCore {
         self.engine.make_ready(self.clone());
     }
 
-    /// Becomes the running thread of the queue.
-    fn take(self: &Arc<Self>) -> Result<(), IOReturn> {
-        if self.word.take_if_idle() { Ok(()) } else { self.take_in_turn() }
+    /// Becomes the running thread of the queue again, after a sleep.
+    fn take_again(self: &Arc<Self>) -> Result<(), IOReturn> {
+        if !self.word.take_if_idle() {
+            self.take_in_turn()?;
+            // The return stood on the queue, and is no item that was sent.
+            self.inbox.lock().expect(NO_PANIC).pushed -= 1;
+        }
+        Ok(())
     }
 
     /// Becomes the running thread of the queue, behind what waits.
@@ -452,6 +464,10 @@ impl QueueCore {
     /// Takes all there is, and of that the first.
     fn next_batch(&self, batch: &Batch) -> Option<Item> {
         let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        if self.word.is_cancelled() {
+            // Since this thread looked: the handlers are still to be run.
+            return None;
+        }
         batch.swap(&mut inbox.items);
         self.word.clear_pending();
         drop(inbox);
@@ -503,6 +519,10 @@ impl QueueCore {
         let mut turn = self.turn.lock().expect(NO_PANIC);
         if turn.items.is_empty() || self.word.is_pending() {
             let mut inbox = self.inbox.lock().expect(NO_PANIC);
+            if self.word.is_cancelled() {
+                // Since this thread looked: the handlers are still to be run.
+                return None;
+            }
             turn.items.append(&mut inbox.items);
             self.word.clear_pending();
         }
@@ -524,28 +544,36 @@ impl QueueCore {
     fn start_concurrent(self: &Arc<Self>, block: Closure) {
         self.turn.lock().expect(NO_PANIC).concurrent += 1;
         self.word.set_shared(true);
-        let core = self.clone();
+        let beside = Beside(self.clone());
         self.engine.run_soon(Closure::new(move || {
-            let core = &core;
+            let core = &beside.0;
             let start = ticks();
             held::pick_up_beside(core.address());
             core.guarded(|| block.run());
             held::lay_down(core.address());
-            let mut turn = core.turn.lock().expect(NO_PANIC);
+            let _turn = core.turn.lock().expect(NO_PANIC);
             core.numbers.count_run();
             core.numbers.note_time(ticks().saturating_sub(start));
-            turn.concurrent -= 1;
-            if turn.concurrent == 0 {
-                core.word.set_shared(false);
-                let cancelled = core.word.is_cancelled();
-                let more = !turn.items.is_empty() || cancelled;
-                drop(turn);
-                if more {
-                    core.word.set_pending();
-                    core.schedule();
-                }
-            }
         }));
+    }
+
+    /// A concurrent block has run, or its engine has gone.
+    fn end_concurrent(self: &Arc<Self>) {
+        let mut turn = self.turn.lock().expect(NO_PANIC);
+        turn.concurrent -= 1;
+        if turn.concurrent > 0 {
+            return;
+        }
+        let more = !turn.items.is_empty() || self.word.is_cancelled();
+        if more {
+            // Before `SHARED` goes: with neither, a sync call would overtake what is left.
+            self.word.set_pending();
+        }
+        self.word.set_shared(false);
+        drop(turn);
+        if more {
+            self.schedule();
+        }
     }
 
     /// Drops what waits, then runs the cancel handlers, one after the other.
@@ -676,6 +704,15 @@ impl Item {
         if let Item::Baton(baton) = self {
             baton.end(Turn::Cancelled);
         }
+    }
+}
+
+/// A concurrent block that runs or will; ended on drop.
+struct Beside(Arc<QueueCore>);
+
+impl Drop for Beside {
+    fn drop(&mut self) {
+        self.0.end_concurrent();
     }
 }
 
