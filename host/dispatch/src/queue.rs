@@ -106,6 +106,8 @@ pub(crate) enum Item {
     /// A source with something to deliver; it looks itself what that is.
     Delivery(Arc<dyn Deliver>),
     Baton(Arc<Baton>),
+    /// The place of one that has run, in a batch.
+    Ran,
 }
 
 /// A source, seen from its queue.
@@ -177,6 +179,7 @@ impl Queue {
 
     /// Appends work and returns; it never runs inside this call. Callable from any thread.
     /// After [`cancel`](Self::cancel) the work is dropped unrun and counted.
+    #[inline]
     pub fn dispatch_async(&self, block: impl FnOnce() + Send + 'static) {
         self.core.push(Item::Block(Closure::new(block)));
     }
@@ -334,12 +337,18 @@ impl fmt::Debug for Queue {
 
 impl QueueCore {
     /// Appends an item, and has the queue run if nobody sees to that yet.
+    #[inline]
     pub(crate) fn push(self: &Arc<Self>, item: Item) {
         if batch::is_of(self.address()) && self.word.is_quiet() {
             // Nothing that came before waits in the inbox.
             self.numbers.count_own_push();
-            return batch::push(item);
+            batch::push(item);
+        } else {
+            self.push_to_inbox(item);
         }
+    }
+
+    fn push_to_inbox(self: &Arc<Self>, item: Item) {
         let mut inbox = self.inbox.lock().expect(NO_PANIC);
         if self.word.is_cancelled() {
             inbox.dropped += 1;
@@ -435,22 +444,31 @@ impl QueueCore {
 
     /// Runs items of a plain queue.
     fn run_batch(self: &Arc<Self>, held: &Holding<'_>, watch: &mut Stopwatch<'_>) {
-        let batch = Batch::of(self.address());
+        let mut batch = Batch::of(self.address());
         for _ in 0..TURN {
             if self.word.is_cancelled() {
                 let mut left = VecDeque::new();
-                batch.swap(&mut left);
+                batch.put_before(&mut left);
                 return self.run_cancelled(left);
             }
-            let mut next = batch.pop().or_else(|| self.next_batch(&batch));
-            match next {
-                None => return,
-                Some(Item::Block(ref mut block)) => self.guarded(|| block.run_in_place()),
-                Some(Item::Delivery(ref source)) => self.guarded(|| source.deliver()),
-                Some(Item::Concurrent(_)) => unreachable!("refused on a plain queue"),
-                Some(Item::Baton(ref baton)) => {
-                    self.leave(&batch);
-                    if held.pass_on(baton) {
+            let Some(item) = batch.next() else {
+                if self.refill(&mut batch) {
+                    continue;
+                }
+                return;
+            };
+            match item {
+                Item::Block(block) => self.guarded(|| block.run_in_place()),
+                Item::Delivery(source) => {
+                    self.guarded(|| source.deliver());
+                    // Not kept until the batch is through: it owns a descriptor.
+                    *item = Item::Ran;
+                }
+                Item::Concurrent(_) | Item::Ran => unreachable!("never on a plain queue"),
+                Item::Baton(baton) => {
+                    let baton = baton.clone();
+                    self.leave(&mut batch);
+                    if held.pass_on(&baton) {
                         return;
                     }
                     continue;
@@ -458,24 +476,24 @@ impl QueueCore {
             }
             watch.item_ran(ticks);
         }
-        self.leave(&batch);
+        self.leave(&mut batch);
     }
 
-    /// Takes all there is, and of that the first.
-    fn next_batch(&self, batch: &Batch) -> Option<Item> {
+    /// Takes all there is. `false` when there is nothing.
+    fn refill(&self, batch: &mut Batch) -> bool {
         let mut inbox = self.inbox.lock().expect(NO_PANIC);
         if self.word.is_cancelled() {
             // Since this thread looked: the handlers are still to be run.
-            return None;
+            return false;
         }
-        batch.swap(&mut inbox.items);
         self.word.clear_pending();
-        drop(inbox);
-        batch.pop()
+        let some = !inbox.items.is_empty();
+        batch.take_all(&mut inbox.items);
+        some
     }
 
     /// Leaves a batch for the next turn, in front of what is there.
-    fn leave(&self, batch: &Batch) {
+    fn leave(&self, batch: &mut Batch) {
         let mut inbox = self.inbox.lock().expect(NO_PANIC);
         batch.put_before(&mut inbox.items);
         if !inbox.items.is_empty() {
@@ -497,6 +515,7 @@ impl QueueCore {
                     self.start_concurrent(block);
                     continue;
                 }
+                Item::Ran => unreachable!("only in batches"),
                 Item::Baton(baton) => {
                     self.leave_turn();
                     if held.pass_on(&baton) {

@@ -36,6 +36,7 @@ unsafe impl Send for Closure {}
 impl Closure {
     /// Keeps a closure, in a box if it has more than [`INLINE_WORDS`] words or needs a larger
     /// alignment than a word's.
+    #[inline]
     pub fn new<F: FnOnce() + Send + 'static>(closure: F) -> Self {
         if size_of::<F>() <= size_of::<Space>() && align_of::<F>() <= align_of::<Space>() {
             Self::inline(closure)
@@ -60,6 +61,7 @@ impl Closure {
     }
 
     /// `F` fits into the space.
+    #[inline]
     fn inline<F: FnOnce() + Send + 'static>(closure: F) -> Self {
         assert!(size_of::<F>() <= size_of::<Space>() && align_of::<F>() <= align_of::<Space>());
         let mut space = Space::uninit();

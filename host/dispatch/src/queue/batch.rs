@@ -1,7 +1,7 @@
 //! The items that the calling thread took from a plain queue and runs now.
 //!
-//! They stand with the thread, not with the queue: nobody else may have them, so no lock is
-//! needed, also not for what an item adds to its own queue.
+//! They belong to the thread, so no lock is needed, also not for what an item adds to its own
+//! queue. They run where they lie: moving an item costs as much as a short one takes.
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -9,58 +9,83 @@ use std::collections::VecDeque;
 use super::Item;
 
 thread_local! {
-    /// The address of the queue's core; 0: this thread runs no plain queue.
+    /// The address of the core of the queue that this thread runs; 0: it runs no plain queue.
     static QUEUE: Cell<usize> = const { Cell::new(0) };
-    static ITEMS: RefCell<VecDeque<Item>> = const { RefCell::new(VecDeque::new()) };
+    /// What the items of that queue added to it, behind the batch.
+    static ADDED: RefCell<VecDeque<Item>> = const { RefCell::new(VecDeque::new()) };
+    /// A list for the next batch, so that not every turn allocates one.
+    static SPARE: RefCell<VecDeque<Item>> = const { RefCell::new(VecDeque::new()) };
 }
 
-/// This thread runs a queue. Empty when it is dropped: what is left goes back before.
+/// Items in the hands of the thread that runs a plain queue. Those before `next` have run.
 pub(super) struct Batch {
-    /// The batch of the queue further out, in whose work a thread of a manual engine runs this one.
+    items: VecDeque<Item>,
+    next: usize,
+    /// The last one that was added, when the others had run.
+    added: Item,
+    /// The queue further out, in whose work a thread of a manual engine runs this one, and what
+    /// was added to it.
     outer: (usize, VecDeque<Item>),
 }
 
 impl Batch {
-    pub(super) fn of(address: usize) -> Self {
-        let outer = match QUEUE.replace(address) {
+    /// This thread runs a queue, until the batch is dropped; what is left goes back before.
+    pub(super) fn of(queue: usize) -> Self {
+        let outer = match QUEUE.replace(queue) {
             0 => (0, VecDeque::new()),
-            other => (other, ITEMS.take()),
+            outer => (outer, ADDED.take()),
         };
-        Self { outer }
+        Self { items: SPARE.take(), next: 0, added: Item::Ran, outer }
     }
 
-    pub(super) fn pop(&self) -> Option<Item> {
-        ITEMS.with_borrow_mut(VecDeque::pop_front)
+    /// The next item, to be run in its place.
+    #[inline]
+    pub(super) fn next(&mut self) -> Option<&mut Item> {
+        if let Some(item) = self.items.get_mut(self.next) {
+            self.next += 1;
+            return Some(item);
+        }
+        self.added = ADDED.with_borrow_mut(VecDeque::pop_front)?;
+        Some(&mut self.added)
     }
 
-    /// Changes the items of this batch, which are empty or are to be emptied, for others.
-    pub(super) fn swap(&self, items: &mut VecDeque<Item>) {
-        ITEMS.with_borrow_mut(|own| std::mem::swap(own, items));
+    /// Takes all of a list. The batch has run out.
+    pub(super) fn take_all(&mut self, items: &mut VecDeque<Item>) {
+        self.items.clear();
+        self.next = 0;
+        std::mem::swap(&mut self.items, items);
     }
 
-    /// Puts the items of this batch in front of others.
-    pub(super) fn put_before(&self, items: &mut VecDeque<Item>) {
-        self.swap(items);
-        ITEMS.with_borrow_mut(|behind| items.append(behind));
+    /// Puts what has not run in front of a list.
+    pub(super) fn put_before(&mut self, items: &mut VecDeque<Item>) {
+        self.items.drain(..self.next);
+        self.next = 0;
+        ADDED.with_borrow_mut(|added| self.items.append(added));
+        self.items.append(items);
+        std::mem::swap(&mut self.items, items);
     }
 }
 
 impl Drop for Batch {
     fn drop(&mut self) {
-        let (outer, items) = std::mem::take(&mut self.outer);
+        self.items.clear();
+        SPARE.set(std::mem::take(&mut self.items));
+        let (outer, added) = std::mem::take(&mut self.outer);
         QUEUE.set(outer);
         if outer != 0 {
-            ITEMS.set(items);
+            ADDED.set(added);
         }
     }
 }
 
 /// Whether this thread runs the queue, in the innermost batch.
-pub(super) fn is_of(address: usize) -> bool {
-    QUEUE.get() == address
+#[inline]
+pub(super) fn is_of(queue: usize) -> bool {
+    QUEUE.get() == queue
 }
 
-/// Appends an item to the batch.
+/// Appends an item to the queue that this thread runs.
+#[inline]
 pub(super) fn push(item: Item) {
-    ITEMS.with_borrow_mut(|items| items.push_back(item));
+    ADDED.with_borrow_mut(|added| added.push_back(item));
 }
