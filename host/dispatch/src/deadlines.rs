@@ -3,7 +3,8 @@
 //! Per clock: the deadlines, and one timer of the kernel that is set to the earliest moment at
 //! which some timer must have fired (its deadline plus its leeway). When it expires, every timer
 //! whose deadline has passed fires, also those whose leeway would have let them wait: that is how
-//! leeway saves wake-ups.
+//! leeway saves wake-ups. On virtual time a number stands for the kernel's timer, and expires as it
+//! would.
 //!
 //! Timers are armed, moved and taken back far more often than they fire, so that is what is
 //! cheap, however many there are: a place in a table holds the truth about a timer, and two heaps
@@ -14,12 +15,11 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, Weak};
-use std::time::Duration;
 
 use iohost_event::{Clock, Timer};
 
+use crate::clocks::Clocks;
 use crate::{EngineClock, NO_PANIC};
 
 /// A timer, seen from the engine.
@@ -31,8 +31,7 @@ pub(crate) trait Expire: Send + Sync {
 /// The deadlines of one engine.
 pub(crate) struct Deadlines {
     tables: [Table; CLOCKS.len()],
-    /// The time of a virtual clock, the same on all three.
-    virtual_now: Option<AtomicU64>,
+    clocks: Clocks,
 }
 
 const CLOCKS: [Clock; 3] = [Clock::Uptime, Clock::Continuous, Clock::Wall];
@@ -58,7 +57,7 @@ struct Waiting {
     by_latest: BinaryHeap<Reverse<Note>>,
     /// For those that may fire before they must.
     by_deadline: BinaryHeap<Reverse<Note>>,
-    /// What the kernel's timer is set to.
+    /// What the kernel's timer is set to, or would be.
     set_to: Option<u64>,
 }
 
@@ -102,10 +101,7 @@ impl Deadlines {
         let [a, b, c] = CLOCKS;
         Ok(Self {
             tables: [Table::new(a)?, Table::new(b)?, Table::new(c)?],
-            virtual_now: match clock {
-                EngineClock::Real => None,
-                EngineClock::Virtual => Some(AtomicU64::new(1_000_000_000)),
-            },
+            clocks: Clocks::new(clock),
         })
     }
 
@@ -114,13 +110,12 @@ impl Deadlines {
         (FIRST_TOKEN..).zip(self.tables.iter().map(|table| &table.timer))
     }
 
-    pub(crate) fn now(&self, clock: Clock) -> u64 {
-        self.virtual_now.as_ref().map_or_else(|| clock.now(), |now| now.load(Relaxed))
+    pub(crate) fn clocks(&self) -> &Clocks {
+        &self.clocks
     }
 
-    pub(crate) fn advance(&self, by: Duration) {
-        let now = self.virtual_now.as_ref().expect("only a virtual clock can be moved");
-        now.fetch_add(by.as_nanos() as u64, Relaxed);
+    pub(crate) fn now(&self, clock: Clock) -> u64 {
+        self.clocks.now(clock)
     }
 
     /// Has a timer fire at a deadline.
@@ -168,10 +163,16 @@ impl Deadlines {
         self.expire_table((token - FIRST_TOKEN) as usize);
     }
 
-    /// Fires what is due on a virtual clock; nothing on a real one.
+    /// Does what the kernel's timers would do on virtual time; nothing on real time.
     pub(crate) fn expire_virtual(&self) {
-        if self.virtual_now.is_some() {
-            (0..self.tables.len()).for_each(|table| self.expire_table(table));
+        if self.clocks.are_real() {
+            return;
+        }
+        for (number, table) in self.tables.iter().enumerate() {
+            let set_to = table.waiting.lock().expect(NO_PANIC).set_to;
+            if set_to.is_some_and(|set_to| set_to <= self.now(table.clock)) {
+                self.expire_table(number);
+            }
         }
     }
 
@@ -195,9 +196,11 @@ impl Deadlines {
 
     /// Sees that the kernel's timer expires at `latest` or before.
     fn set_timer(&self, table: usize, waiting: &mut Waiting, latest: u64) {
-        if waiting.set_to.is_none_or(|set_to| latest < set_to) && self.virtual_now.is_none() {
-            self.tables[table].timer.arm(latest).expect("a timerfd takes any deadline");
+        if waiting.set_to.is_none_or(|set_to| latest < set_to) {
             waiting.set_to = Some(latest);
+            if self.clocks.are_real() {
+                self.tables[table].timer.arm(latest).expect("a timerfd takes any deadline");
+            }
         }
     }
 }
@@ -365,8 +368,12 @@ impl Waiting {
 mod tests {
     use std::collections::BTreeMap;
     use std::sync::Arc;
+    use std::time::Duration;
+
+    use iohost_event::{Poller, Ready};
 
     use super::*;
+    use crate::Engine;
 
     #[derive(Default)]
     struct Fired(Mutex<Vec<u64>>);
@@ -386,11 +393,13 @@ mod tests {
     }
 
     #[test]
-    fn any_mix_of_arming_moving_and_taking_back_fires_what_a_plain_list_would() {
-        let deadlines = Deadlines::new(EngineClock::Virtual).unwrap();
+    fn any_mix_of_arming_moving_and_taking_back_fires_all_that_are_due_whenever_one_must_fire() {
+        let engine = Engine::manual(EngineClock::Virtual).unwrap();
+        let deadlines = &engine.shared().deadlines;
         let fired = Arc::new(Fired::default());
         let timer: Weak<dyn Expire> = Arc::downgrade(&fired) as Weak<dyn Expire>;
-        let mut expected: BTreeMap<u64, (Armed, u64)> = BTreeMap::new();
+        // What a plain list would know.
+        let mut expected: BTreeMap<u64, (Armed, Deadline)> = BTreeMap::new();
         let mut seed = 0x9e37_79b9_7f4a_7c15;
         for generation in 0..20_000 {
             let now = deadlines.now(Clock::Uptime);
@@ -403,28 +412,64 @@ mod tests {
                 (1, Some(old)) => {
                     let (armed, _) = expected.remove(&old).unwrap();
                     let armed = deadlines.rearm(armed, deadline, generation).unwrap();
-                    expected.insert(generation, (armed, at));
+                    expected.insert(generation, (armed, deadline));
                 }
                 _ => {
                     let armed = deadlines.arm(deadline, timer.clone(), generation);
-                    expected.insert(generation, (armed, at));
+                    expected.insert(generation, (armed, deadline));
                 }
             }
-            deadlines.advance(Duration::from_nanos(random(&mut seed) % 200));
+            engine.advance(Duration::from_nanos(random(&mut seed) % 200));
             deadlines.expire_virtual();
             let now = deadlines.now(Clock::Uptime);
-            let mut due: Vec<_> = expected.iter().filter(|(_, (_, at))| *at <= now).collect();
-            due.sort_by_key(|(_, (_, at))| *at);
-            let due: Vec<u64> = due.into_iter().map(|(generation, _)| *generation).collect();
-            let mut seen = std::mem::take(&mut *fired.0.lock().unwrap());
-            // Equal deadlines have no order.
-            seen.sort_by_key(|generation| (expected[generation].1, *generation));
-            let mut due_sorted = due.clone();
-            due_sorted.sort_by_key(|generation| (expected[generation].1, *generation));
-            assert_eq!(seen, due_sorted);
-            for generation in due {
-                expected.remove(&generation);
+            let one_must = expected.values().any(|(_, deadline)| deadline.latest() <= now);
+            let due = expected.iter().filter(|(_, (_, deadline))| deadline.at <= now);
+            let mut due: Vec<_> =
+                due.map(|(number, (_, deadline))| (deadline.at, *number)).collect();
+            let seen = std::mem::take(&mut *fired.0.lock().unwrap());
+            let mut seen: Vec<_> =
+                seen.iter().map(|number| (expected[number].1.at, *number)).collect();
+            assert!(seen.is_sorted_by_key(|(at, _)| at), "{seen:?}");
+            if seen.is_empty() {
+                assert!(!one_must, "{due:?} at {now}");
+                continue;
             }
+            // Equal deadlines have no order.
+            seen.sort();
+            due.sort();
+            assert_eq!(seen, due);
+            for (_, number) in due {
+                expected.remove(&number);
+            }
+        }
+    }
+
+    #[test]
+    fn deadlines_with_leeway_that_overlap_cost_the_kernels_timer_one_expiration() {
+        const MS: u64 = 1_000_000;
+        for clock in CLOCKS {
+            let deadlines = Deadlines::new(EngineClock::Real).unwrap();
+            let poller = Poller::new().unwrap();
+            deadlines.timers().for_each(|(token, timer)| poller.watch(timer, token).unwrap());
+            let fired = Arc::new(Fired::default());
+            let timer: Weak<dyn Expire> = Arc::downgrade(&fired) as Weak<dyn Expire>;
+            let start = deadlines.now(clock);
+            for number in 0..100 {
+                // From 0 to 20 ms; the end of the leeway is at 50 ms or later, for each one.
+                let at = start + number * 7_919 % 100 * MS / 5;
+                let leeway = 50 * MS + number % 3 * MS;
+                deadlines.arm(Deadline { clock, at, leeway }, timer.clone(), number);
+            }
+            let mut expirations = 0;
+            let mut ready = Ready::new(1);
+            while fired.0.lock().unwrap().len() < 100 {
+                poller.wait(&mut ready, None).unwrap();
+                ready.tokens().for_each(|token| {
+                    expirations += 1;
+                    deadlines.expire(token);
+                });
+            }
+            assert_eq!(expirations, 1, "{clock:?}");
         }
     }
 
