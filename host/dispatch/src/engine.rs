@@ -35,7 +35,8 @@ pub struct Engine {
 pub enum EngineClock {
     /// The kernel's clocks.
     Real,
-    /// A number that [`Engine::advance`] moves; starts at one second.
+    /// Numbers that only a test moves ([`Engine::advance`], [`Engine::suspend`],
+    /// [`Engine::set_wall_clock`]); each starts at one second.
     Virtual,
 }
 
@@ -141,14 +142,6 @@ impl Engine {
     pub fn settle(&self) {
         let mut found = Ready::new(16);
         while self.shared.turn(&mut found) {}
-    }
-
-    /// Moves virtual time forward. Timers that came due fire at the next
-    /// [`settle`](Self::settle).
-    ///
-    /// Panics on an engine with a real clock.
-    pub fn advance(&self, by: Duration) {
-        self.shared.deadlines.advance(by);
     }
 
     /// The time on a clock as this engine's timers see it, in nanoseconds.

@@ -36,21 +36,20 @@ impl<E> HandlerSlot<E> {
         Self { slot: Mutex::new(Slot { handler, running: false, replaced: false, missed: false }) }
     }
 
-    /// Whether a handler is there, or runs.
-    pub(crate) fn is_set(&self) -> bool {
-        let slot = self.slot.lock().expect(NO_PANIC);
-        slot.handler.is_some() || (slot.running && !slot.replaced)
-    }
-
     /// Puts another handler in place, or none. The old one is dropped, after it returned if it
     /// runs now.
     pub(crate) fn replace(&self, handler: Option<Handler<E>>) {
-        let mut slot = self.slot.lock().expect(NO_PANIC);
-        let old = std::mem::replace(&mut slot.handler, handler);
-        slot.replaced = slot.running;
-        drop(slot);
         // Not under the lock: a handler can own anything, also its own source.
-        drop(old);
+        drop(self.swap(handler));
+    }
+
+    /// Puts another handler in place, or none, and hands out the old one unless it runs now: then
+    /// it is dropped when it returns.
+    #[must_use = "to be dropped where no lock is held"]
+    pub(crate) fn swap(&self, handler: Option<Handler<E>>) -> Option<Handler<E>> {
+        let mut slot = self.slot.lock().expect(NO_PANIC);
+        slot.replaced = slot.running;
+        std::mem::replace(&mut slot.handler, handler)
     }
 
     /// Takes the handler for a call. `again` is called after it, also after a panic, if another

@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 mod baton;
+mod clocks;
 mod deadlines;
 mod engine;
 mod handler;

@@ -1,12 +1,13 @@
 //! Threads that gave a queue up and wait for an event on it.
 
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 
 use iohost_event::Clock;
 
 use crate::NO_PANIC;
 use crate::baton::{Baton, Turn};
-use crate::deadlines::{Armed, Deadline, Deadlines, Expire};
+use crate::deadlines::{Answer, Armed, Deadline, Deadlines, Expire, NoteOf};
 
 /// The sleepers of one queue, longest first.
 #[derive(Default)]
@@ -18,6 +19,8 @@ pub(crate) struct Sleepers {
 pub(crate) struct Sleeper {
     event: usize,
     baton: Baton,
+    /// Written before the engine is told.
+    deadline: AtomicU64,
     this: Weak<Sleeper>,
 }
 
@@ -25,7 +28,9 @@ impl Sleepers {
     /// Registers the calling thread.
     pub(crate) fn add(&self, event: usize) -> Arc<Sleeper> {
         let baton = Baton::for_this_thread();
-        let sleeper = Arc::new_cyclic(|this| Sleeper { event, baton, this: this.clone() });
+        let deadline = AtomicU64::new(0);
+        let sleeper =
+            Arc::new_cyclic(|this| Sleeper { event, baton, deadline, this: this.clone() });
         self.list.lock().expect(NO_PANIC).push(sleeper.clone());
         sleeper
     }
@@ -59,12 +64,23 @@ impl Sleeper {
     /// Ends the sleep at a time on a clock, unless what is returned is disarmed first.
     pub(crate) fn end_at(&self, deadlines: &Deadlines, clock: Clock, at: u64) -> Armed {
         let this: Weak<dyn Expire> = self.this.clone();
-        deadlines.arm(Deadline { clock, at, leeway: 0 }, this, 0)
+        self.deadline.store(at, Relaxed);
+        deadlines.arm(Deadline { clock, at, leeway: 0 }, this)
     }
 }
 
 impl Expire for Sleeper {
-    fn expired(&self, _generation: u64) {
+    fn ask(&self, _: NoteOf, now: u64) -> Answer {
+        // The table's lock, which was taken in between, makes the write seen.
+        let deadline = self.deadline.load(Relaxed);
+        if deadline <= now {
+            Answer::Due { deadline, generation: 0 }
+        } else {
+            Answer::Later(deadline)
+        }
+    }
+
+    fn expired(&self, _generation: u32) {
         self.baton.end(Turn::TimedOut);
     }
 }

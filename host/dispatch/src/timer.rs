@@ -1,12 +1,12 @@
 //! One-shot deadlines on a queue.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use iohost_event::Clock;
 use iohost_interface::IOReturn;
 
-use crate::deadlines::{Armed, Deadline, Expire};
+use crate::deadlines::{Answer, Armed, Deadline, Expire, NoteOf};
 use crate::handler::{Handler, HandlerSlot, NotNow};
 use crate::queue::{Deliver, Item};
 use crate::{Block, NO_PANIC, Queue};
@@ -26,17 +26,26 @@ struct TimerCore {
     this: Weak<TimerCore>,
 }
 
+/// All that arming, moving and taking back reads and writes. With a hundred thousand timers each
+/// line that comes from memory counts, so it is no larger than one.
 struct State {
     enabled: bool,
     cancelled: bool,
     /// What was asked for and has not been delivered.
     wanted: Option<Deadline>,
-    /// Where it stands among the engine's deadlines, if it stands there.
+    /// Where it stands among the engine's deadlines, if it stands there: also with nothing wanted
+    /// any more, until the engine asks.
     armed: Option<Armed>,
-    /// Goes up with each arming: an expiration of an earlier one is stale.
-    generation: u64,
-    expired: Option<u64>,
+    /// Goes up with each arming: an expiration of an earlier one is stale. Nobody holds a number
+    /// as long as it takes to come round.
+    generation: u32,
+    /// It fired, in this generation, and was not delivered.
+    expired: bool,
+    /// Changed together with the handler.
+    has_handler: bool,
 }
+
+const _: () = assert!(size_of::<Mutex<State>>() <= 64);
 
 impl TimerSource {
     /// Makes a timer; it does nothing until [`wake_at`](Self::wake_at). The handler gets the
@@ -51,7 +60,8 @@ impl TimerSource {
                 wanted: None,
                 armed: None,
                 generation: 0,
-                expired: None,
+                expired: false,
+                has_handler: true,
             }),
             handler: HandlerSlot::new(Some(Box::new(handler))),
             this: this.clone(),
@@ -61,7 +71,12 @@ impl TimerSource {
 
     /// Replaces the handler from the next expiration on.
     pub fn set_handler(&self, handler: Option<impl FnMut(u64) + Send + 'static>) {
-        self.core.handler.replace(handler.map(|handler| Box::new(handler) as Handler<_>));
+        let handler = handler.map(|handler| Box::new(handler) as Handler<_>);
+        let mut state = self.core.state();
+        state.has_handler = handler.is_some();
+        let old = self.core.handler.swap(handler);
+        drop(state);
+        drop(old);
     }
 
     /// Fires between `deadline` and `deadline + leeway`, in nanoseconds of `clock`; a deadline
@@ -71,15 +86,15 @@ impl TimerSource {
     ///
     /// Errors: `UNSUPPORTED` after cancel, `NO_RESOURCES` without a handler.
     pub fn wake_at(&self, clock: Clock, deadline: u64, leeway: u64) -> Result<(), IOReturn> {
-        let mut state = self.core.state.lock().expect(NO_PANIC);
+        let mut state = self.core.state();
         if state.cancelled {
             return Err(IOReturn::UNSUPPORTED);
         }
-        if !self.core.handler.is_set() {
+        if !state.has_handler {
             return Err(IOReturn::NO_RESOURCES);
         }
-        state.generation += 1;
-        state.expired = None;
+        state.generation = state.generation.wrapping_add(1);
+        state.expired = false;
         state.wanted = Some(Deadline { clock, at: deadline, leeway });
         if state.enabled {
             self.core.arm(&mut state);
@@ -93,7 +108,7 @@ impl TimerSource {
     ///
     /// Errors: `UNSUPPORTED` for a change after cancel.
     pub fn set_enable(&self, enable: bool, done: Option<Block>) -> Result<(), IOReturn> {
-        let mut state = self.core.state.lock().expect(NO_PANIC);
+        let mut state = self.core.state();
         if state.enabled != enable {
             if state.cancelled {
                 return Err(IOReturn::UNSUPPORTED);
@@ -103,10 +118,9 @@ impl TimerSource {
                 self.core.arm(&mut state);
             } else {
                 // An expiration whose handler has not started is taken back, not kept.
-                if state.expired.is_some() {
+                if std::mem::take(&mut state.expired) {
                     state.wanted = None;
                 }
-                self.core.disarm(&mut state);
             }
         }
         drop(state);
@@ -132,29 +146,33 @@ impl Drop for TimerSource {
 }
 
 impl TimerCore {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().expect(NO_PANIC)
+    }
+
     fn arm(&self, state: &mut State) {
         let Some(deadline) = state.wanted else { return };
+        if state.armed.is_some_and(|armed| armed.is_asked_in_time_for(deadline)) {
+            return;
+        }
         let deadlines = &self.queue.engine().deadlines;
-        let moved =
-            state.armed.and_then(|armed| deadlines.rearm(armed, deadline, state.generation));
-        state.armed = moved.or_else(|| {
-            if let Some(armed) = state.armed {
-                deadlines.disarm(armed);
-            }
-            let timer: Weak<dyn Expire> = self.this.clone();
-            Some(deadlines.arm(deadline, timer, state.generation))
-        });
+        if let Some(armed) = state.armed {
+            state.armed = deadlines.rearm(armed, deadline);
+        }
+        if state.armed.is_none() {
+            state.armed = Some(deadlines.arm(deadline, self.this.clone()));
+        }
     }
 
     fn disarm(&self, state: &mut State) {
-        state.expired = None;
+        state.expired = false;
         if let Some(armed) = state.armed.take() {
             self.queue.engine().deadlines.disarm(armed);
         }
     }
 
     fn end(&self) {
-        let mut state = self.state.lock().expect(NO_PANIC);
+        let mut state = self.state();
         state.cancelled = true;
         state.enabled = false;
         state.wanted = None;
@@ -173,14 +191,29 @@ impl TimerCore {
 }
 
 impl Expire for TimerCore {
-    fn expired(&self, generation: u64) {
-        let mut state = self.state.lock().expect(NO_PANIC);
-        // Armed anew, disabled or cancelled since the engine took the deadline off its list.
-        if state.generation != generation || state.armed.is_none() {
+    fn ask(&self, note: NoteOf, now: u64) -> Answer {
+        let state = &mut *self.state();
+        let Some(armed) = state.armed.as_mut().filter(|armed| armed.has(note)) else {
+            return Answer::Nothing;
+        };
+        let answer = match state.wanted {
+            Some(deadline) if state.enabled => deadline.answer(armed, note, state.generation, now),
+            _ => Answer::Nothing,
+        };
+        if !matches!(answer, Answer::Later(_)) {
+            state.armed = None;
+        }
+        answer
+    }
+
+    fn expired(&self, generation: u32) {
+        let mut state = self.state();
+        // Armed anew, disabled, taken back or cancelled since it was asked.
+        let stale = state.generation != generation || state.armed.is_some();
+        if stale || !state.enabled || state.wanted.is_none() {
             return;
         }
-        state.armed = None;
-        state.expired = Some(generation);
+        state.expired = true;
         drop(state);
         self.schedule();
     }
@@ -193,8 +226,8 @@ impl Deliver for TimerCore {
             // It sleeps on its queue; the expiration stays for when it returned.
             return;
         }
-        let mut state = self.state.lock().expect(NO_PANIC);
-        if state.expired.take() != Some(state.generation) || !state.enabled {
+        let mut state = self.state();
+        if !std::mem::take(&mut state.expired) || !state.enabled {
             return;
         }
         state.wanted = None;

@@ -72,9 +72,24 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
         self.engine.settle();
     }
 
-    /// Moves virtual time, then [`settle`](Self::settle)s.
+    /// Moves virtual time, the same on all clocks, then [`settle`](Self::settle)s. A timer with
+    /// leeway fires as late as it may, unless another one on its clock fires after its deadline.
     pub fn advance(&self, by: Duration) {
         self.engine.advance(by);
+        self.settle();
+    }
+
+    /// Has the machine sleep: continuous time and the time of day go on, uptime stands still.
+    /// Then [`settle`](Self::settle)s.
+    pub fn suspend(&self, by: Duration) {
+        self.engine.suspend(by);
+        self.settle();
+    }
+
+    /// Steps the time of day, forward or back; it starts at one second after 1970. Then
+    /// [`settle`](Self::settle)s.
+    pub fn set_wall_clock(&self, since_1970: Duration) {
+        self.engine.set_wall_clock(since_1970);
         self.settle();
     }
 

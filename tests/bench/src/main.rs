@@ -16,6 +16,7 @@ mod queue;
 mod report;
 mod rounds;
 mod system_calls;
+mod timers;
 
 use std::process::ExitCode;
 
@@ -25,7 +26,7 @@ use clap::Parser;
 use rounds::{Case, Effort, Side};
 
 /// Areas that will have benchmarks.
-const PLANNED: [&str; 4] = ["timers", "device", "restart", "nvme"];
+const PLANNED: [&str; 3] = ["device", "restart", "nvme"];
 
 /// What a usage error exits with, as `clap` has it.
 const USAGE: u8 = 2;
@@ -34,7 +35,7 @@ const USAGE: u8 = 2;
 #[derive(Parser)]
 #[command(name = "bench")]
 struct Options {
-    /// dispatch, events, queue; all of them when none is named
+    /// dispatch, events, queue, timers; all of them when none is named
     areas: Vec<String>,
     /// One JSON object per figure and line, in place of the table
     #[arg(long)]
@@ -102,7 +103,7 @@ fn run(options: &Options, rounds: usize, effort: Effort) -> Result<()> {
 }
 
 fn cases() -> impl Iterator<Item = &'static Case> {
-    [dispatch::CASES, events::CASES, queue::CASES].into_iter().flatten()
+    [dispatch::CASES, events::CASES, queue::CASES, timers::CASES].into_iter().flatten()
 }
 
 /// What is wrong with the name of an area, if anything.

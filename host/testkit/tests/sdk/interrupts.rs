@@ -1,6 +1,7 @@
 //! `IOInterruptDispatchSource`, and which interrupt an index means.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use iohost_device_backend::InterruptKind;
 use iohost_dispatch::{Clock, Engine, EngineClock};
@@ -288,6 +289,21 @@ fn the_time_of_an_interrupt_is_on_the_clock_that_its_index_asks_for() {
         let time = source.last_interrupt().time;
         assert!((before..=clock.now()).contains(&time), "{clock:?}");
     }
+}
+
+#[test]
+fn the_two_times_of_an_interrupt_differ_by_the_time_asleep() {
+    let bench = Bench::new();
+    bench.device.configure_interrupts(InterruptType::Messaged, 2, 2).unwrap();
+    let sources = [0, 1 | CONTINUOUS_TIME].map(|index| bench.interrupt(index).unwrap());
+    let times = || {
+        (0..2).for_each(|vector| bench.message(vector));
+        sources.each_ref().map(|source| source.last_interrupt().time)
+    };
+    let [uptime, continuous] = times();
+    assert_eq!(uptime, continuous);
+    bench.rig.suspend(Duration::from_secs(3600));
+    assert_eq!(times(), [uptime, continuous + 3_600_000_000_000]);
 }
 
 #[test]

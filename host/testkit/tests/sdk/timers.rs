@@ -162,11 +162,40 @@ fn a_thousand_timers_with_leeway_all_fire_and_none_early() {
 }
 
 #[test]
+fn a_timer_alone_fires_at_the_end_of_its_leeway_and_no_later() {
+    for clock in CLOCKS {
+        let bench = Bench::new();
+        let timer = bench.timer();
+        timer.wake_at_time(clock, START + 100, 50).unwrap();
+        assert!(bench.after(149).is_empty(), "{clock:?}");
+        assert_eq!(bench.after(1), [format!("fired at {}", START + 150)], "{clock:?}");
+    }
+}
+
+#[test]
+fn timers_whose_leeways_overlap_share_a_wake_up_that_is_late_for_none() {
+    let bench = Bench::new();
+    let armed = |deadline, leeway| {
+        let timer = bench.timer();
+        timer.wake_at_time(IOTimerClock::UptimeRaw, START + deadline, leeway).unwrap();
+        timer
+    };
+    let _timers = [armed(10, 100), armed(50, 20), armed(69, 500), armed(70, 500), armed(71, 1)];
+    let wake_ups: Vec<usize> = (0..1_000).map(|_| bench.after(1).len()).collect();
+    let at = |time: usize| wake_ups[time - 1];
+    // One at 70 for the first four, of which the second could not wait; one at 72 for the last.
+    assert_eq!([at(70), at(72)], [4, 1]);
+    assert_eq!(wake_ups.iter().sum::<usize>(), 5);
+}
+
+#[test]
 fn a_leeway_up_to_the_end_of_time_is_taken() {
     let bench = Bench::new();
-    let timer = bench.timer();
-    timer.wake_at_time(IOTimerClock::UptimeRaw, START + 5, u64::MAX).unwrap();
-    assert_eq!(bench.after(5).len(), 1);
+    let (patient, other) = (bench.timer(), bench.timer());
+    patient.wake_at_time(IOTimerClock::UptimeRaw, START + 5, u64::MAX).unwrap();
+    assert!(bench.after(1_000_000 * SECOND).is_empty());
+    other.wake_at_time(IOTimerClock::UptimeRaw, 0, 0).unwrap();
+    assert_eq!(bench.settled().len(), 2);
 }
 
 #[test]
@@ -203,6 +232,123 @@ fn each_clock_is_the_kernels_and_its_timers_fire_after_their_deadline_on_it() {
         });
         timer.as_ref().unwrap().wake_at_time(clock, now + 1_000_000, 0).unwrap();
         assert!(firing.recv().unwrap() >= now + 1_000_000, "{clock:?}");
+    }
+}
+
+#[test]
+fn uptime_stands_still_across_a_suspend_and_its_deadlines_wait() {
+    for clock in [IOTimerClock::UptimeRaw, IOTimerClock::MachAbsoluteTime] {
+        let bench = Bench::new();
+        let timer = bench.timer();
+        timer.wake_at_time(clock, START + 100, 0).unwrap();
+        bench.after(60);
+        bench.rig.suspend(Duration::from_secs(3600));
+        assert_eq!(bench.queue.now(clock), START + 60, "{clock:?}");
+        assert!(bench.settled().is_empty(), "{clock:?}");
+        assert!(bench.after(39).is_empty(), "{clock:?}");
+        assert_eq!(bench.after(1), [format!("fired at {}", START + 100)], "{clock:?}");
+    }
+}
+
+#[test]
+fn continuous_time_goes_on_across_a_suspend_and_its_deadlines_pass() {
+    for clock in [IOTimerClock::MonotonicRaw, IOTimerClock::MachContinuousTime] {
+        let bench = Bench::new();
+        let (during, after) = (bench.timer(), bench.timer());
+        during.wake_at_time(clock, START + 1800 * SECOND, 0).unwrap();
+        after.wake_at_time(clock, START + 3600 * SECOND + 10, 0).unwrap();
+        bench.rig.suspend(Duration::from_secs(3600));
+        assert_eq!(bench.queue.now(clock), START + 3600 * SECOND, "{clock:?}");
+        // The time that handlers get is uptime, whatever the clock.
+        assert_eq!(bench.settled(), [format!("fired at {START}")], "{clock:?}");
+        assert!(bench.after(9).is_empty(), "{clock:?}");
+        assert_eq!(bench.after(1), [format!("fired at {}", START + 10)], "{clock:?}");
+    }
+}
+
+#[test]
+fn the_time_of_day_goes_on_across_a_suspend() {
+    let bench = Bench::new();
+    let timer = bench.timer();
+    timer.wake_at_time(IOTimerClock::RealTime, START + SECOND, 0).unwrap();
+    bench.rig.suspend(Duration::from_secs(1));
+    assert_eq!(bench.settled().len(), 1);
+}
+
+#[test]
+fn a_time_of_day_that_is_stepped_past_a_deadline_fires_it_and_leaves_other_clocks_alone() {
+    let bench = Bench::new();
+    let timers = CLOCKS.map(|clock| {
+        let timer = bench.timer();
+        timer.wake_at_time(clock, START + 100 * SECOND, 0).unwrap();
+        timer
+    });
+    bench.rig.set_wall_clock(Duration::from_nanos(START + 100 * SECOND - 1));
+    assert!(bench.settled().is_empty());
+    bench.rig.set_wall_clock(Duration::from_nanos(START + 100 * SECOND));
+    assert_eq!(bench.settled(), [format!("fired at {START}")]);
+    assert!(bench.after(100 * SECOND - 1).is_empty());
+    assert_eq!(bench.after(1).len(), timers.len() - 1);
+}
+
+#[test]
+fn a_time_of_day_that_is_stepped_back_puts_its_deadlines_off() {
+    let bench = Bench::new();
+    let timer = bench.timer();
+    timer.wake_at_time(IOTimerClock::RealTime, START + 100, 0).unwrap();
+    bench.after(60);
+    bench.rig.set_wall_clock(Duration::ZERO);
+    assert!(bench.after(40).is_empty(), "its old moment");
+    assert!(bench.after(START + 59).is_empty());
+    assert_eq!(bench.after(1).len(), 1);
+}
+
+#[test]
+fn a_leeway_on_the_time_of_day_is_stepped_with_it() {
+    let bench = Bench::new();
+    let timer = bench.timer();
+    timer.wake_at_time(IOTimerClock::RealTime, START + 100, 50).unwrap();
+    bench.rig.set_wall_clock(Duration::from_nanos(START + 149));
+    assert!(bench.settled().is_empty());
+    bench.rig.set_wall_clock(Duration::from_nanos(START));
+    assert!(bench.after(149).is_empty());
+    assert_eq!(bench.after(1).len(), 1);
+}
+
+#[test]
+fn ten_thousand_timers_on_each_clock_fire_once_each_and_none_early() {
+    const SHOTS: u64 = 10_000;
+    for clock in CLOCKS {
+        let host = Host::with_threads();
+        let (fired, firings) = channel();
+        let mut random: u64 = 0x9e37_79b9_7f4a_7c15;
+        let timers: Vec<_> = (0..SHOTS)
+            .map(|shot| {
+                // Marsaglia's xorshift, 2003.
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                let deadline = host.queue.now(clock) + random % (SECOND / 2);
+                let leeway = [0, random % (SECOND / 50)][(shot % 2) as usize];
+                let (fired, queue) = (fired.clone(), host.queue.clone());
+                let handler = move |_: &mut Probe, _| {
+                    fired.send((shot, queue.now(clock).checked_sub(deadline))).unwrap();
+                };
+                let timer = IOTimerDispatchSource::create(&host.queue, handler).unwrap();
+                timer.wake_at_time(clock, deadline, leeway).unwrap();
+                timer
+            })
+            .collect();
+        drop(fired);
+        let mut seen = vec![false; SHOTS as usize];
+        for _ in 0..SHOTS {
+            let (shot, late) = firings.recv().unwrap();
+            assert!(late.is_some(), "{clock:?}: shot {shot} was early");
+            assert!(!std::mem::replace(&mut seen[shot as usize], true), "{clock:?}: {shot} twice");
+        }
+        // Each handler owns a sender, and goes with its timer after it has returned.
+        drop(timers);
+        assert_eq!(firings.recv().ok(), None, "{clock:?}: one fired again");
     }
 }
 

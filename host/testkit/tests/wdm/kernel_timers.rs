@@ -152,6 +152,62 @@ fn an_absolute_due_time_expires_at_that_time_of_day() {
     assert_eq!(setup.seen_after_ms(1), 1);
 }
 
+/// Steps the time of day to `ms` milliseconds from the start of the rig's time.
+fn step_to_ms(setup: &Setup, ms: u64) {
+    setup.rig.set_wall_clock(Duration::from_millis(1000 + ms));
+}
+
+#[test]
+fn an_absolute_due_time_follows_a_time_of_day_that_is_stepped() {
+    let setup = Setup::new();
+    let (absolute, relative) = (setup.timer(), setup.timer());
+    let [on_time_of_day, on_uptime] = ["absolute", "relative"]
+        .map(|name| Dpc::initialize(&setup.device, move |bench: &mut Bench| bench.note(name)));
+    let set = || {
+        absolute.set(time_of_day_ms(100), Some(&on_time_of_day));
+        relative.set(after_ms(100), Some(&on_uptime));
+    };
+    set();
+    step_to_ms(&setup, 99);
+    assert!(setup.seen().is_empty());
+    step_to_ms(&setup, 100);
+    assert_eq!(setup.seen(), ["absolute"], "forward");
+    setup.advance_ms(100);
+    assert_eq!(setup.seen(), ["relative"]);
+
+    step_to_ms(&setup, 50);
+    set();
+    step_to_ms(&setup, 0);
+    assert_eq!(setup.seen_after_ms(99), 0, "back");
+    setup.advance_ms(1);
+    assert_eq!(setup.seen().len(), 2);
+}
+
+#[test]
+fn the_period_after_an_absolute_due_time_does_not_follow_steps() {
+    let setup = Setup::new();
+    let (timer, dpc) = (setup.timer(), setup.dpc());
+    timer.set_ex(time_of_day_ms(20), 50, Some(&dpc));
+    step_to_ms(&setup, 20);
+    assert_eq!(setup.seen(), ["call"]);
+    step_to_ms(&setup, 1_000_000);
+    assert!(setup.seen().is_empty());
+    step_to_ms(&setup, 0);
+    assert_eq!([setup.seen_after_ms(49), setup.seen_after_ms(1)], [0, 1]);
+}
+
+#[test]
+fn a_relative_due_time_does_not_count_the_time_asleep_and_an_absolute_one_does() {
+    let setup = Setup::new();
+    let (absolute, relative, dpc) = (setup.timer(), setup.timer(), setup.dpc());
+    absolute.set(time_of_day_ms(100), Some(&dpc));
+    relative.set(after_ms(100), Some(&dpc));
+    setup.rig.suspend(Duration::from_millis(100));
+    assert_eq!([absolute.read_state(), relative.read_state()], [true, false]);
+    setup.advance_ms(100);
+    assert!(relative.read_state());
+}
+
 #[test]
 fn a_due_time_that_has_passed_expires_at_once_but_not_inside_the_call() {
     let setup = Setup::new();
