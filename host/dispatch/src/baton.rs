@@ -5,10 +5,6 @@ use std::sync::atomic::AtomicU8;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 use std::thread::{self, Thread};
 
-/// How long a waiting thread looks before it sleeps. Most turns on a queue are shorter than a
-/// trip into the kernel and back.
-const LOOKS: u32 = 200;
-
 /// The wait of the thread that made it.
 pub(crate) struct Baton {
     turn: AtomicU8,
@@ -55,9 +51,10 @@ impl Baton {
         self.turn() == Turn::Waiting
     }
 
-    /// Sleeps until the wait has ended. On the thread that made it.
-    pub(crate) fn wait(&self) {
-        for _ in 0..LOOKS {
+    /// Looks so many times whether the wait has ended, then sleeps until it has. On the thread that
+    /// made it.
+    pub(crate) fn wait(&self, looks: u32) {
+        for _ in 0..looks {
             if !self.is_waiting() {
                 return;
             }

@@ -44,6 +44,8 @@ pub enum EngineClock {
 pub(crate) struct Shared {
     /// It has no threads; its owner turns it.
     manual: bool,
+    /// How often a thread looks for what another one does before it sleeps.
+    pub(crate) looks: u32,
     poller: Poller,
     /// Raised to wake one polling worker; never read, since watching is edge-triggered.
     bell: Signal,
@@ -90,6 +92,9 @@ const BELL: u64 = 0;
 /// Workers that wait for events when there is nothing to do.
 const POLLERS: usize = 2;
 
+/// How often a thread looks: most turns on a queue are shorter than a trip into the kernel and back.
+const LOOKS: u32 = 200;
+
 /// The most extra workers that stand in for blocked ones.
 const MOST_WORKERS: usize = 64;
 
@@ -113,8 +118,7 @@ impl Engine {
     /// Starts an engine with one worker more than the machine has processors, at least three (two
     /// to wait for events, one to take what threads dispatch) and at most nine.
     pub fn start() -> io::Result<Self> {
-        let processors = thread::available_parallelism().map_or(2, usize::from);
-        Self::with_workers((processors + 1).clamp(3, 9))
+        Self::with_workers((processors() + 1).clamp(3, 9))
     }
 
     /// Starts an engine with `workers` worker threads, at least one.
@@ -190,6 +194,10 @@ impl Drop for Engine {
     }
 }
 
+fn processors() -> usize {
+    thread::available_parallelism().map_or(2, usize::from)
+}
+
 /// How long a worker stays.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Worker {
@@ -200,6 +208,8 @@ enum Worker {
 
 impl Shared {
     fn new(clock: EngineClock, manual: bool) -> io::Result<Arc<Self>> {
+        // Nobody else does anything while this thread looks, if it is alone.
+        let looks = if manual || processors() == 1 { 0 } else { LOOKS };
         let poller = Poller::new()?;
         let bell = Signal::new()?;
         poller.watch(&bell, BELL)?;
@@ -209,6 +219,7 @@ impl Shared {
         }
         Ok(Arc::new_cyclic(|this| Self {
             manual,
+            looks,
             poller,
             bell,
             ready: Mutex::default(),
@@ -365,7 +376,7 @@ impl Shared {
         if self.manual {
             self.turn_until_ended(baton);
         } else {
-            self.blocking(|| baton.wait());
+            self.blocking(|| baton.wait(self.looks));
         }
     }
 

@@ -15,6 +15,7 @@ use std::any::Any;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fmt;
+use std::hint;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
@@ -205,12 +206,15 @@ impl Queue {
     /// Errors: `ABORTED` when the queue is cancelled before the turn comes.
     #[inline]
     pub fn dispatch_sync<R>(&self, block: impl FnOnce() -> R) -> Result<R, IOReturn> {
-        let at_once = self.core.word.take_if_idle();
+        let mut at_once = self.core.word.take_if_idle();
         if !at_once {
             if self.on_queue() {
                 return Ok(block());
             }
-            self.core.take_in_turn()?;
+            at_once = self.core.take_soon();
+            if !at_once {
+                self.core.take_in_turn()?;
+            }
         }
         let _held = Holding::of(&self.core);
         let _counted = self.core.numbers.count_synchronous(!at_once);
@@ -393,6 +397,22 @@ impl QueueCore {
             self.inbox.lock().expect(NO_PANIC).pushed -= 1;
         }
         Ok(())
+    }
+
+    /// Becomes the running thread of a queue that falls idle while this thread looks. It does not
+    /// look for long, and not where something waits already.
+    #[cold]
+    fn take_soon(&self) -> bool {
+        for _ in 0..self.engine.looks {
+            if self.word.is_idle() && self.word.take_if_idle() {
+                return true;
+            }
+            if !self.word.is_quiet() {
+                return false;
+            }
+            hint::spin_loop();
+        }
+        false
     }
 
     /// Becomes the running thread of the queue, behind what waits.

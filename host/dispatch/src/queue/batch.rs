@@ -45,8 +45,9 @@ impl Batch {
             self.next += 1;
             return Some(item);
         }
-        self.added = ADDED.with_borrow_mut(VecDeque::pop_front)?;
-        Some(&mut self.added)
+        let added = &mut self.added;
+        ADDED.with_borrow_mut(|items| items.pop_front().map(|item| *added = item))?;
+        Some(added)
     }
 
     /// Takes all of a list. The batch has run out.
@@ -87,5 +88,7 @@ pub(super) fn is_of(queue: usize) -> bool {
 /// Appends an item to the queue that this thread runs.
 #[inline]
 pub(super) fn push(item: Item) {
-    ADDED.with_borrow_mut(|added| added.push_back(item));
+    // By reference: the closure would take a copy with it, and an item is large.
+    let mut item = Some(item);
+    ADDED.with_borrow_mut(|added| added.extend(item.take()));
 }

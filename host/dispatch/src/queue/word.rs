@@ -56,6 +56,11 @@ impl Word {
         self.0.compare_exchange(IDLE, RUNNING, Acquire, Relaxed).is_ok()
     }
 
+    /// `IDLE` without any flag: [`take_if_idle`](Self::take_if_idle) is worth trying.
+    pub fn is_idle(&self) -> bool {
+        self.0.load(Relaxed) == IDLE
+    }
+
     /// From `SCHEDULED` to `RUNNING`.
     pub fn start(&self) {
         self.0.fetch_xor(SCHEDULED ^ RUNNING, AcqRel);
