@@ -50,6 +50,7 @@ impl DeviceModel for Board {
             bars: [Some(BarSpec { size: BAR_SIZE }), None, None, None, None, None],
             intx: self.intx,
             msi_vectors: self.msi_vectors,
+            msi_x: None,
         }
     }
 
