@@ -178,9 +178,9 @@ impl InterruptSource {
     /// nothing left to run; `NOT_PERMITTED` on the source's queue; `BUSY` while another thread
     /// waits.
     pub fn wait_for_work(&self) -> Result<(), IOReturn> {
-        self.core.waiter.wait(&self.core.queue, || {
-            !self.core.state.lock().expect(NO_PANIC).cancelled
-        })
+        self.core
+            .waiter
+            .wait(&self.core.queue, || !self.core.state.lock().expect(NO_PANIC).cancelled)
     }
 
     fn nudge(&self) {

@@ -144,9 +144,9 @@ impl TimerSource {
     /// nothing left to run; `NOT_PERMITTED` on the timer's queue; `BUSY` while another thread
     /// waits.
     pub fn wait_for_work(&self) -> Result<(), IOReturn> {
-        self.core.waiter.wait(&self.core.queue, || {
-            !self.core.state.lock().expect(NO_PANIC).cancelled
-        })
+        self.core
+            .waiter
+            .wait(&self.core.queue, || !self.core.state.lock().expect(NO_PANIC).cancelled)
     }
 
     /// Ends the timer: no handler starts after `done`, which runs on the timer's queue. Who waits

@@ -21,11 +21,7 @@ impl Waiter {
     /// Errors: `NOT_PERMITTED` on the source's queue, which the handler needs; `BUSY` while
     /// another thread waits; `ABORTED` when `look` says so, when the source or its queue is
     /// cancelled, or when a manual engine has nothing left to run.
-    pub(crate) fn wait(
-        &self,
-        queue: &Queue,
-        look: impl FnOnce() -> bool,
-    ) -> Result<(), IOReturn> {
+    pub(crate) fn wait(&self, queue: &Queue, look: impl FnOnce() -> bool) -> Result<(), IOReturn> {
         if queue.on_queue() {
             return Err(IOReturn::NOT_PERMITTED);
         }
