@@ -17,8 +17,8 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// The registers by which a device is told to interrupt. The device is bus master and decodes
 /// memory.
 pub trait Registers: Send + Sync {
-    /// Sends the message of a vector. `arrived` is then called, and waits for it.
-    fn send(&self, device: &dyn DeviceBackend, vector: u32, arrived: &dyn Fn());
+    /// Sends the message of a vector, which may be under way when this returns.
+    fn send(&self, device: &dyn DeviceBackend, vector: u32);
 
     /// Asserts the INTx line.
     fn assert_line(&self, device: &dyn DeviceBackend);
@@ -43,14 +43,13 @@ impl Ringing {
     /// Sends the message of a vector; returns when its eventfd has it.
     pub(crate) fn send(&self, vector: u32) {
         let before = self.count(vector);
-        self.registers.send(&*self.device, vector, &|| {
-            await_that(|| self.count(vector) > before, "the message to arrive");
-        });
+        self.post(vector);
+        await_that(|| self.count(vector) > before, "the message to arrive");
     }
 
     /// The same, but does not wait: for messages that are taken or lost on their way.
     pub(crate) fn post(&self, vector: u32) {
-        self.registers.send(&*self.device, vector, &|| ());
+        self.registers.send(&*self.device, vector);
     }
 
     /// Asserts the line; returns when its eventfd says so.
@@ -93,9 +92,8 @@ fn await_that(condition: impl Fn() -> bool, what: &str) {
 pub struct BellsRegisters;
 
 impl Registers for BellsRegisters {
-    fn send(&self, device: &dyn DeviceBackend, vector: u32, arrived: &dyn Fn()) {
+    fn send(&self, device: &dyn DeviceBackend, vector: u32) {
         write(device, bells::MESSAGE, vector);
-        arrived();
     }
 
     fn assert_line(&self, device: &dyn DeviceBackend) {
@@ -138,12 +136,11 @@ impl E1000eRegisters {
 }
 
 impl Registers for E1000eRegisters {
-    fn send(&self, device: &dyn DeviceBackend, vector: u32, arrived: &dyn Fn()) {
-        let cause = 1 << (Self::FIRST_CAUSE + vector);
-        Self::raise(device, cause);
-        // The device spaces messages out, and forgets one whose cause is cleared before.
-        arrived();
-        write(device, Self::ICR, cause);
+    fn send(&self, device: &dyn DeviceBackend, vector: u32) {
+        // A cause that is set already sends nothing. Cleared before and not after, since the device
+        // spaces messages out, and forgets one whose cause is cleared meanwhile.
+        write(device, Self::ICR, Self::CAUSES);
+        Self::raise(device, 1 << (Self::FIRST_CAUSE + vector));
     }
 
     fn assert_line(&self, device: &dyn DeviceBackend) {

@@ -305,7 +305,9 @@ pub(crate) fn interrupts_reach_a_driver_on_an_engine_with_threads(on: &Setup) {
     source.set_enable(true).unwrap();
     for _ in 0..100 {
         bench.ringing.post(0);
-        assert_eq!(counts.recv_timeout(crate::ringing::PATIENCE), Ok(1));
+        // A device that spaces messages out may repeat one whose cause still stands.
+        let count = counts.recv_timeout(crate::ringing::PATIENCE);
+        assert!(count.is_ok_and(|count| count >= 1), "{count:?}");
     }
 }
 
