@@ -14,7 +14,7 @@ mod ringing;
 mod rules;
 
 pub use bench::Setup;
-pub use ringing::{BellsRegisters, E1000eRegisters, Registers, Ringing};
+pub use ringing::{BellsRegisters, E1000eRegisters, EduRegisters, Registers, Ringing};
 
 use iohost_device_backend::InterruptKind;
 

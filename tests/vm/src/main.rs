@@ -8,8 +8,8 @@
 //! vfio-check shared ADDRESS BLOCKER     fails to take a function whose group somebody else uses
 //! vfio-check no-iommu ADDRESS           fails to take a function on a machine without an IOMMU
 //! vfio-check removal ADDRESS            loses an open function
-//! vfio-check interrupts ADDRESS KIND    tries the rules of interrupt sources on an `e1000e`, by
-//!                                       intx, msi or msi-x
+//! vfio-check interrupts ADDRESS KIND    tries the rules of interrupt sources: on an `edu` by intx
+//!                                       or msi, on an `e1000e` by msi-x
 //! ```
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
@@ -23,7 +23,7 @@ use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use iohost_device_backend::{DeviceBackend, DeviceError, InterruptKind, VfioBackend, conformance};
-use iohost_interrupt_tests::{E1000eRegisters, RULES, Ringing, Setup};
+use iohost_interrupt_tests::{E1000eRegisters, EduRegisters, RULES, Registers, Ringing, Setup};
 use iohost_memory::SharedMemory;
 use iohost_pci::{PciAddress, PciError, Sysfs, VFIO_PCI};
 use iohost_vfio::{ResetKind, VfioDevice, VfioError};
@@ -245,7 +245,11 @@ fn interrupts(address: PciAddress, kind: InterruptKind) -> Result<()> {
     let mut tried = 0;
     for rule in rules {
         let device = VfioBackend::open(&sysfs.directory(address))?;
-        let device = Arc::new(Ringing::new(Box::new(device), Box::new(E1000eRegisters)));
+        let registers: Box<dyn Registers> = match kind {
+            InterruptKind::IntX | InterruptKind::Msi => Box::new(EduRegisters),
+            InterruptKind::MsiX => Box::new(E1000eRegisters),
+        };
+        let device = Arc::new(Ringing::new(Box::new(device), registers));
         (rule.test)(&Setup { device, kind });
         println!("ok {} by {kind}", rule.name);
         tried += 1;
