@@ -17,6 +17,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// The registers by which a device is told to interrupt. The device is bus master and decodes
 /// memory.
 pub trait Registers: Send + Sync {
+    /// Makes the device quiet before its interrupts are enabled, where a reset of its function
+    /// does not.
+    fn prepare(&self, _device: &dyn DeviceBackend) {}
+
     /// Returns when the device has done with the messages it was told to send.
     fn rest(&self) {}
 
@@ -171,6 +175,12 @@ impl E1000eRegisters {
 }
 
 impl Registers for E1000eRegisters {
+    fn prepare(&self, device: &dyn DeviceBackend) {
+        // QEMU does nothing at a reset by power management, which is all that this device has, so a
+        // cause can still stand that was raised while MSI-X was disabled.
+        write(device, Self::ICR, Self::CAUSES);
+    }
+
     fn rest(&self) {
         // What the device is spacing out shows nowhere, and QEMU 7.2 dies of a message that falls
         // due after MSI-X was disabled: so this waits many times the interval.
@@ -233,6 +243,7 @@ impl DeviceBackend for Ringing {
         kind: InterruptKind,
         triggers: &[BorrowedFd<'_>],
     ) -> Result<(), DeviceError> {
+        self.registers.prepare(&*self.device);
         let copies = triggers.iter().map(|trigger| trigger.try_clone_to_owned().unwrap());
         *self.triggers.lock().unwrap() = copies.collect();
         self.device.enable_interrupts(kind, triggers)
