@@ -1,6 +1,7 @@
-//! The first 256 bytes of a function: type 0 header and the MSI capability.
+//! The first 256 bytes of a function: type 0 header, the MSI and the MSI-X capability.
 //!
-//! Source: PCI Local Bus Specification 3.0, section 6.1 (header), 6.2.5 (BARs), 6.8 (MSI).
+//! Source: PCI Local Bus Specification 3.0, section 6.1 (header), 6.2.5 (BARs), 6.8.1 (MSI), 6.8.2
+//! (MSI-X).
 
 use crate::model::Identity;
 
@@ -18,6 +19,10 @@ const MSI: usize = 0x40;
 const MSI_CONTROL: usize = MSI + 2;
 const MSI_ADDRESS: usize = MSI + 4;
 const MSI_DATA: usize = MSI + 12;
+const MSI_X: usize = 0x50;
+const MSI_X_CONTROL: usize = MSI_X + 2;
+const MSI_X_TABLE: usize = MSI_X + 4;
+const MSI_X_PENDING: usize = MSI_X + 8;
 
 const COMMAND_BUS_MASTER: u16 = 1 << 2;
 const COMMAND_INTX_DISABLE: u16 = 1 << 10;
@@ -27,6 +32,7 @@ const STATUS_INTERRUPT: u16 = 1 << 3;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 const MSI_CONTROL_ENABLE: u16 = 1;
 const MSI_CONTROL_64BIT: u16 = 1 << 7;
+const MSI_X_CONTROL_ENABLE: u16 = 1 << 15;
 
 /// Bytes of configuration space and which of their bits software can change.
 #[derive(Debug)]
@@ -35,6 +41,7 @@ pub(crate) struct ConfigSpace {
     writable: [u8; CONFIG_SIZE],
     at_power_on: [u8; CONFIG_SIZE],
     has_msi: bool,
+    has_msi_x: bool,
     /// Whether a message has somewhere to go; see [`ConfigSpace::write`].
     msi_usable: bool,
 }
@@ -61,16 +68,22 @@ impl ConfigSpace {
         if has_msi {
             let vectors = u16::from(identity.msi_vectors).trailing_zeros() as u16;
             let control = MSI_CONTROL_64BIT | vectors << 1;
-            image.fixed(STATUS, &STATUS_CAPABILITIES.to_le_bytes());
-            image.fixed(CAPABILITIES, &[MSI as u8]);
-            image.fixed(MSI, &[0x05, 0]);
+            image.capability(MSI, 0x05);
             image.fixed(MSI_CONTROL, &control.to_le_bytes());
             image.changeable(MSI_CONTROL, &(MSI_CONTROL_ENABLE | 7 << 4).to_le_bytes());
             image.changeable(MSI_ADDRESS, &[0xfc, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff]);
             image.changeable(MSI_DATA, &[0xff, 0xff]);
         }
+        if let Some(msi_x) = identity.msi_x {
+            // All of it is read-only: the enable bit follows the eventfds, as behind VFIO.
+            image.capability(MSI_X, 0x11);
+            image.fixed(MSI_X_CONTROL, &(msi_x.vectors - 1).to_le_bytes());
+            image.fixed(MSI_X_TABLE, &(msi_x.table | u32::from(msi_x.bar)).to_le_bytes());
+            image.fixed(MSI_X_PENDING, &(msi_x.pending | u32::from(msi_x.bar)).to_le_bytes());
+        }
+        let has_msi_x = identity.msi_x.is_some();
         let Image { bytes, writable } = image;
-        Self { bytes, writable, at_power_on: bytes, has_msi, msi_usable: false }
+        Self { bytes, writable, at_power_on: bytes, has_msi, has_msi_x, msi_usable: false }
     }
 
     pub(crate) fn reset(&mut self) {
@@ -114,6 +127,17 @@ impl ConfigSpace {
         self.has_msi && self.u16(MSI_CONTROL) & MSI_CONTROL_ENABLE != 0
     }
 
+    /// Follows the eventfds.
+    pub(crate) fn set_msi_x_enable(&mut self, enable: bool) {
+        if self.has_msi_x {
+            self.set_bits(MSI_X_CONTROL, MSI_X_CONTROL_ENABLE, enable);
+        }
+    }
+
+    pub(crate) fn msi_x_enabled(&self) -> bool {
+        self.has_msi_x && self.u16(MSI_X_CONTROL) & MSI_X_CONTROL_ENABLE != 0
+    }
+
     pub(crate) fn is_bus_master(&self) -> bool {
         self.u16(COMMAND) & COMMAND_BUS_MASTER != 0
     }
@@ -127,7 +151,7 @@ impl ConfigSpace {
     pub(crate) fn drives_intx(&self) -> bool {
         let pending = self.u16(STATUS) & STATUS_INTERRUPT != 0;
         let disabled = self.u16(COMMAND) & COMMAND_INTX_DISABLE != 0;
-        pending && !disabled && !self.msi_enabled()
+        pending && !disabled && !self.msi_enabled() && !self.msi_x_enabled()
     }
 
     fn u16(&self, at: usize) -> u16 {
@@ -149,6 +173,13 @@ struct Image {
 impl Image {
     fn fixed(&mut self, at: usize, value: &[u8]) {
         self.bytes[at..at + value.len()].copy_from_slice(value);
+    }
+
+    /// Puts a capability in front of those that are there.
+    fn capability(&mut self, at: usize, id: u8) {
+        self.fixed(STATUS, &STATUS_CAPABILITIES.to_le_bytes());
+        self.fixed(at, &[id, self.bytes[CAPABILITIES]]);
+        self.fixed(CAPABILITIES, &[at as u8]);
     }
 
     fn changeable(&mut self, at: usize, mask: &[u8]) {

@@ -284,6 +284,7 @@ impl DeviceModel for Edu {
             bars: [Some(BarSpec { size: BAR_SIZE }), None, None, None, None, None],
             intx: true,
             msi_vectors: 1,
+            msi_x: None,
         }
     }
 

@@ -121,6 +121,7 @@ impl<M: DeviceModel> Function<M> {
         match kind {
             InterruptKind::IntX => self.identity.intx.into(),
             InterruptKind::Msi => self.identity.msi_vectors.into(),
+            InterruptKind::MsiX => self.identity.msi_x.map_or(0, |msi_x| msi_x.vectors.into()),
         }
     }
 
@@ -180,7 +181,7 @@ impl<M: DeviceModel> Function<M> {
     /// Lets vector *n* of a kind signal `triggers[n]`, an eventfd; replaces what was enabled.
     /// An empty list disables the kind.
     ///
-    /// Enabling MSI sets the enable bit of the capability, as VFIO does. A line that is asserted
+    /// Enabling messages sets the enable bit of their capability, as VFIO does. A line that is asserted
     /// already interrupts at once.
     pub fn set_irqs(
         &self,
@@ -231,6 +232,7 @@ impl<M: DeviceModel> Function<M> {
         self.run(|model, bus| {
             bus.interrupts.disable(InterruptKind::IntX);
             bus.interrupts.disable(InterruptKind::Msi);
+            bus.interrupts.disable(InterruptKind::MsiX);
             bus.config.reset();
             bus.update_intx();
             model.reset(bus);
@@ -349,18 +351,21 @@ impl<M: DeviceModel> Shared<M> {
     }
 }
 
-/// After the triggers of a kind changed: MSI follows them, and takes the line's place.
+/// After the triggers of a kind changed: messages follow them, and take the line's place.
 fn follow_triggers(bus: &mut Bus<'_>, kind: InterruptKind) {
-    if kind == InterruptKind::Msi {
-        bus.config.set_msi_usable(bus.interrupts.enabled(kind));
+    let enabled = bus.interrupts.enabled(kind);
+    match kind {
+        InterruptKind::IntX => {}
+        InterruptKind::Msi => bus.config.set_msi_usable(enabled),
+        InterruptKind::MsiX => bus.config.set_msi_x_enable(enabled),
     }
     settle_interrupts(bus);
 }
 
-/// After a switch in configuration space changed: enabling MSI lets go of the line for good
-/// (QEMU, `msi_write_config`), disabling INTx only hides it.
+/// After a switch in configuration space changed: enabling MSI or MSI-X lets go of the line for
+/// good (QEMU, `msi_write_config` and `msix_write_config`), disabling INTx only hides it.
 fn settle_interrupts(bus: &mut Bus<'_>) {
-    if bus.config.msi_enabled() {
+    if bus.config.msi_enabled() || bus.config.msi_x_enabled() {
         bus.config.set_intx_pending(false);
     }
     bus.update_intx();

@@ -17,6 +17,8 @@ pub enum InterruptKind {
     IntX,
     /// Message signalled.
     Msi,
+    /// Message signalled with a table of vectors.
+    MsiX,
 }
 
 impl fmt::Display for InterruptKind {
@@ -24,6 +26,7 @@ impl fmt::Display for InterruptKind {
         f.write_str(match self {
             InterruptKind::IntX => "INTx",
             InterruptKind::Msi => "MSI",
+            InterruptKind::MsiX => "MSI-X",
         })
     }
 }
@@ -34,32 +37,34 @@ pub(crate) struct Interrupts {
     line: Option<File>,
     asserted: bool,
     masked: bool,
-    messages: Vec<Option<File>>,
+    msi: Vec<Option<File>>,
+    msi_x: Vec<Option<File>>,
 }
 
 impl Interrupts {
     /// Sets the triggers of vectors `start..`; those at other vectors stay.
     pub(crate) fn set(&mut self, kind: InterruptKind, start: usize, triggers: Vec<Option<File>>) {
-        match kind {
+        let messages = match kind {
             InterruptKind::IntX => {
                 self.line = triggers.into_iter().next().flatten();
                 self.masked = false;
-                self.signal_line();
+                return self.signal_line();
             }
-            InterruptKind::Msi => {
-                let end = start + triggers.len();
-                if self.messages.len() < end {
-                    self.messages.resize_with(end, || None);
-                }
-                self.messages.splice(start..end, triggers);
-            }
+            InterruptKind::Msi => &mut self.msi,
+            InterruptKind::MsiX => &mut self.msi_x,
+        };
+        let end = start + triggers.len();
+        if messages.len() < end {
+            messages.resize_with(end, || None);
         }
+        messages.splice(start..end, triggers);
     }
 
     pub(crate) fn disable(&mut self, kind: InterruptKind) {
         match kind {
             InterruptKind::IntX => (self.line, self.masked) = (None, false),
-            InterruptKind::Msi => self.messages.clear(),
+            InterruptKind::Msi => self.msi.clear(),
+            InterruptKind::MsiX => self.msi_x.clear(),
         }
     }
 
@@ -67,7 +72,8 @@ impl Interrupts {
     pub(crate) fn enabled(&self, kind: InterruptKind) -> bool {
         match kind {
             InterruptKind::IntX => self.line.is_some(),
-            InterruptKind::Msi => self.messages.iter().any(Option::is_some),
+            InterruptKind::Msi => self.msi.iter().any(Option::is_some),
+            InterruptKind::MsiX => self.msi_x.iter().any(Option::is_some),
         }
     }
 
@@ -86,7 +92,13 @@ impl Interrupts {
     }
 
     pub(crate) fn send_msi(&mut self, vector: u8) {
-        if let Some(Some(trigger)) = self.messages.get(usize::from(vector)) {
+        if let Some(Some(trigger)) = self.msi.get(usize::from(vector)) {
+            signal(trigger);
+        }
+    }
+
+    pub(crate) fn send_msi_x(&mut self, vector: u16) {
+        if let Some(Some(trigger)) = self.msi_x.get(usize::from(vector)) {
             signal(trigger);
         }
     }

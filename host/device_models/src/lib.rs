@@ -1,7 +1,7 @@
 //! Emulated devices: in this process, or for others over vfio-user.
 //!
 //! - A [`DeviceModel`] is what makes a device itself: registers and what they do. [`edu::Edu`] is
-//!   one.
+//!   one, [`bells::Bells`] another.
 //! - A [`Function`] is a model in a PCI function: configuration space, the DMA mappings and
 //!   interrupts its user set up, timers. A fake backend calls its methods directly.
 //! - A [`DeviceServer`] offers a function at a socket, to one client after another.
@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bells;
 mod config_space;
 mod dma;
 pub mod edu;
@@ -23,5 +24,5 @@ mod server;
 pub use dma::{DmaError, DmaMemory};
 pub use function::{Function, FunctionError};
 pub use interrupt::InterruptKind;
-pub use model::{BarSpec, Bus, DeviceModel, Identity};
+pub use model::{BarSpec, Bus, DeviceModel, Identity, MsiXSpec};
 pub use server::{DeviceServer, ServeError, Stopper, serve};

@@ -49,6 +49,22 @@ pub struct Identity {
     pub intx: bool,
     /// MSI vectors: 0, or a power of two up to 32.
     pub msi_vectors: u8,
+    /// MSI-X, if the function has it.
+    pub msi_x: Option<MsiXSpec>,
+}
+
+/// An MSI-X capability. Behind VFIO and vfio-user the table is the host's affair, so that nothing
+/// of it is emulated: the model's BAR only has to have the room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsiXSpec {
+    /// Vectors: 1 to 2048.
+    pub vectors: u16,
+    /// The BAR with the table and the pending bits.
+    pub bar: u8,
+    /// Offset of the table in it, a multiple of 8: 16 bytes per vector.
+    pub table: u32,
+    /// Offset of the pending bits in it, a multiple of 8: a bit per vector, in whole 8 bytes.
+    pub pending: u32,
 }
 
 /// A 32-bit memory BAR.
@@ -99,6 +115,18 @@ impl Bus<'_> {
     pub fn send_msi(&mut self, vector: u8) {
         if self.config.msi_enabled() && self.config.is_bus_master() {
             self.interrupts.send_msi(vector);
+        }
+    }
+
+    /// Whether the driver uses MSI-X; the INTx line is then dead.
+    pub fn msi_x_enabled(&self) -> bool {
+        self.config.msi_x_enabled()
+    }
+
+    /// Sends a message of MSI-X. Lost as one of [`send_msi`](Self::send_msi) is.
+    pub fn send_msi_x(&mut self, vector: u16) {
+        if self.config.msi_x_enabled() && self.config.is_bus_master() {
+            self.interrupts.send_msi_x(vector);
         }
     }
 

@@ -21,7 +21,7 @@ use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_MASK, VFIO_IRQ_SET_ACTION_TRIGGER,
     VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
     VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX,
-    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_READ,
     VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info,
 };
 use vfio_user::{
@@ -209,7 +209,7 @@ fn irqs<M: DeviceModel>(function: &Function<M>) -> Vec<IrqInfo> {
                     VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_MASKABLE | VFIO_IRQ_INFO_AUTOMASKED,
                     function.interrupt_count(kind),
                 ),
-                Some(kind @ InterruptKind::Msi) => {
+                Some(kind @ (InterruptKind::Msi | InterruptKind::MsiX)) => {
                     (VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE, function.interrupt_count(kind))
                 }
                 None => (0, 0),
@@ -243,6 +243,7 @@ fn kind(index: u32) -> Option<InterruptKind> {
     match index {
         VFIO_PCI_INTX_IRQ_INDEX => Some(InterruptKind::IntX),
         VFIO_PCI_MSI_IRQ_INDEX => Some(InterruptKind::Msi),
+        VFIO_PCI_MSIX_IRQ_INDEX => Some(InterruptKind::MsiX),
         _ => None,
     }
 }

@@ -36,6 +36,12 @@ impl<E> HandlerSlot<E> {
         Self { slot: Mutex::new(Slot { handler, running: false, replaced: false, missed: false }) }
     }
 
+    /// Whether a handler is there, or runs.
+    pub(crate) fn is_set(&self) -> bool {
+        let slot = self.slot.lock().expect(NO_PANIC);
+        slot.handler.is_some() || (slot.running && !slot.replaced)
+    }
+
     /// Puts another handler in place, or none. The old one is dropped, after it returned if it
     /// runs now.
     pub(crate) fn replace(&self, handler: Option<Handler<E>>) {

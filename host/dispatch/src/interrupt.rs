@@ -11,6 +11,7 @@ use iohost_event::{Clock, Signal};
 use iohost_interface::IOReturn;
 
 use crate::handler::{Handler, HandlerSlot};
+use crate::waiter::Waiter;
 use crate::{Block, DescriptorSource, NO_PANIC, Queue};
 
 /// What a handler is told.
@@ -44,6 +45,7 @@ struct InterruptCore {
     clock: Clock,
     state: Mutex<State>,
     handler: HandlerSlot<InterruptEvent>,
+    waiter: Waiter,
 }
 
 struct State {
@@ -80,6 +82,7 @@ impl InterruptSource {
                 masked: false,
             }),
             handler: HandlerSlot::new(Some(Box::new(handler))),
+            waiter: Waiter::default(),
         });
         let delivering = core.clone();
         let source = DescriptorSource::create(queue, signal, move || delivering.deliver())?;
@@ -119,12 +122,14 @@ impl InterruptSource {
     }
 
     /// Ends the source: no handler starts after `done`, which runs on the source's queue. What
-    /// was counted and not delivered is lost. A second call runs its own `done`.
+    /// was counted and not delivered is lost, and who waits in [`wait_for_work`](Self::wait_for_work)
+    /// is told `ABORTED`. A second call runs its own `done`.
     pub fn cancel(&self, done: Option<Block>) {
         let mut state = self.core.state.lock().expect(NO_PANIC);
         state.cancelled = true;
         state.enabled = false;
         drop(state);
+        self.core.waiter.cancel();
         let source = self.source.lock().expect(NO_PANIC).take();
         drop(source);
         self.core.handler.replace(None);
@@ -145,6 +150,37 @@ impl InterruptSource {
             self.nudge();
         }
         last
+    }
+
+    /// Looks for interrupts now and has them delivered, on the queue and never inside this call.
+    ///
+    /// Errors: `NOT_READY` when there is nothing to deliver, or nobody to deliver it to: the
+    /// source is disabled, cancelled or without a handler.
+    pub fn check_for_work(&self) -> Result<(), IOReturn> {
+        let mut state = self.core.state.lock().expect(NO_PANIC);
+        if state.cancelled {
+            return Err(IOReturn::NOT_READY);
+        }
+        self.core.collect(&mut state);
+        let counted = state.undelivered > 0;
+        let work = counted && state.enabled && self.core.handler.is_set();
+        drop(state);
+        if counted {
+            self.nudge();
+        }
+        if work { Ok(()) } else { Err(IOReturn::NOT_READY) }
+    }
+
+    /// Waits for the next delivery, and so for an interrupt if there is none; returns when its
+    /// handler has. While the source is disabled nothing is delivered, and this waits.
+    ///
+    /// Errors: `ABORTED` once the source or its queue is cancelled, or when a manual engine has
+    /// nothing left to run; `NOT_PERMITTED` on the source's queue; `BUSY` while another thread
+    /// waits.
+    pub fn wait_for_work(&self) -> Result<(), IOReturn> {
+        self.core
+            .waiter
+            .wait(&self.core.queue, || !self.core.state.lock().expect(NO_PANIC).cancelled)
     }
 
     fn nudge(&self) {
@@ -169,6 +205,7 @@ impl InterruptCore {
         state.undelivered = 0;
         drop(state);
         if event.count > 0 {
+            let _told = self.waiter.delivering();
             handler.call(event);
         }
         self.unmask();

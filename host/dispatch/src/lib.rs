@@ -29,6 +29,7 @@ mod queue;
 mod sleepers;
 mod source;
 mod timer;
+mod waiter;
 mod watchlist;
 
 pub use engine::{Engine, EngineClock};

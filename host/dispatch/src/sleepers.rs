@@ -9,15 +9,24 @@ use crate::NO_PANIC;
 use crate::baton::{Baton, Turn};
 use crate::deadlines::{Answer, Armed, Deadline, Deadlines, Expire, NoteOf};
 
-/// The sleepers of one queue, longest first.
+/// The sleepers of one queue.
 #[derive(Default)]
 pub(crate) struct Sleepers {
-    list: Mutex<Vec<Arc<Sleeper>>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Longest first.
+    list: Vec<Arc<Sleeper>>,
+    /// The queue was cancelled: nobody sleeps on it any more.
+    aborted: bool,
 }
 
 /// One thread that sleeps.
 pub(crate) struct Sleeper {
-    event: usize,
+    /// What can wake it; without one only its owner, a deadline and the queue's end can.
+    event: Option<usize>,
     baton: Baton,
     /// Written before the engine is told.
     deadline: AtomicU64,
@@ -25,32 +34,38 @@ pub(crate) struct Sleeper {
 }
 
 impl Sleepers {
-    /// Registers the calling thread.
-    pub(crate) fn add(&self, event: usize) -> Arc<Sleeper> {
-        let baton = Baton::for_this_thread();
+    /// Registers the calling thread. On a queue that was cancelled its sleep has ended already.
+    pub(crate) fn add(&self, event: impl Into<Option<usize>>) -> Arc<Sleeper> {
+        let (event, baton) = (event.into(), Baton::for_this_thread());
         let deadline = AtomicU64::new(0);
         let sleeper =
             Arc::new_cyclic(|this| Sleeper { event, baton, deadline, this: this.clone() });
-        self.list.lock().expect(NO_PANIC).push(sleeper.clone());
+        let mut state = self.state.lock().expect(NO_PANIC);
+        state.list.push(sleeper.clone());
+        if state.aborted {
+            sleeper.baton.end(Turn::Cancelled);
+        }
         sleeper
     }
 
     pub(crate) fn remove(&self, sleeper: &Arc<Sleeper>) {
-        self.list.lock().expect(NO_PANIC).retain(|other| !Arc::ptr_eq(other, sleeper));
+        let mut state = self.state.lock().expect(NO_PANIC);
+        state.list.retain(|other| !Arc::ptr_eq(other, sleeper));
     }
 
     /// Wakes at most `most` of those that sleep on an event, and returns how many.
     pub(crate) fn wake(&self, event: usize, most: usize) -> usize {
-        let list = self.list.lock().expect(NO_PANIC);
-        let asleep = list.iter().filter(|sleeper| sleeper.event == event);
+        let state = self.state.lock().expect(NO_PANIC);
+        let asleep = state.list.iter().filter(|sleeper| sleeper.event == Some(event));
         // One whose deadline has just passed does not count: its wait is over.
         asleep.filter(|sleeper| sleeper.baton.end(Turn::Granted)).take(most).count()
     }
 
-    /// Ends all sleep.
+    /// Ends all sleep, for good.
     pub(crate) fn abort(&self) {
-        let list = self.list.lock().expect(NO_PANIC);
-        for sleeper in list.iter() {
+        let mut state = self.state.lock().expect(NO_PANIC);
+        state.aborted = true;
+        for sleeper in &state.list {
             sleeper.baton.end(Turn::Cancelled);
         }
     }

@@ -9,6 +9,7 @@ use iohost_interface::IOReturn;
 use crate::deadlines::{Answer, Armed, Deadline, Expire, NoteOf};
 use crate::handler::{Handler, HandlerSlot, NotNow};
 use crate::queue::{Deliver, Item};
+use crate::waiter::Waiter;
 use crate::{Block, NO_PANIC, Queue};
 
 /// Has a handler run on a queue once a deadline has passed. Starts enabled and not armed.
@@ -23,6 +24,7 @@ struct TimerCore {
     queue: Queue,
     state: Mutex<State>,
     handler: HandlerSlot<u64>,
+    waiter: Waiter,
     this: Weak<TimerCore>,
 }
 
@@ -64,6 +66,7 @@ impl TimerSource {
                 has_handler: true,
             }),
             handler: HandlerSlot::new(Some(Box::new(handler))),
+            waiter: Waiter::default(),
             this: this.clone(),
         });
         Self { core }
@@ -130,7 +133,36 @@ impl TimerSource {
         Ok(())
     }
 
-    /// Ends the timer: no handler starts after `done`, which runs on the timer's queue.
+    /// Looks whether the deadline has passed, which the engine may not have heard of, and has the
+    /// handler called, on the queue and never inside this call.
+    ///
+    /// Errors: `NOT_READY` when nothing has fired.
+    pub fn check_for_work(&self) -> Result<(), IOReturn> {
+        let mut state = self.core.state();
+        if state.expired {
+            return Ok(());
+        }
+        let deadlines = &self.core.queue.engine().deadlines;
+        let wanted = state.wanted.filter(|_| state.enabled);
+        if wanted.is_none_or(|deadline| deadlines.now(deadline.clock) < deadline.at) {
+            return Err(IOReturn::NOT_READY);
+        }
+        self.core.disarm(&mut state);
+        self.core.expire(state);
+        Ok(())
+    }
+
+    /// Waits until the timer has fired once more; returns when its handler has.
+    ///
+    /// Errors: `ABORTED` once the timer or its queue is cancelled, or when a manual engine has
+    /// nothing left to run; `NOT_PERMITTED` on the timer's queue; `BUSY` while another thread
+    /// waits.
+    pub fn wait_for_work(&self) -> Result<(), IOReturn> {
+        self.core.waiter.wait(&self.core.queue, || !self.core.state().cancelled)
+    }
+
+    /// Ends the timer: no handler starts after `done`, which runs on the timer's queue. Who waits
+    /// in [`wait_for_work`](Self::wait_for_work) is told `ABORTED`.
     pub fn cancel(&self, done: Option<Block>) {
         self.core.end();
         if let Some(done) = done {
@@ -178,11 +210,17 @@ impl TimerCore {
         state.wanted = None;
         self.disarm(&mut state);
         drop(state);
+        self.waiter.cancel();
         self.handler.replace(None);
     }
-}
 
-impl TimerCore {
+    /// Has the handler called for the present arming, which is among the deadlines no more.
+    fn expire(&self, mut state: MutexGuard<'_, State>) {
+        state.expired = true;
+        drop(state);
+        self.schedule();
+    }
+
     fn schedule(&self) {
         if let Some(this) = self.this.upgrade() {
             self.queue.core().push(Item::Delivery(this));
@@ -207,15 +245,13 @@ impl Expire for TimerCore {
     }
 
     fn expired(&self, generation: u32) {
-        let mut state = self.state();
+        let state = self.state();
         // Armed anew, disabled, taken back or cancelled since it was asked.
         let stale = state.generation != generation || state.armed.is_some();
         if stale || !state.enabled || state.wanted.is_none() {
             return;
         }
-        state.expired = true;
-        drop(state);
-        self.schedule();
+        self.expire(state);
     }
 }
 
@@ -233,6 +269,7 @@ impl Deliver for TimerCore {
         state.wanted = None;
         drop(state);
         if let Ok(handler) = handler {
+            let _told = self.waiter.delivering();
             handler.call(self.queue.engine().deadlines.now(Clock::Uptime));
         }
     }

@@ -350,6 +350,19 @@ fn sleepers_of_a_cancelled_queue_are_aborted() {
 }
 
 #[test]
+fn a_sleep_on_a_queue_that_its_holder_has_cancelled_is_aborted() {
+    let engine = engine();
+    let queue = Queue::create(&engine, "cancelled", REENTRANT).unwrap();
+    let (send, slept) = channel();
+    let inside = queue.clone();
+    queue.dispatch_async(move || {
+        inside.cancel(|| ());
+        send.send(inside.sleep(1, None)).unwrap();
+    });
+    assert_eq!(slept.recv_timeout(std::time::Duration::from_secs(30)), Ok(Err(IOReturn::ABORTED)));
+}
+
+#[test]
 fn sleep_and_wakeup_off_the_queue_or_in_a_concurrent_block_are_not_permitted() {
     let engine = engine();
     let queue = Queue::create(&engine, "sleep", REENTRANT).unwrap();

@@ -37,8 +37,8 @@ use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use iohost_control::host::RunningService;
 use iohost_device_backend::InterruptKind;
 use iohost_dispatch::{
-    Block, Clock, DescriptorSource, InterruptEvent, InterruptSource, Queue, QueueOptions,
-    TimerSource,
+    Block, Clock, DescriptorSource, InterruptEvent, InterruptLine, InterruptSource, Queue,
+    QueueOptions, Signal, TimerSource,
 };
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, ClientMemory, DEVICE, DISPATCH, DeviceBar,
@@ -356,24 +356,34 @@ impl Drop for ForeignWatcher {
 /// What a `HostInterrupt` is.
 struct InterruptObject {
     source: InterruptSource,
-    device: Arc<Device>,
-    vector: u32,
-    /// The vector was given back to the device.
-    ended: AtomicBool,
+    /// Where it comes from; `None` for an eventfd of the plugin's.
+    vector: Option<TakenVector>,
 }
 
-impl InterruptObject {
-    fn end(&self) {
-        if !self.ended.swap(true, AcqRel) {
+/// A vector of a device, which is given back once.
+struct TakenVector {
+    device: Arc<Device>,
+    vector: u32,
+    given_back: AtomicBool,
+}
+
+impl TakenVector {
+    fn give_back(&self) {
+        if !self.given_back.swap(true, AcqRel) {
             self.device.give_back_interrupt(self.vector);
         }
+    }
+}
+
+impl Drop for TakenVector {
+    fn drop(&mut self) {
+        self.give_back();
     }
 }
 
 impl Drop for InterruptObject {
     fn drop(&mut self) {
         self.source.cancel(None);
-        self.end();
     }
 }
 
@@ -662,6 +672,9 @@ static DISPATCH_TABLE: DispatchTable = DispatchTable {
     queue_wakeup,
     queue_blocking,
     queue_held,
+    interrupt_create_from_eventfd,
+    interrupt_check,
+    timer_check,
 };
 
 unsafe extern "C" fn queue_create(
@@ -815,25 +828,91 @@ fn make_interrupt(
     device: Arc<Device>,
     index: u32,
     queue: &Queue,
-    mut handler: ForeignHandler,
+    handler: ForeignHandler,
 ) -> Result<InterruptObject, IOReturn> {
-    if index & !(INDEX_MASK | CONTINUOUS_TIME) != 0 {
-        return Err(IOReturn::BAD_ARGUMENT);
-    }
-    let clock = if index & CONTINUOUS_TIME == 0 { Clock::Uptime } else { Clock::Continuous };
+    let clock = interrupt_clock(index & !INDEX_MASK)?;
     let taken = device.take_interrupt(index & INDEX_MASK)?;
-    let handler = move |event: InterruptEvent| handler.call(event.count, event.time);
-    match InterruptSource::create(queue, taken.signal, taken.line, clock, handler) {
-        Ok(source) => {
-            let vector = taken.vector;
-            Ok(InterruptObject { source, device, vector, ended: AtomicBool::new(false) })
+    let given_back = AtomicBool::new(false);
+    let vector = Some(TakenVector { device, vector: taken.vector, given_back });
+    let source = watch_interrupt(queue, taken.signal, taken.line, clock, handler)?;
+    Ok(InterruptObject { source, vector })
+}
+
+unsafe extern "C" fn interrupt_create_from_eventfd(
+    trigger: i32,
+    unmask: i32,
+    flags: u32,
+    queue: *mut HostQueue,
+    handler: Handler,
+    source: *mut *mut HostInterrupt,
+) -> i32 {
+    let handler = ForeignHandler(handler);
+    // SAFETY: contract 2.
+    let queue = unsafe { object::<QueueObject>(queue) };
+    // SAFETY: contract 4: open for the call.
+    let trigger = unsafe { BorrowedFd::borrow_raw(trigger) };
+    // SAFETY: contract 4: likewise, unless it is -1.
+    let unmask = (unmask != -1).then(|| unsafe { BorrowedFd::borrow_raw(unmask) });
+    let made = make_eventfd_interrupt(trigger, unmask, flags, &queue.queue, handler);
+    // SAFETY: contract 4.
+    unsafe { written(source, made.map(give)) }
+}
+
+fn make_eventfd_interrupt(
+    trigger: BorrowedFd<'_>,
+    unmask: Option<BorrowedFd<'_>>,
+    flags: u32,
+    queue: &Queue,
+    handler: ForeignHandler,
+) -> Result<InterruptObject, IOReturn> {
+    let clock = interrupt_clock(flags)?;
+    let line = match unmask {
+        None => InterruptLine::Edge,
+        Some(unmask) => {
+            let unmask = eventfd(unmask)?;
+            InterruptLine::Level(Box::new(move || unmask.raise()))
         }
-        Err(err) => {
-            error!(err:err; "watching an interrupt");
-            device.give_back_interrupt(taken.vector);
-            Err(IOReturn::NO_RESOURCES)
-        }
+    };
+    let source = watch_interrupt(queue, Arc::new(eventfd(trigger)?), line, clock, handler)?;
+    Ok(InterruptObject { source, vector: None })
+}
+
+/// Another descriptor for an eventfd of the plugin's.
+fn eventfd(fd: BorrowedFd<'_>) -> Result<Signal, IOReturn> {
+    let fd = fd.try_clone_to_owned().map_err(|_| IOReturn::NO_RESOURCES)?;
+    Signal::try_from(fd).map_err(|err| {
+        error!(err:err; "an interrupt from an eventfd");
+        IOReturn::BAD_ARGUMENT
+    })
+}
+
+/// The clock that the flags above an interrupt's index ask for.
+fn interrupt_clock(flags: u32) -> Result<Clock, IOReturn> {
+    match flags {
+        0 => Ok(Clock::Uptime),
+        CONTINUOUS_TIME => Ok(Clock::Continuous),
+        _ => Err(IOReturn::BAD_ARGUMENT),
     }
+}
+
+fn watch_interrupt(
+    queue: &Queue,
+    signal: Arc<Signal>,
+    line: InterruptLine,
+    clock: Clock,
+    mut handler: ForeignHandler,
+) -> Result<InterruptSource, IOReturn> {
+    let handler = move |event: InterruptEvent| handler.call(event.count, event.time);
+    InterruptSource::create(queue, signal, line, clock, handler).map_err(|err| {
+        error!(err:err; "watching an interrupt");
+        IOReturn::NO_RESOURCES
+    })
+}
+
+unsafe extern "C" fn interrupt_check(source: *mut HostInterrupt, wait: i32) -> i32 {
+    // SAFETY: contract 2.
+    let source = &unsafe { object::<InterruptObject>(source) }.source;
+    IOReturn::code(&if wait == 0 { source.check_for_work() } else { source.wait_for_work() })
 }
 
 unsafe extern "C" fn interrupt_set_handler(source: *mut HostInterrupt, handler: Handler) -> i32 {
@@ -861,7 +940,9 @@ unsafe extern "C" fn interrupt_cancel(source: *mut HostInterrupt, done: Work) {
     // SAFETY: contract 2.
     let source = unsafe { object::<InterruptObject>(source) };
     // First the device, so that `done` finds the vector free.
-    source.end();
+    if let Some(vector) = &source.vector {
+        vector.give_back();
+    }
     source.source.cancel(done);
 }
 
@@ -918,6 +999,12 @@ unsafe extern "C" fn timer_set_enable(timer: *mut HostTimer, enable: i32, done: 
     // SAFETY: contract 2.
     let timer = unsafe { object::<TimerSource>(timer) };
     IOReturn::code(&timer.set_enable(enable != 0, done))
+}
+
+unsafe extern "C" fn timer_check(timer: *mut HostTimer, wait: i32) -> i32 {
+    // SAFETY: contract 2.
+    let timer = unsafe { object::<TimerSource>(timer) };
+    IOReturn::code(&if wait == 0 { timer.check_for_work() } else { timer.wait_for_work() })
 }
 
 unsafe extern "C" fn timer_cancel(timer: *mut HostTimer, done: Work) {

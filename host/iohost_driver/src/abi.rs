@@ -367,12 +367,13 @@ pub(crate) fn log(level: u32, text: &str) {
     }
 }
 
-/// One reference to an object of the host.
+/// One reference to an object of the host. `pub` as the sealed half of `IODispatchSource` names
+/// some of them; nobody outside of the crate can.
 macro_rules! owned {
     ($(#[$doc:meta])* $name:ident($object:ty) released by $table:ident.$release:ident) => {
         $(#[$doc])*
         #[derive(Debug)]
-        pub(crate) struct $name(NonNull<$object>);
+        pub struct $name(NonNull<$object>);
 
         // SAFETY: contract 1: the host takes its objects from any thread.
         unsafe impl Send for $name {}
@@ -687,6 +688,52 @@ impl<T> Clone for KeepingQueue<T> {
     }
 }
 
+/// What all sources can do.
+pub trait Source {
+    /// `done` is called once, also when nothing changed.
+    fn set_enable(
+        &self,
+        enable: bool,
+        done: Option<impl FnOnce() + Send + 'static>,
+    ) -> Result<(), IOReturn>;
+
+    fn cancel(&self, done: impl FnOnce() + Send + 'static);
+
+    fn check_for_work(&self) -> Result<(), IOReturn>;
+
+    fn wait_for_work(&self) -> Result<(), IOReturn>;
+}
+
+macro_rules! source {
+    ($name:ident: $set_enable:ident, $cancel:ident, $check:ident) => {
+        impl Source for $name {
+            fn set_enable(
+                &self,
+                enable: bool,
+                done: Option<impl FnOnce() + Send + 'static>,
+            ) -> Result<(), IOReturn> {
+                let (enable, done) = (i32::from(enable), completion_of(done));
+                check(host!(dispatch.$set_enable(self.0.as_ptr(), enable, done)))
+            }
+
+            fn cancel(&self, done: impl FnOnce() + Send + 'static) {
+                host!(dispatch.$cancel(self.0.as_ptr(), work_of(done)));
+            }
+
+            fn check_for_work(&self) -> Result<(), IOReturn> {
+                check(host!(dispatch.$check(self.0.as_ptr(), 0)))
+            }
+
+            fn wait_for_work(&self) -> Result<(), IOReturn> {
+                check(host!(dispatch.$check(self.0.as_ptr(), 1)))
+            }
+        }
+    };
+}
+
+source! { Interrupt: interrupt_set_enable, interrupt_cancel, interrupt_check }
+source! { Timer: timer_set_enable, timer_cancel, timer_check }
+
 impl Interrupt {
     pub(crate) fn create(
         device: &Device,
@@ -713,17 +760,23 @@ impl Interrupt {
         check(host!(dispatch.interrupt_set_handler(self.0.as_ptr(), handler)))
     }
 
-    pub(crate) fn set_enable(
-        &self,
-        enable: bool,
-        done: Option<impl FnOnce() + Send + 'static>,
-    ) -> Result<(), IOReturn> {
-        let (enable, done) = (i32::from(enable), completion_of(done));
-        check(host!(dispatch.interrupt_set_enable(self.0.as_ptr(), enable, done)))
-    }
-
-    pub(crate) fn cancel(&self, done: Option<impl FnOnce() + Send + 'static>) {
-        host!(dispatch.interrupt_cancel(self.0.as_ptr(), completion_of(done)));
+    pub(crate) fn create_from_eventfd(
+        trigger: BorrowedFd<'_>,
+        unmask: Option<BorrowedFd<'_>>,
+        flags: u32,
+        queue: &Queue,
+        handler: impl FnMut(u64, u64) + Send + 'static,
+    ) -> Result<Self, IOReturn> {
+        let mut source = ptr::null_mut();
+        let status = host!(dispatch.interrupt_create_from_eventfd(
+            trigger.as_raw_fd(),
+            unmask.map_or(-1, |unmask| unmask.as_raw_fd()),
+            flags,
+            queue.0.as_ptr(),
+            handler_of(handler),
+            &raw mut source,
+        ));
+        Ok(Self(adopt(status, source)?))
     }
 
     pub(crate) fn last(&self) -> (u64, u64) {
@@ -753,19 +806,6 @@ impl Timer {
 
     pub(crate) fn wake_at(&self, clock: u64, deadline: u64, leeway: u64) -> Result<(), IOReturn> {
         check(host!(dispatch.timer_wake_at(self.0.as_ptr(), clock, deadline, leeway)))
-    }
-
-    pub(crate) fn set_enable(
-        &self,
-        enable: bool,
-        done: Option<impl FnOnce() + Send + 'static>,
-    ) -> Result<(), IOReturn> {
-        let (enable, done) = (i32::from(enable), completion_of(done));
-        check(host!(dispatch.timer_set_enable(self.0.as_ptr(), enable, done)))
-    }
-
-    pub(crate) fn cancel(&self, done: Option<impl FnOnce() + Send + 'static>) {
-        host!(dispatch.timer_cancel(self.0.as_ptr(), completion_of(done)));
     }
 }
 

@@ -229,10 +229,12 @@ fn on<S: Send + 'static>(
     code: impl FnOnce(&mut S) + Send + 'static,
 ) -> impl FnOnce() + Send + 'static {
     let (raw, code) = (queue.raw().clone(), queue.completion(code));
-    move || match code {
-        Some(code) if raw.on_queue() => code(),
-        Some(code) => raw.dispatch_async(code),
-        None => {}
+    move || {
+        if raw.on_queue() {
+            code();
+        } else {
+            raw.dispatch_async(code);
+        }
     }
 }
 

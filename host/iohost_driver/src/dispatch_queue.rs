@@ -117,11 +117,11 @@ impl<S: Send + 'static> IODispatchQueue<S> {
     pub(crate) fn completion(
         &self,
         done: impl FnOnce(&mut S) + Send + 'static,
-    ) -> Option<impl FnOnce() + Send + 'static> {
+    ) -> impl FnOnce() + Send + 'static {
         let state = self.state().clone();
-        Some(move || {
+        move || {
             let _ = state.enter(done);
-        })
+        }
     }
 
     /// Puts the state in place, or takes it away. On the queue, outside of any work with it.

@@ -22,6 +22,7 @@ mod abi;
 mod action;
 mod data_queue;
 mod dispatch_queue;
+mod dispatch_source;
 mod dma;
 mod error;
 mod interrupt;
@@ -36,9 +37,10 @@ pub mod wdm;
 pub use action::{ActionWait, OSAction};
 pub use data_queue::IODataQueueDispatchSource;
 pub use dispatch_queue::IODispatchQueue;
+pub use dispatch_source::IODispatchSource;
 pub use dma::{ClientMemory, IOBufferMemoryDescriptor, IODMACommand, PreparedDma};
 pub use error::{Error, Result};
-pub use interrupt::{IOInterruptDispatchSource, InterruptEvent, InterruptType};
+pub use interrupt::{EventfdInterrupt, IOInterruptDispatchSource, InterruptEvent, InterruptType};
 pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDriver};
 pub use iohost_memory::ring::{Consumer, Entry, Producer, QueueError, Slot};
 pub use iohost_registers::{RegisterMap, register_bits, register_map};
@@ -56,9 +58,9 @@ pub use timer::{IOTimerClock, IOTimerDispatchSource};
 pub mod prelude {
     pub use crate::{
         Action, Bar, Error, IOBufferMemoryDescriptor, IODMACommand, IODataQueueDispatchSource,
-        IODispatchQueue, IOInterruptDispatchSource, IOPCIDevice, IOReturn, IOService, IOTimerClock,
-        IOTimerDispatchSource, InterruptEvent, InterruptType, OSAction, Personality, PreparedDma,
-        Reply, Result, Session, SessionId, ensure,
+        IODispatchQueue, IODispatchSource, IOInterruptDispatchSource, IOPCIDevice, IOReturn,
+        IOService, IOTimerClock, IOTimerDispatchSource, InterruptEvent, InterruptType, OSAction,
+        Personality, PreparedDma, Reply, Result, Session, SessionId, ensure,
     };
     pub use log::{debug, error, info, trace, warn};
 }

@@ -2,14 +2,19 @@
 
 use std::fmt;
 
-use crate::{IODispatchQueue, Result, abi};
+use crate::dispatch_source::HostSource;
+use crate::{IODispatchQueue, IODispatchSource, Result, abi};
 
 /// `IOTimerDispatchSource`: has a handler run on a queue once a deadline has passed.
 ///
 /// One-shot: the handler arms it again, computing the next deadline from the previous one, not
-/// from now, so that a period does not drift. Starts enabled and not armed. Dropping it ends it.
+/// from now, so that a period does not drift. Starts enabled and not armed. While it is disabled its
+/// deadline is kept, and fires when it is enabled if it has passed then; but an expiration whose
+/// handler has not started is taken back by disabling. Dropping the timer ends it.
+///
+/// What it has in common with other sources is in [`IODispatchSource`].
 pub struct IOTimerDispatchSource {
-    timer: abi::Timer,
+    source: abi::Timer,
 }
 
 /// `kIOTimerClock…`: the clock a deadline is on. All count nanoseconds.
@@ -37,8 +42,8 @@ impl IOTimerDispatchSource {
         mut handler: impl FnMut(&mut S, u64) + Send + 'static,
     ) -> Result<Self> {
         let handler = queue.handler(move |state, time, _: u64| handler(state, time));
-        let timer = abi::Timer::create(queue.raw(), handler)?;
-        Ok(Self { timer })
+        let source = abi::Timer::create(queue.raw(), handler)?;
+        Ok(Self { source })
     }
 
     /// Replaces the handler from the next expiration on. `queue` is the one given to `create`.
@@ -48,7 +53,7 @@ impl IOTimerDispatchSource {
         mut handler: impl FnMut(&mut S, u64) + Send + 'static,
     ) -> Result<()> {
         let handler = queue.handler(move |state, time, _: u64| handler(state, time));
-        Ok(self.timer.set_handler(handler)?)
+        Ok(self.source.set_handler(handler)?)
     }
 
     /// Fires between `deadline` and `deadline + leeway` nanoseconds on `clock`; a deadline that
@@ -57,39 +62,22 @@ impl IOTimerDispatchSource {
     ///
     /// Errors: `UNSUPPORTED` after cancel.
     pub fn wake_at_time(&self, clock: IOTimerClock, deadline: u64, leeway: u64) -> Result<()> {
-        Ok(self.timer.wake_at(clock as u64, deadline, leeway)?)
+        Ok(self.source.wake_at(clock as u64, deadline, leeway)?)
     }
+}
 
-    /// Enables or disables firing. A deadline that passes while disabled fires when enabled.
-    ///
-    /// Errors: `UNSUPPORTED` for a change after cancel.
-    pub fn set_enable(&self, enable: bool) -> Result<()> {
-        Ok(self.timer.set_enable(enable, None::<fn()>)?)
-    }
+impl IODispatchSource for IOTimerDispatchSource {}
 
-    /// As [`set_enable`](Self::set_enable), and `done` runs once on the queue after a handler in
-    /// flight has returned; also when nothing changed.
-    pub fn set_enable_with_completion<S: Send + 'static>(
-        &self,
-        queue: &IODispatchQueue<S>,
-        enable: bool,
-        done: impl FnOnce(&mut S) + Send + 'static,
-    ) -> Result<()> {
-        Ok(self.timer.set_enable(enable, queue.completion(done))?)
-    }
+impl HostSource for IOTimerDispatchSource {
+    type Source = abi::Timer;
 
-    /// Ends the timer. `done` runs on the queue once no handler runs or will run.
-    pub fn cancel<S: Send + 'static>(
-        &self,
-        queue: &IODispatchQueue<S>,
-        done: impl FnOnce(&mut S) + Send + 'static,
-    ) {
-        self.timer.cancel(queue.completion(done));
+    fn source(&self) -> &abi::Timer {
+        &self.source
     }
 }
 
 impl fmt::Debug for IOTimerDispatchSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("IOTimerDispatchSource").field(&self.timer).finish()
+        f.debug_tuple("IOTimerDispatchSource").field(&self.source).finish()
     }
 }

@@ -399,6 +399,21 @@ pub struct DispatchTable {
         sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
         context: *mut c_void,
     ),
+    /// Makes an interrupt source for an eventfd of the plugin's, which is duplicated and made
+    /// non-blocking. `unmask` is another eventfd, raised after each delivery, or -1 for none.
+    /// `flags` are those of `interrupt_create`'s index. Takes the handler, also on failure.
+    pub interrupt_create_from_eventfd: unsafe extern "C" fn(
+        trigger: i32,
+        unmask: i32,
+        flags: u32,
+        queue: *mut HostQueue,
+        handler: Handler,
+        source: *mut *mut HostInterrupt,
+    ) -> i32,
+    /// Has what there is delivered; with `wait` 1, waits for a delivery to end instead.
+    pub interrupt_check: unsafe extern "C" fn(source: *mut HostInterrupt, wait: i32) -> i32,
+    /// The same for a timer.
+    pub timer_check: unsafe extern "C" fn(timer: *mut HostTimer, wait: i32) -> i32,
 }
 
 /// The name of [`DispatchTable`].

@@ -1,7 +1,7 @@
 //! An eventfd.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
@@ -51,9 +51,17 @@ impl AsFd for Signal {
 impl TryFrom<OwnedFd> for Signal {
     type Error = io::Error;
 
-    /// Takes over an eventfd from another process and makes it non-blocking.
+    /// Takes over an eventfd that somebody else made, and makes it non-blocking, which its other
+    /// holders see.
+    ///
+    /// Errors: `InvalidInput` for a descriptor that is no eventfd.
     fn try_from(fd: OwnedFd) -> io::Result<Self> {
         use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let kind = std::fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+        if kind.as_os_str() != "anon_inode:[eventfd]" {
+            let text = format!("{} is no eventfd", kind.display());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
         let flags = OFlag::from_bits_retain(fcntl(&fd, FcntlArg::F_GETFL)?);
         fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
         Ok(Self { fd: eventfd_from(fd) })
@@ -80,5 +88,13 @@ mod tests {
         signal.raise();
         assert_eq!(signal.take(), 2);
         assert_eq!(signal.take(), 0);
+    }
+
+    #[test]
+    fn a_descriptor_that_is_no_eventfd_is_refused() {
+        let timer = crate::Timer::new(crate::Clock::Uptime).unwrap();
+        let refused = Signal::try_from(timer.as_fd().try_clone_to_owned().unwrap()).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::InvalidInput);
+        assert!(refused.to_string().contains("timerfd"), "{refused}");
     }
 }

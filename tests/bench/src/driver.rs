@@ -8,8 +8,8 @@ use iohost_device_backend::InterruptKind;
 use iohost_device_models::{Function, edu};
 use iohost_dispatch::Engine;
 use iohost_driver::{
-    Exported, IODispatchQueue, IOInterruptDispatchSource, IOPCIDevice, IOService, InterruptType,
-    Personality,
+    Exported, IODispatchQueue, IODispatchSource, IOInterruptDispatchSource, IOPCIDevice, IOService,
+    InterruptType, Personality,
 };
 use iohost_driver_host::{Device, Driver, Plugin};
 use iohost_testkit::FakeDevice;

@@ -8,6 +8,8 @@
 //! vfio-check shared ADDRESS BLOCKER     fails to take a function whose group somebody else uses
 //! vfio-check no-iommu ADDRESS           fails to take a function on a machine without an IOMMU
 //! vfio-check removal ADDRESS            loses an open function
+//! vfio-check interrupts ADDRESS KIND    tries the rules of interrupt sources: on an `edu` by intx
+//!                                       or msi, on an `e1000e` by msi-x
 //! ```
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
@@ -16,10 +18,12 @@
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
 use iohost_device_backend::{DeviceBackend, DeviceError, InterruptKind, VfioBackend, conformance};
+use iohost_interrupt_tests::{E1000eRegisters, EduRegisters, RULES, Registers, Ringing, Setup};
 use iohost_memory::SharedMemory;
 use iohost_pci::{PciAddress, PciError, Sysfs, VFIO_PCI};
 use iohost_vfio::{ResetKind, VfioDevice, VfioError};
@@ -36,6 +40,9 @@ fn main() -> Result<()> {
         ["shared", address, blocker] => shared(address.parse()?, blocker.parse()?),
         ["no-iommu", address] => no_iommu(address.parse()?),
         ["removal", address] => removal(address.parse()?),
+        ["interrupts", address, "intx"] => interrupts(address.parse()?, InterruptKind::IntX),
+        ["interrupts", address, "msi"] => interrupts(address.parse()?, InterruptKind::Msi),
+        ["interrupts", address, "msi-x"] => interrupts(address.parse()?, InterruptKind::MsiX),
         _ => bail!("usage: see the first lines of this program"),
     }
 }
@@ -227,6 +234,29 @@ fn removal(address: PciAddress) -> Result<()> {
     let gone = sysfs.restore(&former).unwrap_err();
     ensure!(matches!(gone, PciError::NoSuchDevice { .. }), "{gone:?}");
     println!("ok {gone}");
+    Ok(())
+}
+
+fn interrupts(address: PciAddress, kind: InterruptKind) -> Result<()> {
+    let sysfs = Sysfs::default();
+    let former = sysfs.bind(address)?;
+    let vectors = VfioBackend::open(&sysfs.directory(address))?.interrupt_count(kind);
+    let rules = RULES.iter().filter(|rule| rule.is_for(kind, vectors));
+    let mut tried = 0;
+    for rule in rules {
+        let device = VfioBackend::open(&sysfs.directory(address))?;
+        let registers: Box<dyn Registers> = match kind {
+            InterruptKind::IntX | InterruptKind::Msi => Box::new(EduRegisters),
+            InterruptKind::MsiX => Box::new(E1000eRegisters),
+        };
+        let device = Arc::new(Ringing::new(Box::new(device), registers));
+        (rule.test)(&Setup { device, kind });
+        println!("ok {} by {kind}", rule.name);
+        tried += 1;
+    }
+    ensure!(tried > 0, "no rule is for {vectors} vectors of {kind}");
+    println!("ok {tried} rules by {kind}, of which the device has {vectors}");
+    sysfs.restore(&former)?;
     Ok(())
 }
 

@@ -9,7 +9,7 @@ use super::error::resources;
 use super::signal::Signal;
 use super::system::{ARMS, System};
 use super::{DeviceObject, Dpc, DueTime, Error, NO_PANIC, Result, TimerType, irql};
-use crate::{IOTimerClock, IOTimerDispatchSource, abi};
+use crate::{IODispatchSource, IOTimerClock, IOTimerDispatchSource, abi};
 
 const NS_PER_MS: u64 = 1_000_000;
 

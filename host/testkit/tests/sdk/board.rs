@@ -50,6 +50,7 @@ impl DeviceModel for Board {
             bars: [Some(BarSpec { size: BAR_SIZE }), None, None, None, None, None],
             intx: self.intx,
             msi_vectors: self.msi_vectors,
+            msi_x: None,
         }
     }
 
@@ -79,8 +80,6 @@ pub(crate) struct Unusual {
     board: FakeDevice<Board>,
     /// What `bar` says instead.
     pub(crate) bars: Vec<Option<BarInfo>>,
-    /// MSI-X vectors, beside what the board has.
-    pub(crate) msi_x: u32,
     /// The device has no reset.
     pub(crate) no_reset: bool,
     /// Where memory can be mapped.
@@ -94,7 +93,7 @@ impl Unusual {
         let board = FakeDevice::new(Arc::new(Function::new(board)));
         let bars = (0..7).map(|index| board.bar(index).cloned()).collect();
         let iova = vec![0..=u64::MAX];
-        Self { board, bars, msi_x: 0, no_reset: false, iova, gone: AtomicBool::new(false) }
+        Self { board, bars, no_reset: false, iova, gone: AtomicBool::new(false) }
     }
 
     fn there(&self) -> Result<(), DeviceError> {
@@ -139,10 +138,7 @@ impl DeviceBackend for Unusual {
     }
 
     fn interrupt_count(&self, kind: InterruptKind) -> u32 {
-        match kind {
-            InterruptKind::MsiX => self.msi_x,
-            other => self.board.interrupt_count(other),
-        }
+        self.board.interrupt_count(kind)
     }
 
     fn enable_interrupts(
@@ -150,10 +146,7 @@ impl DeviceBackend for Unusual {
         kind: InterruptKind,
         triggers: &[BorrowedFd<'_>],
     ) -> Result<(), DeviceError> {
-        match kind {
-            InterruptKind::MsiX => Ok(()),
-            other => self.board.enable_interrupts(other, triggers),
-        }
+        self.board.enable_interrupts(kind, triggers)
     }
 
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {

@@ -89,28 +89,6 @@ fn set_enable_does_what_it_does_with_a_completion() {
 }
 
 #[test]
-fn a_completion_runs_once_after_the_handler_in_flight_and_also_when_nothing_changed() {
-    let bench = Bench::new();
-    bench.device.configure_interrupts(InterruptType::Messaged, 1, 1).unwrap();
-    let queue = bench.queue.clone();
-    let handler = move |probe: &mut Probe, _| {
-        let disabled = |probe: &mut Probe| probe.note("disabled");
-        let source = probe.interrupt.as_ref().unwrap();
-        source.set_enable_with_completion(&queue, false, disabled).unwrap();
-        probe.note("handled");
-    };
-    let source = IOInterruptDispatchSource::create(&bench.device, 0, &bench.queue, handler);
-    let source = source.unwrap();
-    source.set_enable_with_completion(&bench.queue, true, |probe| probe.note("enabled")).unwrap();
-    source.set_enable_with_completion(&bench.queue, true, |probe| probe.note("again")).unwrap();
-    bench.queue.dispatch_sync(|probe| probe.interrupt = Some(source)).unwrap();
-    assert_eq!(bench.settled(), ["enabled", "again"]);
-    bench.message(0);
-    assert_eq!(bench.settled(), ["handled", "disabled"]);
-    assert!(bench.settled().is_empty());
-}
-
-#[test]
 fn a_timers_completion_runs_once_after_the_handler_in_flight() {
     let bench = Bench::new();
     let queue = bench.queue.clone();
@@ -142,22 +120,4 @@ fn no_handler_starts_after_the_cancel_handler_and_a_change_is_refused() {
     assert_eq!(source.set_enable(true).unwrap_err().code(), IOReturn::UNSUPPORTED);
     assert_eq!(timer.set_enable(true).unwrap_err().code(), IOReturn::UNSUPPORTED);
     assert_eq!(source.set_enable(false), Ok(()), "it is not enabled, so nothing changes");
-}
-
-#[test]
-fn a_source_can_be_cancelled_in_its_own_handler() {
-    let bench = Bench::new();
-    bench.device.configure_interrupts(InterruptType::Messaged, 1, 1).unwrap();
-    let queue = bench.queue.clone();
-    let handler = move |probe: &mut Probe, _| {
-        let source = probe.interrupt.take().unwrap();
-        source.cancel(&queue, |probe| probe.note("cancelled"));
-        probe.note("handled");
-    };
-    let source = IOInterruptDispatchSource::create(&bench.device, 0, &bench.queue, handler);
-    let source = source.unwrap();
-    source.set_enable(true).unwrap();
-    bench.queue.dispatch_sync(|probe| probe.interrupt = Some(source)).unwrap();
-    bench.message(0);
-    assert_eq!(bench.settled(), ["handled", "cancelled"]);
 }

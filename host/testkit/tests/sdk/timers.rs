@@ -463,3 +463,54 @@ fn the_time_a_timer_reports_is_between_arming_and_now_on_uptime_whatever_its_clo
         assert!((armed..=now).contains(&time), "{clock:?}");
     }
 }
+
+#[test]
+fn a_check_of_a_timer_that_has_not_fired_is_not_ready() {
+    let bench = Bench::new();
+    let timer = bench.timer();
+    let not_ready = Some(IOReturn::NOT_READY);
+    assert_eq!(code(timer.check_for_work()), not_ready, "not armed");
+    timer.wake_at_time(IOTimerClock::UptimeRaw, START + 1, 0).unwrap();
+    assert_eq!(code(timer.check_for_work()), not_ready, "not due");
+    timer.set_enable(false).unwrap();
+    timer.wake_at_time(IOTimerClock::UptimeRaw, START, 0).unwrap();
+    assert_eq!(code(timer.check_for_work()), not_ready, "disabled");
+    timer.cancel(&bench.queue, |_| ());
+    assert_eq!(code(timer.check_for_work()), not_ready, "cancelled");
+    assert!(bench.settled().is_empty());
+}
+
+#[test]
+fn a_check_of_a_timer_that_is_due_has_it_fire_once_after_the_call() {
+    let bench = Bench::new();
+    let timer = bench.timer();
+    timer.wake_at_time(IOTimerClock::UptimeRaw, START, SECOND).unwrap();
+    // Due, and the leeway would let it wait.
+    for _ in 0..2 {
+        assert_eq!(timer.check_for_work(), Ok(()));
+    }
+    assert!(bench.seen.take().is_empty());
+    assert_eq!(bench.settled(), [format!("fired at {START}")]);
+    assert_eq!(code(timer.check_for_work()), Some(IOReturn::NOT_READY));
+    assert!(bench.after(2 * SECOND).is_empty());
+}
+
+#[test]
+fn a_synchronous_check_of_a_timer_waits_for_its_handler_or_its_end() {
+    let bench = Bench::new();
+    let timer = Arc::new(bench.timer());
+    let side = IODispatchQueue::create(&bench.queue, "side", bench.seen.clone()).unwrap();
+    // Nobody but this thread runs queues, so the side does its work while this one waits.
+    let arming = timer.clone();
+    side.dispatch_async(move |seen| {
+        seen.note("armed");
+        arming.wake_at_time(IOTimerClock::UptimeRaw, START, 0).unwrap();
+    });
+    assert_eq!(timer.wait_for_work(), Ok(()));
+    bench.seen.note("returned");
+    let fired = format!("fired at {START}");
+    assert_eq!(bench.settled(), ["armed", &fired, "returned"]);
+    let (cancelling, queue) = (timer.clone(), bench.queue.clone());
+    side.dispatch_async(move |_| cancelling.cancel(&queue, |_| ()));
+    assert_eq!(code(timer.wait_for_work()), Some(IOReturn::ABORTED));
+}
