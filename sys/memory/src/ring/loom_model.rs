@@ -198,3 +198,27 @@ fn loom_without_an_answer_on_empty_a_refused_producer_sleeps_for_ever() {
 fn loom_without_clearing_before_the_answer_a_request_is_lost() {
     explore(Some(Step::ClearBeforeAnswer), 16, 4, by_handler, drain_by_handler);
 }
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_publishing_the_head_a_wakeup_is_lost() {
+    explore(Some(Step::PublishHead), 64, 2, by_handler, drain_by_handler);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_the_fence_before_looking_whether_the_consumer_is_awake_a_wakeup_is_lost() {
+    explore(Some(Step::FenceBeforeConsumerAwake), 64, 2, one_by_one, wait_for_each);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_saying_that_it_sleeps_a_consumer_is_not_woken() {
+    explore(Some(Step::ConsumerSaysItSleeps), 64, 2, one_by_one, wait_for_each);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_saying_that_it_sleeps_a_producer_is_not_woken() {
+    explore(Some(Step::ProducerSaysItSleeps), 16, 3, one_by_one, wait_for_each);
+}
