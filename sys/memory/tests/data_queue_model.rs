@@ -150,7 +150,8 @@ fn agree(queue_byte_count: u32, steps: &[Step]) {
         match *step {
             Step::EnqueueBatch(ref sizes) => {
                 let was_empty = model.entries.is_empty();
-                let expected: Vec<_> = sizes.iter().map(|&size| model.enqueue(data(size)).0).collect();
+                let expected: Vec<_> =
+                    sizes.iter().map(|&size| model.enqueue(data(size)).0).collect();
                 let is = |wanted: fn(&Result<(), QueueError>) -> bool| expected.iter().any(wanted);
                 let is_refused = is(|status| matches!(status, Err(QueueError::Overrun { .. })));
                 due_available = (is_refused || was_empty && is(Result::is_ok)).into();

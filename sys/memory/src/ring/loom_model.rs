@@ -138,7 +138,7 @@ fn loom_a_batch_reaches_a_handler_that_is_only_notified() {
 
 #[test]
 fn loom_a_full_ring_wakes_both_ends_in_turn() {
-    explore(None, 16, 4, one_by_one, wait_for_each);
+    explore(None, 16, 3, one_by_one, wait_for_each);
 }
 
 #[test]

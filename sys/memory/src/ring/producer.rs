@@ -118,7 +118,8 @@ impl<N: Notify> Producer<N> {
         fill: impl FnOnce(&mut Batch<'_, N>) -> R,
     ) -> Result<R, QueueError> {
         self.life.check()?;
-        let mut batch = Batch { old_tail: self.tail, send: false, is_published: false, producer: self };
+        let mut batch =
+            Batch { old_tail: self.tail, send: false, is_published: false, producer: self };
         let result = fill(&mut batch);
         let (old_tail, mut send) = (batch.old_tail, batch.send);
         batch.is_published = true;
