@@ -198,10 +198,14 @@ unsafe fn copy(source: *const u8, target: *mut u8, len: usize) {
     #[inline(always)]
     unsafe fn ends<const N: usize>(source: *const u8, target: *mut u8, len: usize) {
         for at in [0, len - N] {
-            // SAFETY: `at + N <= len`, which the caller promises to be readable.
-            let bytes = unsafe { source.add(at).cast::<[u8; N]>().read() };
-            // SAFETY: as above, and writable.
-            unsafe { target.add(at).cast::<[u8; N]>().write(bytes) };
+            // SAFETY: `at + N <= len`, so inside what the caller promises.
+            let from = unsafe { source.add(at) }.cast::<[u8; N]>();
+            // SAFETY: as above.
+            let to = unsafe { target.add(at) }.cast::<[u8; N]>();
+            // SAFETY: as above, so `N` bytes are readable. Bytes need no alignment.
+            let bytes = unsafe { from.read() };
+            // SAFETY: as above, so `N` bytes are writable.
+            unsafe { to.write(bytes) };
         }
     }
     match len {
@@ -394,6 +398,23 @@ mod tests {
         };
         assert_eq!(probe(8191), Ok(()), "the last byte is there");
         assert_eq!(probe(8192), Err(nix::Error::EFAULT), "the next one is not");
+    }
+
+    #[test]
+    fn a_copy_of_any_length_moves_its_bytes_and_no_other() {
+        let memory = SharedMemory::create(c"test", 300).unwrap();
+        let data: Vec<u8> = (1..=200).collect();
+        for len in 0..=200 {
+            memory.write_at(0, &[0; 300]);
+            memory.write_at(50, &data[..len]);
+            let mut seen = [9; 300];
+            memory.read_at(0, &mut seen);
+            assert_eq!(seen[50..50 + len], data[..len]);
+            assert!(seen[..50].iter().chain(&seen[50 + len..]).all(|&byte| byte == 0), "{len}");
+            let mut back = vec![9; len + 2];
+            memory.read_at(50, &mut back[1..=len]);
+            assert_eq!((back[0], &back[1..=len], back[len + 1]), (9, &data[..len], 9));
+        }
     }
 
     #[test]

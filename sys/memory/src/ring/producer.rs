@@ -71,7 +71,13 @@ impl<N: Notify> Producer<N> {
     ///
     /// `fill` runs once, on this thread, before the entry is published; not if there is no room.
     /// What it leaves unwritten keeps the bytes of older entries. If it panics, nothing is
-    /// published.
+    /// published. It cannot enter the queue again, which is lent to this call:
+    ///
+    /// ```compile_fail,E0499
+    /// # fn nested(producer: &mut iohost_memory::ring::Producer) {
+    /// producer.enqueue_with(4, |_| producer.enqueue(b"inner"));
+    /// # }
+    /// ```
     #[inline(always)]
     pub fn enqueue_with<R>(
         &mut self,
