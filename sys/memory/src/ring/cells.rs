@@ -39,9 +39,10 @@ unsafe impl Send for Cells {}
 unsafe impl Sync for Cells {}
 
 impl Cells {
-    /// Expects a memory of exactly `MEMORY_HEADER_SIZE + capacity` bytes.
+    /// Expects a memory of exactly `MEMORY_HEADER_SIZE + capacity` bytes, mapped for writing.
     pub(super) fn new(memory: Arc<SharedMemory>, capacity: u32) -> Self {
         assert_eq!(memory.len(), MEMORY_HEADER_SIZE + capacity as usize);
+        assert!(memory.is_writable(), "a ring in memory that is mapped for reading only");
         let base = NonNull::new(memory.address()).expect("a mapping is never at address 0");
         Self { base, capacity, memory }
     }
