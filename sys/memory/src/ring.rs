@@ -26,14 +26,27 @@
 //!
 //! | Offset | Size | Field | Written by |
 //! | --- | --- | --- | --- |
-//! | 0 | u32 | head: offset of the next entry to read | consumer |
+//! | 0 | u32 | head: offset of the next entry to read, as of the last time that none was left | consumer |
 //! | 4 | u32 | tail: offset where the next entry goes | producer |
 //! | 8 | u8 | needServicedCallback | producer sets, consumer clears |
-//! | 9 | 119 | zero | nobody |
+//! | 9 | u8 | consumerAwake: it looks again by itself | consumer |
+//! | 10 | u8 | producerAwake: it looks again by itself | producer |
+//! | 11 | 53 | zero | nobody |
+//! | 64 | u32 | readTo: offset of the next entry to read, and 1; or 0 | consumer |
+//! | 68 | u8 | roomWanted: needServicedCallback once more | producer sets, consumer clears |
+//! | 69 | 59 | zero | nobody |
 //! | 128 | queue byte count | the entries | producer |
 //!
 //! `layout` (private) has the arithmetic. The queue byte count travels beside the memory, never in
 //! it, and a memory of another length is refused.
+//!
+//! DriverKit's own fields are the first three; the rest it leaves zero, and a peer that does so too
+//! is served all the same. They are there for speed: a processor takes memory from another one in
+//! lines of 64 bytes. The producer writes the first line with each entry, so the consumer touches
+//! it only when it has read all that it knows of, and keeps count of each entry in the second line,
+//! which the producer touches only when it runs out of room. So `head` may lag behind; a producer
+//! that knows no `readTo` gets its room later, but in time: `head` is exact whenever nothing is
+//! left to read.
 //!
 //! # Notifications
 //!
@@ -63,6 +76,13 @@
 //! An operation with `_coalesce` in its name does not send but sets the caller's `send`, and never
 //! clears it. The caller starts a batch with `false` and sends once at its end if it became `true`,
 //! also if the batch ended with an error.
+//!
+//! What is due is not sent while the other end is awake: it is inside [`Consumer::wait`] or
+//! [`Producer::wait_for_room`], or was there and has not been told `Underrun` or `Overrun` since, so
+//! that it has to look again before it may sleep. It takes the flag back before it does: the
+//! consumer with the fence of 1 behind it (`[awake]`), the producer with the request of 4, which
+//! the consumer must have seen to answer it (`[sleep]`). An end that only handles notifications and
+//! never waits is never awake, and gets all that the rules say.
 //!
 //! Each end keeps what it last saw of the other's index and looks again only where the answer
 //! could change something. Handlers cannot tell: an older head never changes where an entry goes,
@@ -99,6 +119,7 @@ mod loom_model;
 #[cfg(not(loom))]
 mod making;
 mod producer;
+mod spin;
 
 #[cfg(not(loom))]
 use std::sync::atomic::{Ordering, fence};
@@ -110,12 +131,13 @@ pub use bell::{Bell, Doorway, Notify, Peer, Wait, WaitError, Wake};
 use cells::Cells;
 pub use consumer::{Consumer, Entry};
 pub use layout::{
-    ALIGNMENT, ENTRY_HEADER_SIZE, HEAD_OFFSET, MAX_QUEUE_BYTE_COUNT, MEMORY_HEADER_SIZE,
-    NEED_SERVICED_OFFSET, TAIL_OFFSET, footprint,
+    ALIGNMENT, CONSUMER_AWAKE_OFFSET, ENTRY_HEADER_SIZE, HEAD_OFFSET, KEPT, MAX_QUEUE_BYTE_COUNT,
+    MEMORY_HEADER_SIZE, NEED_SERVICED_OFFSET, PRODUCER_AWAKE_OFFSET, READ_TO_OFFSET,
+    ROOM_WANTED_OFFSET, TAIL_OFFSET, footprint,
 };
 #[cfg(not(loom))]
 pub use making::RingError;
-pub use producer::{Producer, Slot};
+pub use producer::{Batch, Producer, Slot};
 
 /// The memory of one data queue and its agreed size. Clones share the memory.
 #[derive(Debug, Clone)]
@@ -282,10 +304,18 @@ enum Step {
     ReleaseTail,
     /// Producer, refused: wake the consumer.
     WakeWhenRefused,
-    /// Consumer: fence between publishing the head and looking at the tail.
+    /// Consumer: fence between publishing the head, or that it sleeps, and looking at the tail.
     FenceAfterHead,
     /// Consumer: look at the tail again before sleeping.
     LookBeforeSleep,
+    /// Producer: fence between publishing and looking whether the consumer is awake.
+    FenceBeforeConsumerAwake,
+    /// Consumer: take back that it is awake before sleeping.
+    ConsumerSaysItSleeps,
+    /// Producer: take back that it is awake before sleeping.
+    ProducerSaysItSleeps,
+    /// Consumer: publish the head when everything that is known of was read.
+    PublishHead,
     /// Consumer, on an empty ring: answer a producer that was refused.
     AnswerWhenEmpty,
     /// Consumer: clear the producer's request before answering it, not after.

@@ -128,13 +128,9 @@ impl SharedMemory {
         self.check(offset, data.len());
         // SAFETY: `check` showed that `offset` is inside the mapping.
         let source = unsafe { self.map.base.add(offset) };
-        // SAFETY:
-        // 1. `check` showed that `data.len()` bytes from `source` are mapped, and the seals keep
-        //    them so.
-        // 2. `data` is private to us and cannot overlap a mapping that is never lent.
-        // 3. A writer on the other side: see "Copies that race with the peer".
-        unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), data.as_mut_ptr(), data.len()) }
-        compiler_fence(Ordering::SeqCst);
+        // SAFETY: `check` showed that `data.len()` bytes from `source` are mapped, and the seals
+        // keep them so.
+        unsafe { copy_out(source, data) }
     }
 
     /// Copies bytes in. Panics when the range is not inside the memory, or the memory is mapped
@@ -145,8 +141,9 @@ impl SharedMemory {
         assert!(self.is_writable, "writing to memory that is mapped for reading only");
         // SAFETY: `check` showed that `offset` is inside the mapping.
         let target = unsafe { self.map.base.add(offset) };
-        // SAFETY: as in `read_at`, with the roles exchanged; it is mapped for writing.
-        unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), target.as_ptr(), data.len()) }
+        // SAFETY: `check` showed that `data.len()` bytes from `target` are mapped for writing, and
+        // the seals keep them so.
+        unsafe { copy_in(target, data) }
     }
 
     #[inline]
@@ -156,6 +153,72 @@ impl SharedMemory {
             "{len} bytes at {offset} are not inside {} bytes of shared memory",
             self.len()
         );
+    }
+}
+
+/// Copies bytes out of a mapping.
+///
+/// # Safety
+///
+/// `data.len()` bytes from `source` are inside a mapping that no reference points into.
+#[inline]
+pub(crate) unsafe fn copy_out(source: NonNull<u8>, data: &mut [u8]) {
+    // SAFETY:
+    // 1. The caller promises the source. A writer on the other side: see "Copies that race with the
+    //    peer".
+    // 2. `data` is private to us and cannot overlap a mapping that is never lent.
+    unsafe { copy(source.as_ptr(), data.as_mut_ptr(), data.len()) }
+    compiler_fence(Ordering::SeqCst);
+}
+
+/// Copies bytes into a mapping.
+///
+/// # Safety
+///
+/// `data.len()` bytes from `target` are inside a writable mapping that no reference points into.
+#[inline]
+pub(crate) unsafe fn copy_in(target: NonNull<u8>, data: &[u8]) {
+    // SAFETY: as in `copy_out`, with the roles exchanged.
+    unsafe { copy(data.as_ptr(), target.as_ptr(), data.len()) }
+}
+
+/// The C library's copy, but for the short lengths at which calling it takes longer than copying:
+/// there, the first and the last bytes, which may overlap.
+///
+/// # Safety
+///
+/// As `std::ptr::copy_nonoverlapping`.
+#[inline(always)]
+unsafe fn copy(source: *const u8, target: *mut u8, len: usize) {
+    /// Copies the first and the last `N` of `len` bytes.
+    ///
+    /// # Safety
+    ///
+    /// As `copy`, and `N <= len`.
+    #[inline(always)]
+    unsafe fn ends<const N: usize>(source: *const u8, target: *mut u8, len: usize) {
+        for at in [0, len - N] {
+            // SAFETY: `at + N <= len`, so inside what the caller promises.
+            let from = unsafe { source.add(at) }.cast::<[u8; N]>();
+            // SAFETY: as above.
+            let to = unsafe { target.add(at) }.cast::<[u8; N]>();
+            // SAFETY: as above, so `N` bytes are readable. Bytes need no alignment.
+            let bytes = unsafe { from.read() };
+            // SAFETY: as above, so `N` bytes are writable.
+            unsafe { to.write(bytes) };
+        }
+    }
+    match len {
+        // SAFETY: the caller's promise, and the arm.
+        4..=7 => unsafe { ends::<4>(source, target, len) },
+        // SAFETY: as above.
+        8..=16 => unsafe { ends::<8>(source, target, len) },
+        // SAFETY: as above.
+        17..=32 => unsafe { ends::<16>(source, target, len) },
+        // SAFETY: as above.
+        33..=64 => unsafe { ends::<32>(source, target, len) },
+        // SAFETY: as above.
+        _ => unsafe { std::ptr::copy_nonoverlapping(source, target, len) },
     }
 }
 
@@ -335,6 +398,23 @@ mod tests {
         };
         assert_eq!(probe(8191), Ok(()), "the last byte is there");
         assert_eq!(probe(8192), Err(nix::Error::EFAULT), "the next one is not");
+    }
+
+    #[test]
+    fn a_copy_of_any_length_moves_its_bytes_and_no_other() {
+        let memory = SharedMemory::create(c"test", 300).unwrap();
+        let data: Vec<u8> = (1..=200).collect();
+        for len in 0..=200 {
+            memory.write_at(0, &[0; 300]);
+            memory.write_at(50, &data[..len]);
+            let mut seen = [9; 300];
+            memory.read_at(0, &mut seen);
+            assert_eq!(seen[50..50 + len], data[..len]);
+            assert!(seen[..50].iter().chain(&seen[50 + len..]).all(|&byte| byte == 0), "{len}");
+            let mut back = vec![9; len + 2];
+            memory.read_at(50, &mut back[1..=len]);
+            assert_eq!((back[0], &back[1..=len], back[len + 1]), (9, &data[..len], 9));
+        }
     }
 
     #[test]

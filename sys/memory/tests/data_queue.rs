@@ -67,6 +67,11 @@ impl Queue {
         self.word(0)
     }
 
+    /// How far the consumer says that it has read, entry by entry.
+    fn read_to(&self) -> u32 {
+        self.word(64) - 1
+    }
+
     fn tail(&self) -> u32 {
         self.word(4)
     }
@@ -115,7 +120,9 @@ fn an_independent_parser_reads_head_tail_flag_and_entries_at_their_places() {
     }
     assert_eq!((head, tail), (8, 24));
     assert_eq!(bytes[8], 1, "the producer waits for room");
-    assert_eq!(bytes[9..128], [0; 119], "nothing else is used");
+    assert_eq!(bytes[9..64], [0; 55], "nobody waits, and nothing else is used");
+    assert_eq!((word(64), bytes[68]), (8 + 1, 1), "the consumer's own count, and the same request");
+    assert_eq!(bytes[69..128], [0; 59], "nothing else is used");
     assert_eq!(entries, [b"hello".to_vec(), b"".to_vec()]);
 }
 
@@ -359,6 +366,161 @@ fn without_a_handler_nothing_is_sent_and_the_request_for_service_stays() {
     assert_eq!(serviced.take(), 1);
 }
 
+// Batches.
+
+#[test]
+fn a_batch_is_seen_all_at_once_and_announced_once() {
+    let mut queue = queue(256);
+    let memory = queue.memory.clone();
+    queue
+        .producer
+        .enqueue_batch(|batch| {
+            batch.enqueue(b"one").unwrap();
+            batch.enqueue_with(3, |slot| slot.write_at(0, b"two").unwrap()).unwrap();
+            let mut tail = [1; 4];
+            memory.read_at(4, &mut tail);
+            assert_eq!(tail, [0; 4]);
+        })
+        .unwrap();
+    assert_eq!(queue.available.take(), 1);
+    assert_eq!(queue.dequeue().unwrap(), b"one");
+    queue.producer.enqueue_batch(|batch| batch.enqueue(b"three").unwrap()).unwrap();
+    assert_eq!(queue.available.take(), 0, "two is unread");
+
+    let mut entries = Vec::new();
+    let count = queue.consumer.dequeue_batch(9, |entry| {
+        let mut read_to = [0; 4];
+        memory.read_at(64, &mut read_to);
+        assert_eq!(read_to, 9_u32.to_ne_bytes(), "not given back yet");
+        entries.push(entry.to_vec());
+    });
+    assert_eq!(count, Ok(2));
+    assert_eq!(entries, [b"two".to_vec(), b"three".to_vec()]);
+    assert_eq!(queue.consumer.dequeue_batch(9, |_| ()), Err(QueueError::Underrun));
+}
+
+#[test]
+fn a_batch_that_finds_no_room_publishes_what_it_has_and_asks_for_service() {
+    let mut queue = queue(32);
+    queue.producer.enqueue(&[0; 4]).unwrap();
+    queue.available.take();
+    let refused = queue.producer.enqueue_batch(|batch| {
+        std::iter::repeat_with(|| batch.enqueue(&[1; 4])).find_map(Result::err)
+    });
+    assert_eq!(refused, Ok(Some(QueueError::Overrun { size: 4 })));
+    assert_eq!((queue.tail(), queue.available.take(), queue.need_serviced()), (32, 1, 1));
+    assert_eq!(queue.consumer.dequeue_batch(2, |_| ()), Ok(2));
+    assert_eq!((queue.serviced.take(), queue.need_serviced()), (1, 0));
+}
+
+#[test]
+fn a_batch_that_panics_publishes_nothing_and_gives_back_what_it_had_read() {
+    let mut queue = queue(64);
+    let fill = AssertUnwindSafe(|| {
+        queue.producer.enqueue_batch(|batch| {
+            batch.enqueue(b"lost").unwrap();
+            panic!("in the callback")
+        })
+    });
+    assert!(catch_unwind(fill).map(|never: Result<(), _>| never).is_err());
+    assert_eq!(queue.dequeue(), Err(QueueError::Underrun));
+    for entry in [b"1", b"2", b"3"] {
+        queue.producer.enqueue(entry).unwrap();
+    }
+    let read = AssertUnwindSafe(|| {
+        queue.consumer.dequeue_batch(3, |entry| assert_eq!(entry.to_vec(), b"1"))
+    });
+    assert!(catch_unwind(read).is_err());
+    assert_eq!(queue.dequeue().unwrap(), b"2");
+}
+
+// Ends that are awake.
+
+#[test]
+fn a_consumer_that_waits_is_sent_nothing_until_it_was_told_underrun() {
+    let mut queue = queue(64);
+    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    queue.producer.enqueue(b"1").unwrap();
+    assert_eq!(queue.available.take(), 1);
+    queue.consumer.wait(&line, WATCHDOG).unwrap();
+    queue.dequeue().unwrap();
+    queue.producer.enqueue(b"2").unwrap();
+    assert_eq!(queue.available.take(), 0, "it will look");
+    queue.consumer.wait(&line, WATCHDOG).unwrap();
+    queue.dequeue().unwrap();
+    assert_eq!(queue.dequeue(), Err(QueueError::Underrun));
+    queue.producer.enqueue(b"3").unwrap();
+    assert_eq!(queue.available.take(), 1, "it may sleep now");
+}
+
+#[test]
+fn a_consumer_whose_wait_timed_out_is_told_of_the_next_entry() {
+    let mut queue = queue(64);
+    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    queue.consumer.wait(&line, Duration::from_millis(1)).unwrap_err();
+    queue.producer.enqueue(b"1").unwrap();
+    assert_eq!(queue.available.take(), 1);
+}
+
+#[test]
+fn a_new_owner_of_an_end_is_told_although_the_old_one_was_awake() {
+    let mut queue = queue(16);
+    let ring = queue.producer.ring().clone();
+    queue.memory.write_at(9, &[1, 1]); // both old owners were awake when they went
+    queue.consumer = Consumer::new(ring.clone(), queue.serviced.clone()).unwrap();
+    queue.producer.enqueue(&[0; 4]).unwrap();
+    assert_eq!(queue.available.take(), 1);
+    queue.producer = Producer::new(ring, queue.available.clone()).unwrap();
+    queue.fill();
+    queue.dequeue().unwrap();
+    assert_eq!(queue.serviced.take(), 1);
+}
+
+#[test]
+fn a_producer_that_waits_for_room_is_sent_nothing_until_it_was_refused() {
+    let mut queue = queue(16);
+    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    queue.fill();
+    queue.dequeue().unwrap();
+    assert_eq!(queue.serviced.take(), 1);
+    queue.dequeue().unwrap();
+    queue.producer.wait_for_room(4, &line, WATCHDOG).unwrap();
+    queue.fill();
+    queue.dequeue().unwrap();
+    assert_eq!(queue.serviced.take(), 1, "it was refused, and may sleep");
+}
+
+#[test]
+fn a_consumer_that_is_given_entries_by_a_program_without_the_second_line_answers_it() {
+    // A producer that knows only head, tail and needServicedCallback.
+    let mut queue = queue(64);
+    queue.set_word(128, 4);
+    queue.set_word(4, 8);
+    queue.memory.write_at(8, &[1]);
+    assert_eq!(queue.dequeue().unwrap(), [0; 4]);
+    assert_eq!(queue.head(), 8);
+    assert_eq!(queue.dequeue(), Err(QueueError::Underrun));
+    assert_eq!((queue.serviced.take(), queue.need_serviced()), (1, 0));
+}
+
+#[test]
+fn a_producer_gets_on_with_a_program_without_the_second_line() {
+    // A consumer that writes head and needServicedCallback alone.
+    let ring = Ring::create(c"test", 32).unwrap();
+    let memory = ring.memory().clone();
+    let available = Counter::default();
+    let mut producer = Producer::new(ring, available.clone()).unwrap();
+    for round in 0..100 {
+        producer.enqueue(&[round; 4]).unwrap();
+        assert_eq!(available.take(), 1, "round {round}");
+        producer.enqueue(&[round; 4]).unwrap();
+        assert_eq!(available.take(), 0, "round {round}");
+        let mut tail = [0; 4];
+        memory.read_at(4, &mut tail);
+        memory.write_at(0, &tail);
+    }
+}
+
 // CanEnqueueData.
 
 #[test]
@@ -568,7 +730,7 @@ fn a_consumer_that_goes_backwards_or_past_the_tail_is_found_out() {
         queue.producer.enqueue(&[0; 4]).unwrap();
         queue.dequeue().unwrap();
         queue.producer.can_enqueue(4).unwrap();
-        queue.set_word(0, astray);
+        queue.set_word(64, astray + 1);
         let corruption = Corruption::HeadAstray { from: first, to: astray, tail: 16 };
         assert_eq!(queue.producer.can_enqueue(4), Err(corruption.into()));
     }
@@ -593,9 +755,11 @@ fn a_peer_that_rewrites_our_index_changes_nothing_for_us() {
     queue.producer.enqueue(b"2").unwrap();
     assert_eq!(queue.tail(), 16);
     queue.set_word(0, 12);
+    queue.set_word(64, 12 + 1);
     assert_eq!(queue.dequeue().unwrap(), b"1");
-    assert_eq!(queue.head(), 8);
+    assert_eq!(queue.read_to(), 8);
     assert_eq!(queue.dequeue().unwrap(), b"2");
+    assert_eq!((queue.head(), queue.read_to()), (16, 16));
 }
 
 #[test]
@@ -625,6 +789,7 @@ fn an_exact_fit_before_a_guard_page_reads_nothing_past_the_end() {
         let ring = queue.producer.ring().clone();
         queue.set_word(0, 0);
         queue.set_word(4, 0);
+        queue.set_word(64, 0);
         queue.producer = Producer::new(ring.clone(), queue.available.clone()).unwrap();
         queue.consumer = Consumer::new(ring, queue.serviced.clone()).unwrap();
     }

@@ -49,10 +49,13 @@ impl Random {
 /// One write of the attacker: an index, the flag, a size somewhere, or any byte.
 fn attack(memory: &SharedMemory, random: &mut Random) {
     let word = random.word().to_ne_bytes();
-    match random.below(8) {
+    match random.below(10) {
         0 | 1 => memory.write_at(0, &word),
         2 | 3 => memory.write_at(4, &word),
-        4 => memory.write_at(8, &word[..1]),
+        4 => memory.write_at(8, &word[..3]),
+        // An index that is kept entry by entry, or one that is not, or nonsense.
+        8 => memory.write_at(64, &(random.word() & !3 | 1).to_ne_bytes()),
+        9 => memory.write_at(64, &[0, 0, 0, 0, word[0]]),
         5 | 6 => {
             let at = random.below(u64::from(QUEUE_BYTE_COUNT) / 4) as usize * 4;
             memory.write_at(MEMORY_HEADER_SIZE + at, &word);

@@ -16,8 +16,10 @@ use proptest::prelude::*;
 enum Step {
     Enqueue(usize),
     EnqueueCoalesced(usize),
+    EnqueueBatch(Vec<usize>),
     Dequeue,
     DequeueCoalesced,
+    DequeueBatch(usize),
     Peek,
     CanEnqueue(usize, u32),
     SendAvailable,
@@ -31,6 +33,8 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (0..=200_usize).prop_map(Step::Enqueue),
         6 => (0..=40_usize).prop_map(Step::Enqueue),
         3 => (0..=60_usize).prop_map(Step::EnqueueCoalesced),
+        2 => prop::collection::vec(0..=60_usize, 0..6).prop_map(Step::EnqueueBatch),
+        2 => (1..6_usize).prop_map(Step::DequeueBatch),
         9 => Just(Step::Dequeue),
         3 => Just(Step::DequeueCoalesced),
         2 => Just(Step::Peek),
@@ -144,6 +148,33 @@ fn agree(queue_byte_count: u32, steps: &[Step]) {
         let data = |size| (0..size).map(|at| (number * 7 + at) as u8).collect::<Vec<_>>();
         let (mut due_available, mut due_serviced) = (0, 0);
         match *step {
+            Step::EnqueueBatch(ref sizes) => {
+                let was_empty = model.entries.is_empty();
+                let expected: Vec<_> =
+                    sizes.iter().map(|&size| model.enqueue(data(size)).0).collect();
+                let is = |wanted: fn(&Result<(), QueueError>) -> bool| expected.iter().any(wanted);
+                let is_refused = is(|status| matches!(status, Err(QueueError::Overrun { .. })));
+                due_available = (is_refused || was_empty && is(Result::is_ok)).into();
+                let done = producer.enqueue_batch(|batch| {
+                    sizes.iter().map(|&size| batch.enqueue(&data(size))).collect::<Vec<_>>()
+                });
+                assert_eq!(done, Ok(expected), "{number}: {step:?}");
+            }
+            Step::DequeueBatch(most) => {
+                let mut expected = Vec::new();
+                let taken = most.min(model.entries.len());
+                for (end, data) in model.entries.drain(..taken) {
+                    model.head = end;
+                    expected.push(data);
+                }
+                due_serviced = model.need_serviced.into();
+                model.need_serviced = false;
+                let mut entries = Vec::new();
+                let done = consumer.dequeue_batch(most, |entry| entries.push(entry.to_vec()));
+                let count = expected.len();
+                let status = if count == 0 { Err(QueueError::Underrun) } else { Ok(count) };
+                assert_eq!((done, entries), (status, expected), "{number}: {step:?}");
+            }
             Step::Enqueue(size) => {
                 let (status, due) = model.enqueue(data(size));
                 due_available = due.into();
@@ -200,13 +231,18 @@ fn agree(queue_byte_count: u32, steps: &[Step]) {
         let sent = (available.0.take(), serviced.0.take());
         assert_eq!(sent, (due_available, due_serviced), "notifications of {number}: {step:?}");
         assert_eq!(consumer.is_data_available(), !model.entries.is_empty());
-        let mut published = [0; 9];
-        memory.read_at(0, &mut published);
-        let mut expected = [0; 9];
-        expected[0..4].copy_from_slice(&(model.head as u32).to_ne_bytes());
-        expected[4..8].copy_from_slice(&(model.tail as u32).to_ne_bytes());
-        expected[8] = model.need_serviced.into();
+        let word = |at| {
+            let mut word = [0; 4];
+            memory.read_at(at, &mut word);
+            u32::from_ne_bytes(word)
+        };
+        let published = (word(64) - 1, word(4), word(8), word(68));
+        let flag = u32::from_ne_bytes([model.need_serviced.into(), 0, 0, 0]);
+        let expected = (model.head as u32, model.tail as u32, flag, flag);
         assert_eq!(published, expected, "memory after {number}: {step:?}");
+        if model.entries.is_empty() {
+            assert_eq!(word(0), model.head as u32, "head after {number}: {step:?}");
+        }
     }
 }
 

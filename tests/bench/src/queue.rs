@@ -1,60 +1,76 @@
-//! Messages of 64 bytes between two processes that may sleep.
+//! Messages between two processes that may sleep.
 //!
-//! Ours is a data queue in each direction; the peer is a Unix `SOCK_SEQPACKET` socket. Messages are
-//! copied in and copied out, so that the receiver has touched every byte, and their number is
-//! checked. A stream ends with one message back, which says that all have arrived.
+//! Ours is a data queue in each direction, waited for as its documentation advises. The peers are
+//! shmem-ipc (a ring of fixed-size items in shared memory that does not trust its peer either), a
+//! pipe, and a Unix `SOCK_SEQPACKET` socket. Messages are copied in and copied out, so that the
+//! receiver has touched every byte, and their number is checked. A stream ends with one message
+//! back, which says that all have arrived.
 
+use std::fs::File;
+use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use iohost_event::Packets;
-use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, QueueError, Ring};
+use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, Ring};
 use nix::sys::socket::{MsgFlags, recv, send};
+use shmem_ipc::sharedring::{Receiver, Sender};
 
 use crate::machine::Cores;
 use crate::rounds::{self, Better, Case, Effort, Metric, Side, percentile, this_program};
 
+/// A case of messages of one size, against all peers.
+macro_rules! case {
+    ($name:literal, $run:ident::<$size:literal>, $($metric:literal is better $better:ident),+) => {
+        Case {
+            bench: "queue",
+            name: $name,
+            metrics: &[$(Metric { name: $metric, better: Better::$better }),+],
+            ours: |effort| $run::<$size, Queues>($name, Side::Ours, effort),
+            peers: &[
+                rounds::Peer {
+                    name: "shmem-ipc",
+                    run: |effort| $run::<$size, SharedRings<$size>>($name, Side::Peer(0), effort),
+                },
+                rounds::Peer {
+                    name: "pipe",
+                    run: |effort| $run::<$size, Pipes>($name, Side::Peer(1), effort),
+                },
+                rounds::Peer {
+                    name: "Unix seqpacket socket",
+                    run: |effort| $run::<$size, Socket>($name, Side::Peer(2), effort),
+                },
+            ],
+        }
+    };
+}
+
 pub const CASES: &[Case] = &[
-    Case {
-        bench: "queue",
-        name: STREAM,
-        metrics: &[Metric { name: "messages_per_s", better: Better::Higher }],
-        ours: |effort| stream(Side::Ours, effort),
-        peers: &[rounds::Peer {
-            name: "Unix seqpacket socket",
-            run: |effort| stream(Side::Peer(0), effort),
-        }],
-    },
-    Case {
-        bench: "queue",
-        name: ROUND_TRIP,
-        metrics: &[
-            Metric { name: "round_trip_p50_ns", better: Better::Lower },
-            Metric { name: "round_trip_p99_ns", better: Better::Lower },
-        ],
-        ours: |effort| round_trip(Side::Ours, effort),
-        peers: &[rounds::Peer {
-            name: "Unix seqpacket socket",
-            run: |effort| round_trip(Side::Peer(0), effort),
-        }],
-    },
+    case!("queue-stream-8", stream::<8>, "stream_8_messages_per_s" is better Higher),
+    case!("queue-stream-64", stream::<64>, "stream_64_messages_per_s" is better Higher),
+    case!("queue-stream-512", stream::<512>, "stream_512_messages_per_s" is better Higher),
+    case!("queue-stream-4096", stream::<4096>, "stream_4096_messages_per_s" is better Higher),
+    case!(
+        "queue-round-trip-64",
+        round_trip::<64>,
+        "round_trip_p50_ns" is better Lower,
+        "round_trip_p99_ns" is better Lower
+    ),
 ];
-
-const STREAM: &str = "queue-stream";
-const ROUND_TRIP: &str = "queue-round-trip";
-
-/// Bytes per message.
-const SIZE: usize = 64;
 
 /// Bytes of each ring: about 960 messages.
 const QUEUE_BYTE_COUNT: u64 = 1 << 16;
 
-fn stream(side: Side, effort: Effort) -> Result<Vec<f64>> {
-    let mut session = Session::open(STREAM, side, effort)?;
+fn stream<const SIZE: usize, L: Line<SIZE>>(
+    case: &str,
+    side: Side,
+    effort: Effort,
+) -> Result<Vec<f64>> {
+    let mut session = Session::<L>::open::<SIZE>(case, side, effort)?;
     let mut rate = 0.0;
-    for count in stream_counts(side, effort) {
+    for count in stream_counts::<SIZE>(side, effort) {
         let start = Instant::now();
         for number in 0..count {
             session.line.send(number)?;
@@ -66,8 +82,12 @@ fn stream(side: Side, effort: Effort) -> Result<Vec<f64>> {
     Ok(vec![rate])
 }
 
-fn round_trip(side: Side, effort: Effort) -> Result<Vec<f64>> {
-    let mut session = Session::open(ROUND_TRIP, side, effort)?;
+fn round_trip<const SIZE: usize, L: Line<SIZE>>(
+    case: &str,
+    side: Side,
+    effort: Effort,
+) -> Result<Vec<f64>> {
+    let mut session = Session::<L>::open::<SIZE>(case, side, effort)?;
     let mut samples = Vec::new();
     for number in 0..round_trips(effort) {
         let start = Instant::now();
@@ -82,20 +102,42 @@ fn round_trip(side: Side, effort: Effort) -> Result<Vec<f64>> {
 
 /// The process at the other end; its socket is its standard input.
 pub fn other_end(case: &str, side: Side, effort: Effort) -> Result<()> {
+    match case {
+        "queue-stream-8" => answer::<8>(case, side, effort),
+        "queue-stream-64" | "queue-round-trip-64" => answer::<64>(case, side, effort),
+        "queue-stream-512" => answer::<512>(case, side, effort),
+        "queue-stream-4096" => answer::<4096>(case, side, effort),
+        _ => bail!("no other end of {case}"),
+    }
+}
+
+fn answer<const SIZE: usize>(case: &str, side: Side, effort: Effort) -> Result<()>
+where
+    SharedRings<SIZE>: Line<SIZE>,
+{
+    match side {
+        Side::Ours => answer_over::<SIZE, Queues>(case, side, effort),
+        Side::Peer(0) => answer_over::<SIZE, SharedRings<SIZE>>(case, side, effort),
+        Side::Peer(1) => answer_over::<SIZE, Pipes>(case, side, effort),
+        Side::Peer(_) => answer_over::<SIZE, Socket>(case, side, effort),
+    }
+}
+
+fn answer_over<const SIZE: usize, L: Line<SIZE>>(
+    case: &str,
+    side: Side,
+    effort: Effort,
+) -> Result<()> {
     Cores::choose()?.pin_consumer()?;
-    let socket = Packets::from(std::io::stdin().as_fd().try_clone_to_owned()?);
-    let mut line: Box<dyn Line> = match side {
-        Side::Ours => Box::new(Queues::join(socket)?),
-        Side::Peer(_) => Box::new(Socket(socket.into())),
-    };
-    if case == ROUND_TRIP {
+    let mut line = L::join(Packets::from(std::io::stdin().as_fd().try_clone_to_owned()?))?;
+    if case.starts_with("queue-round-trip") {
         for number in 0..round_trips(effort) {
             line.receive(number)?;
             line.send(number)?;
         }
         return Ok(());
     }
-    for count in stream_counts(side, effort) {
+    for count in stream_counts::<SIZE>(side, effort) {
         for number in 0..count {
             line.receive(number)?;
         }
@@ -105,9 +147,10 @@ pub fn other_end(case: &str, side: Side, effort: Effort) -> Result<()> {
 }
 
 /// Messages to warm up with, and messages to measure.
-fn stream_counts(side: Side, effort: Effort) -> [u64; 2] {
-    // For each about as long as for the other one.
-    let full = if side == Side::Ours { 2_000_000 } else { 200_000 };
+fn stream_counts<const SIZE: usize>(side: Side, effort: Effort) -> [u64; 2] {
+    // For each about as long as for the other ones.
+    let small = if let Side::Ours | Side::Peer(0) = side { 4_000_000 } else { 200_000 };
+    let full = small / (SIZE as u64 / 128).max(1);
     let count = effort.of(full, 5_000);
     [count / 10, count]
 }
@@ -117,7 +160,13 @@ fn round_trips(effort: Effort) -> u64 {
 }
 
 /// This process's end of both directions.
-trait Line {
+trait Line<const SIZE: usize>: Sized {
+    /// Makes both directions and sends them to the other end, or uses the socket itself.
+    fn make(socket: Packets) -> Result<Self>;
+
+    /// Takes what `make` sent.
+    fn join(socket: Packets) -> Result<Self>;
+
     /// Copies message `number` in; sleeps while there is no room.
     fn send(&mut self, number: u64) -> Result<()>;
 
@@ -126,13 +175,16 @@ trait Line {
 }
 
 /// A line with a process at its other end.
-struct Session {
-    line: Box<dyn Line>,
+struct Session<L> {
+    line: L,
     process: Child,
 }
 
-impl Session {
-    fn open(case: &str, side: Side, effort: Effort) -> Result<Self> {
+impl<L> Session<L> {
+    fn open<const SIZE: usize>(case: &str, side: Side, effort: Effort) -> Result<Self>
+    where
+        L: Line<SIZE>,
+    {
         let (ours, theirs) = Packets::pair()?;
         let mut command = this_program("--other-end", case, side, effort)?;
         // Started before this thread is pinned, because it would inherit that.
@@ -140,11 +192,7 @@ impl Session {
         // The command keeps the other end of the socket open.
         drop(command);
         Cores::choose()?.pin_producer()?;
-        let line: Box<dyn Line> = match side {
-            Side::Ours => Box::new(Queues::make(ours)?),
-            Side::Peer(_) => Box::new(Socket(ours.into())),
-        };
-        Ok(Self { line, process })
+        Ok(Self { line: L::make(ours)?, process })
     }
 
     fn close(mut self) -> Result<()> {
@@ -171,23 +219,6 @@ struct Parts {
 }
 
 impl Queues {
-    /// Makes the queues and sends them to the other end.
-    fn make(socket: Packets) -> Result<Self> {
-        let [to, from] = [Parts::new()?, Parts::new()?];
-        let fds: Vec<BorrowedFd<'_>> = [&to, &from].into_iter().flat_map(Parts::fds).collect();
-        socket.send(b"queues", &fds)?;
-        drop(fds);
-        Self::new(to, from, socket)
-    }
-
-    /// Takes the queues that `make` sent.
-    fn join(socket: Packets) -> Result<Self> {
-        let mut fds = socket.receive(&mut [0; 16], 6)?.fds.into_iter();
-        let mut parts = || Parts::attach([fds.next()?, fds.next()?, fds.next()?]);
-        let (from, to) = (parts().context("a queue")??, parts().context("another queue")??);
-        Self::new(to, from, socket)
-    }
-
     fn new(to: Parts, from: Parts, socket: Packets) -> Result<Self> {
         let socket = OwnedFd::from(socket);
         let doorway = |bell, socket| Doorway { bell, peer: Some(Peer::Connection(socket)) };
@@ -218,39 +249,145 @@ impl Parts {
     }
 }
 
-// The waits are those of `iohost_client`: as long as it takes, or until the peer is gone.
-impl Line for Queues {
+// The waits come before each operation, so that neither side is ever refused: "From here to the next
+// `Underrun`…" in the ring's documentation.
+impl<const SIZE: usize> Line<SIZE> for Queues {
+    fn make(socket: Packets) -> Result<Self> {
+        let [to, from] = [Parts::new()?, Parts::new()?];
+        let fds: Vec<BorrowedFd<'_>> = [&to, &from].into_iter().flat_map(Parts::fds).collect();
+        socket.send(b"queues", &fds)?;
+        drop(fds);
+        Self::new(to, from, socket)
+    }
+
+    fn join(socket: Packets) -> Result<Self> {
+        let mut fds = socket.receive(&mut [0; 16], 6)?.fds.into_iter();
+        let mut parts = || Parts::attach([fds.next()?, fds.next()?, fds.next()?]);
+        let (from, to) = (parts().context("a queue")??, parts().context("another queue")??);
+        Self::new(to, from, socket)
+    }
+
+    #[inline]
     fn send(&mut self, number: u64) -> Result<()> {
-        loop {
-            match self.producer.enqueue(&message(number)) {
-                Err(QueueError::Overrun { size }) => {
-                    self.producer.wait_for_room(size, &self.serviced, Duration::MAX)?;
+        self.producer.wait_for_room(SIZE, &self.serviced, Duration::MAX)?;
+        Ok(self.producer.enqueue(&message::<SIZE>(number))?)
+    }
+
+    #[inline]
+    fn receive(&mut self, number: u64) -> Result<()> {
+        self.consumer.wait(&self.available, Duration::MAX)?;
+        self.consumer.dequeue(&mut self.entry)?;
+        check::<SIZE>(&self.entry, number)
+    }
+}
+
+/// A ring of shmem-ipc in each direction.
+struct SharedRings<const SIZE: usize> {
+    sender: Sender<[u8; SIZE]>,
+    receiver: Receiver<[u8; SIZE]>,
+}
+
+/// As many bytes as our ring has.
+const fn items<const SIZE: usize>() -> usize {
+    QUEUE_BYTE_COUNT as usize / SIZE
+}
+
+macro_rules! shared_rings {
+    ($($size:literal)+) => {$(
+        impl Line<$size> for SharedRings<$size> {
+            fn make(socket: Packets) -> Result<Self> {
+                let (sender, receiver) = (Sender::new(items::<$size>())?, Receiver::new(items::<$size>())?);
+                let fds = [
+                    sender.memfd().as_file().as_fd(),
+                    sender.empty_signal().as_fd(),
+                    sender.full_signal().as_fd(),
+                    receiver.memfd().as_file().as_fd(),
+                    receiver.empty_signal().as_fd(),
+                    receiver.full_signal().as_fd(),
+                ];
+                socket.send(b"rings", &fds)?;
+                Ok(Self { sender, receiver })
+            }
+
+            fn join(socket: Packets) -> Result<Self> {
+                let fds = socket.receive(&mut [0; 16], 6)?.fds;
+                let files: Vec<File> = fds.into_iter().map(File::from).collect();
+                let Ok([to_memory, to_empty, to_full, memory, empty, full]) =
+                    <[File; 6]>::try_from(files)
+                else {
+                    bail!("two rings have six descriptors");
+                };
+                let receiver = Receiver::open(items::<$size>(), to_memory, to_empty, to_full)?;
+                let sender = Sender::open(items::<$size>(), memory, empty, full)?;
+                Ok(Self { sender, receiver })
+            }
+
+            #[inline]
+            fn send(&mut self, number: u64) -> Result<()> {
+                self.sender.block_until_writable()?;
+                let message = message::<$size>(number);
+                let status = self.sender.sender_mut().send_foreach(1, || message);
+                if status.signal {
+                    self.sender.empty_signal().write_all(&1_u64.to_ne_bytes())?;
                 }
-                other => return Ok(other?),
+                Ok(())
+            }
+
+            #[inline]
+            fn receive(&mut self, number: u64) -> Result<()> {
+                self.receiver.block_until_readable()?;
+                let mut taken = None;
+                let status = self.receiver.receiver_mut().recv_foreach(1, |item| taken = Some(item));
+                if status.signal {
+                    self.receiver.full_signal().write_all(&1_u64.to_ne_bytes())?;
+                }
+                check::<$size>(&taken.context("a readable ring has an item")?, number)
             }
         }
+    )+};
+}
+
+shared_rings!(8 64 512 4096);
+
+struct Pipes(PipeWriter, PipeReader);
+
+impl<const SIZE: usize> Line<SIZE> for Pipes {
+    fn make(socket: Packets) -> Result<Self> {
+        let ((their_reader, writer), (reader, their_writer)) = (pipe()?, pipe()?);
+        socket.send(b"pipes", &[their_writer.as_fd(), their_reader.as_fd()])?;
+        Ok(Self(writer, reader))
+    }
+
+    fn join(socket: Packets) -> Result<Self> {
+        let mut fds = socket.receive(&mut [0; 16], 2)?.fds.into_iter();
+        let (writer, reader) = (fds.next().context("a pipe")?, fds.next().context("another")?);
+        Ok(Self(writer.into(), reader.into()))
+    }
+
+    fn send(&mut self, number: u64) -> Result<()> {
+        Ok(self.0.write_all(&message::<SIZE>(number))?)
     }
 
     fn receive(&mut self, number: u64) -> Result<()> {
-        loop {
-            match self.consumer.dequeue(&mut self.entry) {
-                Err(QueueError::Underrun) => {
-                    self.consumer.wait(&self.available, Duration::MAX)?;
-                }
-                other => {
-                    other?;
-                    return check(&self.entry, number);
-                }
-            }
-        }
+        let mut entry = [0; SIZE];
+        self.1.read_exact(&mut entry)?;
+        check::<SIZE>(&entry, number)
     }
 }
 
 struct Socket(OwnedFd);
 
-impl Line for Socket {
+impl<const SIZE: usize> Line<SIZE> for Socket {
+    fn make(socket: Packets) -> Result<Self> {
+        Ok(Self(socket.into()))
+    }
+
+    fn join(socket: Packets) -> Result<Self> {
+        Ok(Self(socket.into()))
+    }
+
     fn send(&mut self, number: u64) -> Result<()> {
-        let sent = send(self.0.as_raw_fd(), &message(number), MsgFlags::MSG_NOSIGNAL)?;
+        let sent = send(self.0.as_raw_fd(), &message::<SIZE>(number), MsgFlags::MSG_NOSIGNAL)?;
         ensure!(sent == SIZE, "a packet of {SIZE} bytes was cut to {sent}");
         Ok(())
     }
@@ -258,19 +395,21 @@ impl Line for Socket {
     fn receive(&mut self, number: u64) -> Result<()> {
         let mut entry = [0; SIZE];
         let received = recv(self.0.as_raw_fd(), &mut entry, MsgFlags::empty())?;
-        check(&entry[..received], number)
+        check::<SIZE>(&entry[..received], number)
     }
 }
 
 /// Eight bytes of number at both ends.
-fn message(number: u64) -> [u8; SIZE] {
+#[inline]
+fn message<const SIZE: usize>(number: u64) -> [u8; SIZE] {
     let mut message = [0; SIZE];
     message[..8].copy_from_slice(&number.to_ne_bytes());
     message[SIZE - 8..].copy_from_slice(&number.to_ne_bytes());
     message
 }
 
-fn check(entry: &[u8], number: u64) -> Result<()> {
+#[inline]
+fn check<const SIZE: usize>(entry: &[u8], number: u64) -> Result<()> {
     let expected = number.to_ne_bytes();
     let is_it = entry.len() == SIZE && entry.starts_with(&expected) && entry.ends_with(&expected);
     ensure!(is_it, "message {number} was expected, not {entry:x?}");

@@ -8,10 +8,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU32};
 
 use super::layout::{
-    ALIGNMENT, ENTRY_HEADER_SIZE, HEAD_OFFSET, MEMORY_HEADER_SIZE, NEED_SERVICED_OFFSET,
-    TAIL_OFFSET,
+    ALIGNMENT, CONSUMER_AWAKE_OFFSET, ENTRY_HEADER_SIZE, HEAD_OFFSET, MEMORY_HEADER_SIZE,
+    NEED_SERVICED_OFFSET, PRODUCER_AWAKE_OFFSET, READ_TO_OFFSET, ROOM_WANTED_OFFSET, TAIL_OFFSET,
 };
 use crate::SharedMemory;
+use crate::shared::{copy_in, copy_out};
+
+/// Bytes that processors move between them at once; a guess that is right on most.
+const CACHE_LINE: usize = 64;
 
 /// Access to the memory of one ring.
 ///
@@ -35,9 +39,10 @@ unsafe impl Send for Cells {}
 unsafe impl Sync for Cells {}
 
 impl Cells {
-    /// Expects a memory of exactly `MEMORY_HEADER_SIZE + capacity` bytes.
+    /// Expects a memory of exactly `MEMORY_HEADER_SIZE + capacity` bytes, mapped for writing.
     pub(super) fn new(memory: Arc<SharedMemory>, capacity: u32) -> Self {
         assert_eq!(memory.len(), MEMORY_HEADER_SIZE + capacity as usize);
+        assert!(memory.is_writable(), "a ring in memory that is mapped for reading only");
         let base = NonNull::new(memory.address()).expect("a mapping is never at address 0");
         Self { base, capacity, memory }
     }
@@ -61,13 +66,38 @@ impl Cells {
     }
 
     #[inline]
+    pub(super) fn read_to(&self) -> &AtomicU32 {
+        const { assert!(READ_TO_OFFSET.is_multiple_of(4) && READ_TO_OFFSET + 4 <= MEMORY_HEADER_SIZE) };
+        // SAFETY: the assertion above is what `word` asks for.
+        unsafe { self.word(READ_TO_OFFSET) }
+    }
+
+    #[inline]
     pub(super) fn need_serviced(&self) -> &AtomicU8 {
         const { assert!(NEED_SERVICED_OFFSET < MEMORY_HEADER_SIZE) };
-        // SAFETY: inside the header, so inside the mapping.
-        let byte = unsafe { self.base.add(NEED_SERVICED_OFFSET) };
-        // SAFETY: mapped as long as `self` lives, and nobody on this side uses anything but this
-        // atomic for it. A byte needs no alignment.
-        unsafe { AtomicU8::from_ptr(byte.as_ptr()) }
+        // SAFETY: the assertion above is what `flag` asks for.
+        unsafe { self.flag(NEED_SERVICED_OFFSET) }
+    }
+
+    #[inline]
+    pub(super) fn room_wanted(&self) -> &AtomicU8 {
+        const { assert!(ROOM_WANTED_OFFSET < MEMORY_HEADER_SIZE) };
+        // SAFETY: the assertion above is what `flag` asks for.
+        unsafe { self.flag(ROOM_WANTED_OFFSET) }
+    }
+
+    #[inline]
+    pub(super) fn consumer_awake(&self) -> &AtomicU8 {
+        const { assert!(CONSUMER_AWAKE_OFFSET < MEMORY_HEADER_SIZE) };
+        // SAFETY: the assertion above is what `flag` asks for.
+        unsafe { self.flag(CONSUMER_AWAKE_OFFSET) }
+    }
+
+    #[inline]
+    pub(super) fn producer_awake(&self) -> &AtomicU8 {
+        const { assert!(PRODUCER_AWAKE_OFFSET < MEMORY_HEADER_SIZE) };
+        // SAFETY: the assertion above is what `flag` asks for.
+        unsafe { self.flag(PRODUCER_AWAKE_OFFSET) }
     }
 
     /// The size field at an offset of the ring. Panics for an offset that is not a place for one.
@@ -82,13 +112,73 @@ impl Cells {
     /// Copies bytes into the ring. Panics when the range is not inside it.
     #[inline]
     pub(super) fn write(&self, at: u32, data: &[u8]) {
-        self.memory.write_at(MEMORY_HEADER_SIZE + at as usize, data);
+        let target = self.bytes(at, data.len());
+        // SAFETY: `bytes` checked the range; the seals keep it mapped as long as `memory` lives.
+        unsafe { copy_in(target, data) }
     }
 
     /// Copies bytes out of the ring. Panics when the range is not inside it.
     #[inline]
     pub(super) fn read(&self, at: u32, data: &mut [u8]) {
-        self.memory.read_at(MEMORY_HEADER_SIZE + at as usize, data);
+        let source = self.bytes(at, data.len());
+        // SAFETY: as in `write`.
+        unsafe { copy_out(source, data) }
+    }
+
+    /// The address of `len` bytes at an offset of the ring. Panics when they are not inside it.
+    #[inline]
+    fn bytes(&self, at: u32, len: usize) -> NonNull<u8> {
+        let inside = at <= self.capacity && (self.capacity - at) as usize >= len;
+        assert!(inside, "{len} bytes at {at} are not inside a ring of {} bytes", self.capacity);
+        // SAFETY: the assertion above keeps it inside the mapping.
+        unsafe { self.base.add(MEMORY_HEADER_SIZE + at as usize) }
+    }
+
+    /// Has the processor fetch `count` bytes from offset `at` of the ring on, to be written soon.
+    /// Any offset will do.
+    #[inline]
+    pub(super) fn will_write(&self, at: u32, count: u32) {
+        let start = self.base.as_ptr().wrapping_add(MEMORY_HEADER_SIZE + at as usize);
+        for line in (0..count as usize).step_by(CACHE_LINE) {
+            let byte = start.wrapping_add(line);
+            // SAFETY: a hint. It changes no memory and faults for no address (AMD64 Architecture
+            // Programmer's Manual, volume 3, PREFETCH); a processor without it does nothing.
+            #[cfg(target_arch = "x86_64")]
+            unsafe {
+                std::arch::asm!("prefetchw [{}]", in(reg) byte, options(nostack, preserves_flags));
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = byte;
+        }
+    }
+
+    /// Has the processor fetch the beginning of an entry at offset `at` of the ring, to be read soon.
+    /// Any offset will do.
+    #[inline]
+    pub(super) fn will_read(&self, at: u32) {
+        let start = self.base.as_ptr().wrapping_add(MEMORY_HEADER_SIZE + at as usize);
+        for line in [0, CACHE_LINE] {
+            let byte = start.wrapping_add(line);
+            // SAFETY: as in `will_write`.
+            #[cfg(target_arch = "x86_64")]
+            unsafe {
+                std::arch::asm!("prefetcht0 [{}]", in(reg) byte, options(nostack, preserves_flags));
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            let _ = byte;
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `offset` is inside the header.
+    #[inline]
+    unsafe fn flag(&self, offset: usize) -> &AtomicU8 {
+        // SAFETY: the caller promises an offset inside the mapping.
+        let byte = unsafe { self.base.add(offset) };
+        // SAFETY: mapped as long as `self` lives, and nobody on this side uses anything but this
+        // atomic for it. A byte needs no alignment.
+        unsafe { AtomicU8::from_ptr(byte.as_ptr()) }
     }
 
     /// # Safety

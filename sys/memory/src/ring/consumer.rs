@@ -1,14 +1,15 @@
 //! The end that reads entries.
 
 #[cfg(not(loom))]
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::time::{Duration, Instant};
 
 #[cfg(loom)]
-use loom::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use loom::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
-use super::layout::{self, Found, Impossible};
-use super::producer::check_range;
+use super::layout::{self, Found, Impossible, KEPT};
+use super::producer::{check_range, read_to};
+use super::spin::Spin;
 use super::{
     Bell, Corruption, Index, Life, Notify, OutsidePayload, QueueError, Ring, Step, Wait, WaitError,
     Wake,
@@ -22,13 +23,16 @@ use super::{
 /// Callable from: any thread that has it. Nothing here blocks but [`Consumer::wait`], and nothing
 /// but that and a notification makes a system call.
 ///
-/// Invariant: `head` and `tail` are aligned and inside the ring; `head` is what was last published;
-/// `tail` was the producer's index at some time, and everything from `head` to there is to be read.
+/// Invariant: `head` and `tail` are aligned and inside the ring; `head` is where the next entry is,
+/// and what `readTo` says but for an open batch; `tail` was the producer's index at some time, and
+/// everything from `head` to there is to be read.
 #[derive(Debug)]
 pub struct Consumer<N = Bell> {
     ring: Ring,
     head: u32,
     tail: u32,
+    /// The producer was told that this end looks again by itself.
+    awake: bool,
     life: Life,
     data_serviced: N,
 }
@@ -38,9 +42,16 @@ impl<N: Notify> Consumer<N> {
     ///
     /// Errors: `Corrupt` if the memory has indices that no ring has.
     pub fn new(ring: Ring, data_serviced: N) -> Result<Self, QueueError> {
-        let head = ring.check_index(Index::Head, ring.cells.head().load(Relaxed))?;
+        let published = ring.check_index(Index::Head, ring.cells.head().load(Relaxed))?;
+        let head = read_to(&ring)?.unwrap_or(published);
+        // A previous owner may have been awake, and is not any more.
+        ring.cells.consumer_awake().store(0, Relaxed);
+        ring.cells.read_to().store(head + KEPT, Release);
+        ring.cells.head().store(head, Release);
+        // [bell], [awake]: an entry is seen by the look, or announced.
+        ring.fence_before_look(Step::FenceAfterHead);
         let tail = ring.check_index(Index::Tail, ring.cells.tail().load(Acquire))?; // [entry]
-        Ok(Self { ring, head, tail, life: Life::Working, data_serviced })
+        Ok(Self { ring, head, tail, awake: false, life: Life::Working, data_serviced })
     }
 
     /// Moves the next entry into `entry`, replacing what it held but reusing its memory, and sends
@@ -53,7 +64,7 @@ impl<N: Notify> Consumer<N> {
     /// - `Underrun`: nothing to read now. DataServiced has been sent here too if asked for.
     ///   DataAvailable will come with the next entry.
     /// - `Corrupt`, `Offline`: this queue is over.
-    #[inline]
+    #[inline(always)]
     pub fn dequeue(&mut self, entry: &mut Vec<u8>) -> Result<(), QueueError> {
         self.dequeue_with(|found| found.copy_to(entry))
     }
@@ -62,7 +73,7 @@ impl<N: Notify> Consumer<N> {
     ///
     /// `read` runs once, on this thread, before the entry is given back to the producer; not if
     /// there is none. If it panics, the entry stays.
-    #[inline]
+    #[inline(always)]
     pub fn dequeue_with<R>(&mut self, read: impl FnOnce(&Entry<'_>) -> R) -> Result<R, QueueError> {
         let mut send = false;
         let result = self.dequeue_with_coalesce(&mut send, read);
@@ -75,7 +86,7 @@ impl<N: Notify> Consumer<N> {
     /// As [`dequeue_with`](Self::dequeue_with), but sets `send` instead of sending, also on
     /// `Underrun`. After a batch that made it `true`, call
     /// [`send_data_serviced`](Self::send_data_serviced) once.
-    #[inline]
+    #[inline(always)]
     pub fn dequeue_with_coalesce<R>(
         &mut self,
         send: &mut bool,
@@ -84,15 +95,66 @@ impl<N: Notify> Consumer<N> {
         let found = match self.find() {
             Ok(found) => found,
             Err(QueueError::Underrun) => {
-                *send |= self.ring.takes(Step::AnswerWhenEmpty) && self.is_service_wanted();
+                *send |= self.ring.takes(Step::AnswerWhenEmpty) && self.is_service_wanted(true);
                 return Err(QueueError::Underrun);
             }
             Err(err) => return Err(err),
         };
         let result = read(&Entry::new(&self.ring, found));
-        self.publish(found.next);
-        *send |= self.is_service_wanted();
+        self.head = found.next;
+        self.publish();
+        *send |= self.is_service_wanted(false);
         Ok(result)
+    }
+
+    /// Shows up to `most` entries to `read`, in place and in order, gives them back to the producer
+    /// together, and sends DataServiced at most once. Returns how many there were, at least one
+    /// unless `most` is 0.
+    ///
+    /// `read` runs on this thread. An entry at which it panics stays, and so do those after it.
+    ///
+    /// Errors, before the first entry: as [`dequeue`](Self::dequeue). An entry that is corrupt ends
+    /// the batch; the next operation says so.
+    #[inline]
+    pub fn dequeue_batch(
+        &mut self,
+        most: usize,
+        mut read: impl FnMut(&Entry<'_>),
+    ) -> Result<usize, QueueError> {
+        let mut count = 0;
+        let batch = PublishAtEnd(self);
+        let over = loop {
+            if count == most {
+                break None;
+            }
+            match batch.0.find_known() {
+                Ok(Some(found)) => {
+                    read(&Entry::new(&batch.0.ring, found));
+                    batch.0.head = found.next;
+                    count += 1;
+                }
+                // With entries in hand there is no Underrun to report, so a plain look is enough.
+                Ok(None) if count > 0 => match batch.0.look_at_tail() {
+                    Ok(()) if batch.0.head == batch.0.tail => break None,
+                    Ok(()) => {}
+                    Err(err) => break Some(err),
+                },
+                Ok(None) => match batch.0.look_for_more() {
+                    Ok(()) => {}
+                    Err(err) => break Some(err),
+                },
+                Err(err) => break Some(err),
+            }
+        };
+        drop(batch);
+        let is_told = matches!(over, None | Some(QueueError::Underrun));
+        if is_told && self.is_service_wanted(count == 0) {
+            self.send_data_serviced();
+        }
+        match over {
+            Some(err) if count == 0 => Err(err),
+            _ => Ok(count),
+        }
     }
 
     /// Shows the next entry to `read`, in place, and leaves it there. Sends nothing.
@@ -112,50 +174,79 @@ impl<N: Notify> Consumer<N> {
     }
 
     /// Sends DataServiced, as owed after a coalesced batch, and takes the producer's request for
-    /// it back. No effect if nothing is installed; the request then stays.
+    /// it back. No effect if nothing is installed; the request then stays. Not sent while the
+    /// producer is in or after a [`Producer::wait_for_room`](super::Producer::wait_for_room): it
+    /// looks again by itself.
     pub fn send_data_serviced(&self) {
         if !self.data_serviced.is_installed() {
             return;
         }
         // First clear, then send: a producer that asks again in between is answered by this very
         // notification, one that asks later by the next.
-        let request = self.ring.cells.need_serviced();
-        if self.ring.takes(Step::ClearBeforeAnswer) {
-            request.store(0, Release);
+        let clear_before = self.ring.takes(Step::ClearBeforeAnswer);
+        if clear_before {
+            self.clear_request();
+        }
+        // [sleep] A producer that sleeps had said so before it made the request that was cleared.
+        if self.ring.cells.producer_awake().load(Relaxed) == 0 {
             self.data_serviced.notify();
-        } else {
-            self.data_serviced.notify();
-            request.store(0, Release);
+        }
+        if !clear_before {
+            self.clear_request();
         }
     }
 
-    /// Sleeps until there is an entry, the peer is gone, or `timeout` is over. DataAvailable
-    /// arrives through `line`.
+    fn clear_request(&self) {
+        self.ring.cells.need_serviced().store(0, Relaxed);
+        // Reads and clears in one, to have seen everything that came before what is cleared.
+        self.ring.cells.room_wanted().swap(0, AcqRel);
+    }
+
+    /// Waits until there is an entry, the peer is gone, or `timeout` is over: looks for a few
+    /// microseconds, then sleeps. DataAvailable arrives through `line`.
     ///
     /// Entries that a producer published before it went are still found. A producer that waits for
     /// room is told if the ring is empty, as by a `dequeue`.
     ///
+    /// From here to the next `Underrun` no DataAvailable is sent to this end, because it looks by
+    /// itself. Who calls this before each dequeue causes none at all while entries come in time;
+    /// who sleeps otherwise than here has to dequeue until `Underrun` before.
+    ///
     /// Errors: `TimedOut`; `Offline` when the peer is gone and nothing is left, also from then on;
     /// `Corrupt`.
+    #[inline]
     pub fn wait(&mut self, line: &impl Wait, timeout: Duration) -> Result<(), WaitError> {
-        let deadline = Instant::now().checked_add(timeout);
         self.life.check()?;
-        let mut wake = Wake::Rung;
-        loop {
-            // The announcement is our head itself, published and fenced by the dequeue that took
-            // the last entry. A producer that did not see it has published before this look.
-            if self.head == self.tail && self.ring.takes(Step::LookBeforeSleep) {
-                self.look_at_tail()?;
-            }
+        if self.head != self.tail { Ok(()) } else { self.wait_for_more(line, timeout) }
+    }
+
+    #[cold]
+    fn wait_for_more(&mut self, line: &impl Wait, timeout: Duration) -> Result<(), WaitError> {
+        let deadline = Instant::now().checked_add(timeout);
+        self.be_awake();
+        let mut spin = Spin::until(deadline);
+        while spin.again() {
+            self.look_at_tail()?;
             if self.head != self.tail {
                 return Ok(());
+            }
+        }
+        let mut wake = Wake::Rung;
+        loop {
+            match self.look_for_more() {
+                Ok(()) => {
+                    self.be_awake();
+                    return Ok(());
+                }
+                Err(QueueError::Underrun) => {}
+                Err(err) => return Err(err.into()),
             }
             match wake {
                 Wake::Rung => {}
                 Wake::TimedOut => return Err(WaitError::TimedOut { timeout }),
                 Wake::HungUp => return Err(self.life.end(QueueError::Offline).into()),
             }
-            if self.ring.takes(Step::AnswerWhenEmpty) && self.is_service_wanted() {
+            if self.ring.takes(Step::AnswerWhenEmpty) && self.is_service_wanted(true) {
                 self.send_data_serviced();
             }
             wake = line.wait(deadline).map_err(WaitError::Wait)?;
@@ -179,35 +270,60 @@ impl<N: Notify> Consumer<N> {
     }
 
     /// The next entry. Looks at the tail only if everything that is known of was read.
-    #[inline]
+    #[inline(always)]
     fn find(&mut self) -> Result<Found, QueueError> {
-        self.life.check()?;
-        if self.head == self.tail {
-            self.look_at_tail()?;
-            if self.head == self.tail {
-                return Err(QueueError::Underrun);
+        loop {
+            match self.find_known()? {
+                Some(found) => return Ok(found),
+                None => self.look_for_more()?,
             }
         }
+    }
+
+    /// The next of the entries that are known of.
+    #[inline(always)]
+    fn find_known(&mut self) -> Result<Option<Found>, QueueError> {
+        self.life.check()?;
         let (head, tail) = (self.head, self.tail);
+        if head == tail {
+            return Ok(None);
+        }
         // Relaxed: what lies before the tail was ordered by reading the tail.
         let size_at = |at| self.ring.cells.size_at(at).load(Relaxed);
         match layout::find(self.ring.capacity, head, tail, size_at) {
-            Ok(found) => Ok(found),
+            Ok(found) => Ok(Some(found)),
             Err(Impossible { at, size }) => {
                 Err(self.life.end(Corruption::Entry { at, size, head, tail }.into()))
             }
         }
     }
 
-    /// Gives everything up to `next` back to the producer.
-    #[inline]
-    fn publish(&mut self, next: u32) {
-        self.ring.cells.head().store(next, Release); // [room] pairs with `Producer::look_at_head`
-        self.head = next;
-        if next == self.tail {
-            // [bell] pairs with `Producer::publish`: whatever looks at the tail next comes after
-            // this, so one of us must see the other.
-            self.ring.fence_before_look(Step::FenceAfterHead);
+    /// Looks at the tail, and says `Underrun` only if an entry that comes after that is announced.
+    #[cold]
+    fn look_for_more(&mut self) -> Result<(), QueueError> {
+        self.look_at_tail()?;
+        if self.head != self.tail {
+            return Ok(());
+        }
+        self.stop_being_awake();
+        // [bell], [awake]: this end has published that it is here, and that it is not awake. A
+        // producer that does not see it has published before the look that follows.
+        self.ring.fence_before_look(Step::FenceAfterHead);
+        if self.ring.takes(Step::LookBeforeSleep) {
+            self.look_at_tail()?;
+        }
+        if self.head == self.tail { Err(QueueError::Underrun) } else { Ok(()) }
+    }
+
+    /// Gives everything up to the head back to the producer.
+    #[inline(always)]
+    fn publish(&mut self) {
+        // [room] pairs with `read_to`
+        self.ring.cells.read_to().store(self.head + KEPT, Release);
+        // The producer looks at the head after each entry. It is left to have its own line of
+        // memory for itself until the answer could change something.
+        if self.head == self.tail && self.ring.takes(Step::PublishHead) {
+            self.ring.cells.head().store(self.head, Release); // [room] pairs with `Producer::look_at_head`
         }
     }
 
@@ -222,16 +338,50 @@ impl<N: Notify> Consumer<N> {
         match self.ring.check_index(Index::Tail, tail) {
             Ok(tail) => {
                 self.tail = tail;
+                if tail == self.head {
+                    // So that it comes together with the tail at the next look.
+                    self.ring.cells.will_read(self.head);
+                }
                 Ok(())
             }
             Err(corruption) => Err(self.life.end(corruption.into())),
         }
     }
 
-    /// Whether the producer was refused and waits for a DataServiced.
+    /// Whether the producer was refused and waits for a DataServiced. A producer that knows only
+    /// the one flag is heard when the ring is empty.
     #[inline]
-    fn is_service_wanted(&self) -> bool {
-        self.ring.cells.need_serviced().load(Acquire) != 0 // [full] pairs with `Producer::ask_for_service`
+    fn is_service_wanted(&self, is_empty: bool) -> bool {
+        // [full] pairs with `Producer::ask_for_service`
+        self.ring.cells.room_wanted().load(Acquire) != 0
+            || is_empty && self.ring.cells.need_serviced().load(Acquire) != 0
+    }
+
+    /// Tells the producer that this end looks again before it sleeps.
+    #[inline]
+    fn be_awake(&mut self) {
+        if !self.awake {
+            self.awake = true;
+            self.ring.cells.consumer_awake().store(1, Relaxed);
+        }
+    }
+
+    /// Takes that back. A fence and a look at the tail have to follow.
+    #[inline]
+    fn stop_being_awake(&mut self) {
+        if self.awake && self.ring.takes(Step::ConsumerSaysItSleeps) {
+            self.awake = false;
+            self.ring.cells.consumer_awake().store(0, Relaxed);
+        }
+    }
+}
+
+/// Gives the entries of a batch back, also those before one at which the reader panicked.
+struct PublishAtEnd<'a, N: Notify>(&'a mut Consumer<N>);
+
+impl<N: Notify> Drop for PublishAtEnd<'_, N> {
+    fn drop(&mut self) {
+        self.0.publish();
     }
 }
 

@@ -15,6 +15,17 @@ pub const HEAD_OFFSET: usize = 0;
 pub const TAIL_OFFSET: usize = 4;
 /// Where the producer asks for a DataServiced notification, one byte.
 pub const NEED_SERVICED_OFFSET: usize = 8;
+/// Where the consumer says that it will look at the ring again without being told, one byte.
+pub const CONSUMER_AWAKE_OFFSET: usize = 9;
+/// Where the producer says that it will look at the ring again without being told, one byte.
+pub const PRODUCER_AWAKE_OFFSET: usize = 10;
+/// Where the consumer keeps its index up to date entry by entry, a native-endian `u32`: the index
+/// and [`KEPT`], or 0 if it does not.
+pub const READ_TO_OFFSET: usize = 64;
+/// Where the producer repeats its request for a DataServiced, one byte.
+pub const ROOM_WANTED_OFFSET: usize = 68;
+/// What tells an index at [`READ_TO_OFFSET`] from a word that nobody has written.
+pub const KEPT: u32 = 1;
 /// Bytes before the payload of an entry: its unpadded size, a native-endian `u32`.
 pub const ENTRY_HEADER_SIZE: u32 = 4;
 /// Entries start at multiples of this.

@@ -50,9 +50,21 @@ type Consume = fn(Consumer<Arc<Bell>>, &Bell, u32);
 
 /// Lets `count` entries of 4 bytes pass through a ring of `capacity` bytes, in every possible way.
 fn explore(left_out: Option<Step>, capacity: u32, count: u32, produce: Produce, consume: Consume) {
-    let mut builder = loom::model::Builder::new();
     // Bounded to keep the run short. Every mutant below is found within this bound.
-    builder.preemption_bound = Some(3);
+    explore_within(3, left_out, capacity, count, produce, consume);
+}
+
+/// As [`explore`], with at most `bound` preemptions.
+fn explore_within(
+    bound: usize,
+    left_out: Option<Step>,
+    capacity: u32,
+    count: u32,
+    produce: Produce,
+    consume: Consume,
+) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(bound);
     builder.check(move || {
         let ring = Ring { cells: Cells::new(capacity), capacity, left_out };
         let (available, serviced) = (Arc::new(Bell::default()), Arc::new(Bell::default()));
@@ -138,7 +150,8 @@ fn loom_a_batch_reaches_a_handler_that_is_only_notified() {
 
 #[test]
 fn loom_a_full_ring_wakes_both_ends_in_turn() {
-    explore(None, 16, 4, one_by_one, wait_for_each);
+    // Both ends wait, which takes many steps; the mutants of this are found with two as well.
+    explore_within(2, None, 16, 3, one_by_one, wait_for_each);
 }
 
 #[test]
@@ -184,7 +197,7 @@ fn loom_without_release_ordering_a_payload_is_read_too_early() {
 #[test]
 #[should_panic(expected = "deadlock")]
 fn loom_without_waking_the_consumer_a_refused_producer_sleeps_for_ever() {
-    explore(Some(Step::WakeWhenRefused), 16, 4, one_by_one, wait_for_each);
+    explore_within(2, Some(Step::WakeWhenRefused), 16, 3, one_by_one, wait_for_each);
 }
 
 #[test]
@@ -197,4 +210,28 @@ fn loom_without_an_answer_on_empty_a_refused_producer_sleeps_for_ever() {
 #[should_panic(expected = "deadlock")]
 fn loom_without_clearing_before_the_answer_a_request_is_lost() {
     explore(Some(Step::ClearBeforeAnswer), 16, 4, by_handler, drain_by_handler);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_publishing_the_head_a_wakeup_is_lost() {
+    explore(Some(Step::PublishHead), 64, 2, by_handler, drain_by_handler);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_the_fence_before_looking_whether_the_consumer_is_awake_a_wakeup_is_lost() {
+    explore(Some(Step::FenceBeforeConsumerAwake), 64, 2, one_by_one, wait_for_each);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_saying_that_it_sleeps_a_consumer_is_not_woken() {
+    explore(Some(Step::ConsumerSaysItSleeps), 64, 2, one_by_one, wait_for_each);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_saying_that_it_sleeps_a_producer_is_not_woken() {
+    explore_within(2, Some(Step::ProducerSaysItSleeps), 16, 3, one_by_one, wait_for_each);
 }

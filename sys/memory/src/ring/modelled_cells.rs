@@ -15,7 +15,11 @@ pub(super) struct Cells(Arc<Words>);
 struct Words {
     head: AtomicU32,
     tail: AtomicU32,
+    read_to: AtomicU32,
     need_serviced: AtomicU8,
+    room_wanted: AtomicU8,
+    consumer_awake: AtomicU8,
+    producer_awake: AtomicU8,
     ring: Vec<AtomicU32>,
 }
 
@@ -25,7 +29,11 @@ impl Cells {
         Self(Arc::new(Words {
             head: AtomicU32::new(0),
             tail: AtomicU32::new(0),
+            read_to: AtomicU32::new(0),
             need_serviced: AtomicU8::new(0),
+            room_wanted: AtomicU8::new(0),
+            consumer_awake: AtomicU8::new(0),
+            producer_awake: AtomicU8::new(0),
             ring: (0..capacity / 4).map(|_| AtomicU32::new(0)).collect(),
         }))
     }
@@ -38,9 +46,29 @@ impl Cells {
         &self.0.tail
     }
 
+    pub(super) fn read_to(&self) -> &AtomicU32 {
+        &self.0.read_to
+    }
+
     pub(super) fn need_serviced(&self) -> &AtomicU8 {
         &self.0.need_serviced
     }
+
+    pub(super) fn room_wanted(&self) -> &AtomicU8 {
+        &self.0.room_wanted
+    }
+
+    pub(super) fn consumer_awake(&self) -> &AtomicU8 {
+        &self.0.consumer_awake
+    }
+
+    pub(super) fn producer_awake(&self) -> &AtomicU8 {
+        &self.0.producer_awake
+    }
+
+    pub(super) fn will_write(&self, _at: u32, _count: u32) {}
+
+    pub(super) fn will_read(&self, _at: u32) {}
 
     pub(super) fn size_at(&self, at: u32) -> &AtomicU32 {
         &self.0.ring[at as usize / 4]
