@@ -182,7 +182,13 @@ impl Queue {
     /// After [`cancel`](Self::cancel) the work is dropped unrun and counted.
     #[inline]
     pub fn dispatch_async(&self, block: impl FnOnce() + Send + 'static) {
-        self.core.push(Item::Block(Closure::new(block)));
+        if batch::is_of(self.core.address()) && self.core.word.is_quiet() {
+            // The queue's own item adds to it, and nothing that came before waits in the inbox.
+            self.core.numbers.count_own_push();
+            batch::add(block);
+        } else {
+            self.core.push(Item::Block(Closure::new(block)));
+        }
     }
 
     /// Appends work that may run beside other concurrent work of the queue, never beside any
@@ -341,18 +347,7 @@ impl fmt::Debug for Queue {
 
 impl QueueCore {
     /// Appends an item, and has the queue run if nobody sees to that yet.
-    #[inline]
     pub(crate) fn push(self: &Arc<Self>, item: Item) {
-        if batch::is_of(self.address()) && self.word.is_quiet() {
-            // Nothing that came before waits in the inbox.
-            self.numbers.count_own_push();
-            batch::push(item);
-        } else {
-            self.push_to_inbox(item);
-        }
-    }
-
-    fn push_to_inbox(self: &Arc<Self>, item: Item) {
         let mut inbox = self.inbox.lock().expect(NO_PANIC);
         if self.word.is_cancelled() {
             inbox.dropped += 1;
@@ -472,10 +467,13 @@ impl QueueCore {
                 return self.run_cancelled(left);
             }
             let Some(item) = batch.next() else {
-                if self.refill(&mut batch) {
-                    continue;
+                if batch.has_added() {
+                    self.guarded(|| batch.run_added());
+                    watch.item_ran(ticks);
+                } else if !self.refill(&mut batch) {
+                    return;
                 }
-                return;
+                continue;
             };
             match item {
                 Item::Block(block) => self.guarded(|| block.run_in_place()),

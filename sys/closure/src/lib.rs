@@ -7,8 +7,12 @@
 #![expect(unsafe_code)]
 // UNSAFETY: the closure's type is forgotten, and its bytes are kept where no type says so.
 
+mod list;
+
 use std::fmt;
 use std::mem::MaybeUninit;
+
+pub use list::ClosureList;
 
 /// Words that a closure may have to travel without an allocation.
 pub const INLINE_WORDS: usize = 6;
