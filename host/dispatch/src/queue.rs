@@ -69,8 +69,7 @@ pub(crate) struct QueueCore {
     name: String,
     engine: Arc<Shared>,
     options: QueueOptions,
-    word: Word,
-    inbox: Mutex<Inbox>,
+    intake: Intake,
     turn: Mutex<TurnState>,
     pub(crate) sleepers: Sleepers,
     numbers: Numbers,
@@ -81,14 +80,38 @@ pub(crate) struct QueueCore {
     kept: Mutex<Vec<Box<dyn Any + Send + Sync>>>,
 }
 
+/// What a thread that sends work touches: one line of the cache, and nothing that the running
+/// thread writes for each item.
+#[derive(Default)]
+#[repr(align(128))]
+struct Intake {
+    word: Word,
+    inbox: Mutex<Inbox>,
+}
+
 #[derive(Default)]
 struct Inbox {
     items: VecDeque<Item>,
-    cancel_handlers: Vec<Closure>,
-    /// Items that were put in, ever; and those that were dropped unrun.
+    /// Items that were put in, ever.
     pushed: u64,
+    /// There is one only in the life of a queue that was cancelled.
+    ends: Option<Box<Ends>>,
+}
+
+#[derive(Default)]
+struct Ends {
+    cancel_handlers: Vec<Closure>,
+    /// Items that were dropped unrun.
     dropped: u64,
 }
+
+impl Inbox {
+    fn ends(&mut self) -> &mut Ends {
+        self.ends.get_or_insert_default()
+    }
+}
+
+const _: () = assert!(size_of::<Intake>() == 128 && size_of::<Mutex<Inbox>>() < 64);
 
 /// What belongs to the running thread of a reentrant queue, and to its concurrent blocks.
 #[derive(Default)]
@@ -110,6 +133,8 @@ pub(crate) enum Item {
     /// The place of one that has run, in a batch.
     Ran,
 }
+
+const _: () = assert!(size_of::<Item>() == 64);
 
 /// A source, seen from its queue.
 pub(crate) trait Deliver: Send + Sync {
@@ -154,8 +179,7 @@ impl Queue {
             name: name.to_owned(),
             engine: engine.clone(),
             options,
-            word: Word::default(),
-            inbox: Mutex::default(),
+            intake: Intake::default(),
             turn: Mutex::default(),
             sleepers: Sleepers::default(),
             numbers: Numbers::default(),
@@ -182,7 +206,7 @@ impl Queue {
     /// After [`cancel`](Self::cancel) the work is dropped unrun and counted.
     #[inline]
     pub fn dispatch_async(&self, block: impl FnOnce() + Send + 'static) {
-        if batch::is_of(self.core.address()) && self.core.word.is_quiet() {
+        if batch::is_of(self.core.address()) && self.core.intake.word.is_quiet() {
             // The queue's own item adds to it, and nothing that came before waits in the inbox.
             self.core.numbers.count_own_push();
             batch::add(block);
@@ -212,7 +236,7 @@ impl Queue {
     /// Errors: `ABORTED` when the queue is cancelled before the turn comes.
     #[inline]
     pub fn dispatch_sync<R>(&self, block: impl FnOnce() -> R) -> Result<R, IOReturn> {
-        let mut at_once = self.core.word.take_if_idle();
+        let mut at_once = self.core.intake.word.take_if_idle();
         if !at_once {
             if self.on_queue() {
                 return Ok(block());
@@ -245,7 +269,7 @@ impl Queue {
         // Registered before the queue is given up, so no wakeup is lost.
         let sleeper = self.core.sleepers.add(event);
         // A cancel, or the engine's end, that came before could not end this sleep.
-        if self.core.word.is_cancelled() || self.core.engine.is_stopping() {
+        if self.core.intake.word.is_cancelled() || self.core.engine.is_stopping() {
             sleeper.baton().end(Turn::Cancelled);
         }
         let deadlines = &self.core.engine.deadlines;
@@ -348,15 +372,15 @@ impl fmt::Debug for Queue {
 impl QueueCore {
     /// Appends an item, and has the queue run if nobody sees to that yet.
     pub(crate) fn push(self: &Arc<Self>, item: Item) {
-        let mut inbox = self.inbox.lock().expect(NO_PANIC);
-        if self.word.is_cancelled() {
-            inbox.dropped += 1;
+        let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
+        if self.intake.word.is_cancelled() {
+            inbox.ends().dropped += 1;
             drop(inbox);
             return item.cancelled();
         }
         inbox.pushed += 1;
         inbox.items.push_back(item);
-        let announced = self.word.announce();
+        let announced = self.intake.word.announce();
         drop(inbox);
         if announced {
             self.schedule();
@@ -364,9 +388,9 @@ impl QueueCore {
     }
 
     fn cancel(self: &Arc<Self>, done: Closure) {
-        let mut inbox = self.inbox.lock().expect(NO_PANIC);
-        inbox.cancel_handlers.push(done);
-        self.word.cancel();
+        let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
+        inbox.ends().cancel_handlers.push(done);
+        self.intake.word.cancel();
         drop(inbox);
         self.schedule();
         self.sleepers.abort();
@@ -374,7 +398,7 @@ impl QueueCore {
 
     /// Puts an idle queue on the ready list.
     fn schedule(self: &Arc<Self>) {
-        if self.word.schedule() {
+        if self.intake.word.schedule() {
             self.become_ready();
         }
     }
@@ -386,10 +410,10 @@ impl QueueCore {
 
     /// Becomes the running thread of the queue again, after a sleep.
     fn take_again(self: &Arc<Self>) -> Result<(), IOReturn> {
-        if !self.word.take_if_idle() {
+        if !self.intake.word.take_if_idle() {
             self.take_in_turn()?;
             // The return stood on the queue, and is no item that was sent.
-            self.inbox.lock().expect(NO_PANIC).pushed -= 1;
+            self.intake.inbox.lock().expect(NO_PANIC).pushed -= 1;
         }
         Ok(())
     }
@@ -399,10 +423,10 @@ impl QueueCore {
     #[cold]
     fn take_soon(&self) -> bool {
         for _ in 0..self.engine.looks {
-            if self.word.is_idle() && self.word.take_if_idle() {
+            if self.intake.word.is_idle() && self.intake.word.take_if_idle() {
                 return true;
             }
-            if !self.word.is_quiet() {
+            if !self.intake.word.is_quiet() {
                 return false;
             }
             hint::spin_loop();
@@ -424,7 +448,7 @@ impl QueueCore {
 
     /// Delivers on this thread if the queue is idle. `false` when it is not; nothing is done then.
     pub(crate) fn run_if_idle(self: &Arc<Self>, source: &dyn Deliver) -> bool {
-        if !self.word.take_if_idle() {
+        if !self.intake.word.take_if_idle() {
             return false;
         }
         let held = Holding::of(self);
@@ -443,7 +467,7 @@ impl QueueCore {
 
     /// Runs the queue's work on this worker, for one turn.
     pub(crate) fn run(self: &Arc<Self>) {
-        self.word.start();
+        self.intake.word.start();
         let held = Holding::of(self);
         let start = ticks();
         self.numbers.note_wait(start.saturating_sub(self.scheduled_at.load(Relaxed)));
@@ -461,7 +485,7 @@ impl QueueCore {
     fn run_batch(self: &Arc<Self>, held: &Holding<'_>, watch: &mut Stopwatch<'_>) {
         let mut batch = Batch::of(self.address());
         for _ in 0..TURN {
-            if self.word.is_cancelled() {
+            if self.intake.word.is_cancelled() {
                 let mut left = VecDeque::new();
                 batch.put_before(&mut left);
                 return self.run_cancelled(left);
@@ -499,12 +523,12 @@ impl QueueCore {
 
     /// Takes all there is. `false` when there is nothing.
     fn refill(&self, batch: &mut Batch) -> bool {
-        let mut inbox = self.inbox.lock().expect(NO_PANIC);
-        if self.word.is_cancelled() {
+        let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
+        if self.intake.word.is_cancelled() {
             // Since this thread looked: the handlers are still to be run.
             return false;
         }
-        self.word.clear_pending();
+        self.intake.word.clear_pending();
         let some = !inbox.items.is_empty();
         batch.take_all(&mut inbox.items);
         some
@@ -512,17 +536,17 @@ impl QueueCore {
 
     /// Leaves a batch for the next turn, in front of what is there.
     fn leave(&self, batch: &mut Batch) {
-        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
         batch.put_before(&mut inbox.items);
         if !inbox.items.is_empty() {
-            self.word.set_pending();
+            self.intake.word.set_pending();
         }
     }
 
     /// Runs items of a reentrant queue.
     fn run_turn(self: &Arc<Self>, held: &Holding<'_>, watch: &mut Stopwatch<'_>) {
         for _ in 0..TURN {
-            if self.word.is_cancelled() {
+            if self.intake.word.is_cancelled() {
                 return self.run_cancelled(VecDeque::new());
             }
             let Some(item) = self.next_of_turn() else { return };
@@ -554,14 +578,14 @@ impl QueueCore {
     /// The next item of a reentrant queue that this thread may run.
     fn next_of_turn(&self) -> Option<Item> {
         let mut turn = self.turn.lock().expect(NO_PANIC);
-        if turn.items.is_empty() || self.word.is_pending() {
-            let mut inbox = self.inbox.lock().expect(NO_PANIC);
-            if self.word.is_cancelled() {
+        if turn.items.is_empty() || self.intake.word.is_pending() {
+            let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
+            if self.intake.word.is_cancelled() {
                 // Since this thread looked: the handlers are still to be run.
                 return None;
             }
             turn.items.append(&mut inbox.items);
-            self.word.clear_pending();
+            self.intake.word.clear_pending();
         }
         if turn.concurrent > 0 && !matches!(turn.items.front(), Some(Item::Concurrent(_))) {
             // The last concurrent block schedules the queue again.
@@ -573,14 +597,14 @@ impl QueueCore {
     /// What is left of the turn is for whoever holds the queue next.
     fn leave_turn(&self) {
         if !self.turn.lock().expect(NO_PANIC).items.is_empty() {
-            self.word.set_pending();
+            self.intake.word.set_pending();
         }
     }
 
     /// Runs a concurrent block on some worker.
     fn start_concurrent(self: &Arc<Self>, block: Closure) {
         self.turn.lock().expect(NO_PANIC).concurrent += 1;
-        self.word.set_shared(true);
+        self.intake.word.set_shared(true);
         let beside = Beside(self.clone());
         self.engine.run_soon(Closure::new(move || {
             let core = &beside.0;
@@ -601,12 +625,12 @@ impl QueueCore {
         if turn.concurrent > 0 {
             return;
         }
-        let more = !turn.items.is_empty() || self.word.is_cancelled();
+        let more = !turn.items.is_empty() || self.intake.word.is_cancelled();
         if more {
             // Before `SHARED` goes: with neither, a sync call would overtake what is left.
-            self.word.set_pending();
+            self.intake.word.set_pending();
         }
-        self.word.set_shared(false);
+        self.intake.word.set_shared(false);
         drop(turn);
         if more {
             self.schedule();
@@ -617,17 +641,17 @@ impl QueueCore {
     fn run_cancelled(self: &Arc<Self>, mut mine: VecDeque<Item>) {
         loop {
             let mut turn = self.turn.lock().expect(NO_PANIC);
-            let mut inbox = self.inbox.lock().expect(NO_PANIC);
+            let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
             let mut dropped = std::mem::take(&mut mine);
             dropped.append(&mut turn.items);
             dropped.append(&mut inbox.items);
-            inbox.dropped += dropped.len() as u64;
+            inbox.ends().dropped += dropped.len() as u64;
             // Concurrent blocks are work in progress: the handlers wait for them.
             let handlers = match turn.concurrent {
-                0 => std::mem::take(&mut inbox.cancel_handlers),
+                0 => std::mem::take(&mut inbox.ends().cancel_handlers),
                 _ => Vec::new(),
             };
-            self.word.clear_pending();
+            self.intake.word.clear_pending();
             drop((turn, inbox));
             if dropped.is_empty() && handlers.is_empty() {
                 return;
@@ -640,12 +664,12 @@ impl QueueCore {
     /// Drops what waits on a scheduled queue whose engine is gone.
     pub(crate) fn abandon(&self) {
         let mut turn = self.turn.lock().expect(NO_PANIC);
-        let mut inbox = self.inbox.lock().expect(NO_PANIC);
+        let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
         let mut dropped = std::mem::take(&mut turn.items);
         dropped.append(&mut inbox.items);
-        inbox.dropped += dropped.len() as u64;
-        let handlers = std::mem::take(&mut inbox.cancel_handlers);
-        self.word.abandon();
+        inbox.ends().dropped += dropped.len() as u64;
+        let handlers = std::mem::take(&mut inbox.ends().cancel_handlers);
+        self.intake.word.abandon();
         drop((turn, inbox));
         dropped.into_iter().for_each(Item::cancelled);
         drop(handlers);
@@ -670,7 +694,7 @@ impl QueueCore {
     /// Ends this thread's turn.
     #[inline]
     fn release(self: &Arc<Self>) {
-        if !self.word.end_if_quiet() {
+        if !self.intake.word.end_if_quiet() {
             self.release_to_next();
         }
     }
@@ -682,7 +706,7 @@ impl QueueCore {
                 return;
             }
         }
-        if self.word.end() {
+        if self.intake.word.end() {
             self.become_ready();
         }
     }
@@ -693,13 +717,13 @@ impl QueueCore {
         if self.options.reentrant {
             return None;
         }
-        let mut inbox = self.inbox.lock().expect(NO_PANIC);
-        if self.word.is_cancelled() {
+        let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
+        if self.intake.word.is_cancelled() {
             return None;
         }
         let baton = inbox.items.pop_front_if(|item| matches!(item, Item::Baton(_)));
         if inbox.items.is_empty() {
-            self.word.clear_pending();
+            self.intake.word.clear_pending();
         }
         match baton {
             Some(Item::Baton(baton)) => Some(baton),
@@ -729,9 +753,10 @@ impl QueueCore {
     }
 
     pub(crate) fn numbers(&self) -> QueueNumbers {
-        let inbox = self.inbox.lock().expect(NO_PANIC);
-        let depth = self.numbers.depth(inbox.pushed, inbox.dropped);
-        self.numbers.read(&self.name, depth, inbox.dropped, self.engine.scale.rate())
+        let inbox = self.intake.inbox.lock().expect(NO_PANIC);
+        let dropped = inbox.ends.as_ref().map_or(0, |ends| ends.dropped);
+        let depth = self.numbers.depth(inbox.pushed, dropped);
+        self.numbers.read(&self.name, depth, dropped, self.engine.scale.rate())
     }
 }
 

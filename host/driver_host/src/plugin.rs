@@ -772,10 +772,11 @@ unsafe extern "C" fn queue_on_queue(queue: *mut HostQueue) -> i32 {
     i32::from(unsafe { object::<QueueObject>(queue) }.queue.on_queue())
 }
 
-unsafe extern "C" fn queue_async(queue: *mut HostQueue, work: Work) {
+unsafe extern "C" fn queue_async(queue: *mut HostQueue, work: *const Work) {
     // SAFETY: contract 2.
     let queue = unsafe { object::<QueueObject>(queue) };
-    let work = ForeignWork(work);
+    // SAFETY: contract 4.
+    let work = ForeignWork(unsafe { work.read() });
     queue.queue.dispatch_async(move || work.run());
 }
 

@@ -487,7 +487,8 @@ impl Queue {
     }
 
     pub(crate) fn dispatch_async(&self, block: impl FnOnce() + Send + 'static) {
-        host!(dispatch.queue_async(self.0.as_ptr(), work_of(block)));
+        let work = work_of(block);
+        host!(dispatch.queue_async(self.0.as_ptr(), &raw const work));
     }
 
     pub(crate) fn dispatch_sync<R>(&self, block: impl FnOnce() -> R) -> Result<R, IOReturn> {

@@ -306,8 +306,8 @@ pub struct DispatchTable {
     pub queue_release: unsafe extern "C" fn(queue: *mut HostQueue),
     /// 1 when the calling thread runs the queue, else 0.
     pub queue_on_queue: unsafe extern "C" fn(queue: *mut HostQueue) -> i32,
-    /// Appends work.
-    pub queue_async: unsafe extern "C" fn(queue: *mut HostQueue, work: Work),
+    /// Appends work, which is moved out of where it is.
+    pub queue_async: unsafe extern "C" fn(queue: *mut HostQueue, work: *const Work),
     /// Runs `call(context)` in its turn, on the calling thread, before it returns.
     pub queue_sync: unsafe extern "C" fn(
         queue: *mut HostQueue,
