@@ -88,6 +88,7 @@ impl TimerSource {
     /// While disabled the deadline is kept for later.
     ///
     /// Errors: `UNSUPPORTED` after cancel, `NO_RESOURCES` without a handler.
+    #[inline]
     pub fn wake_at(&self, clock: Clock, deadline: u64, leeway: u64) -> Result<(), IOReturn> {
         let mut state = self.core.state();
         if state.cancelled {
@@ -98,9 +99,10 @@ impl TimerSource {
         }
         state.generation = state.generation.wrapping_add(1);
         state.expired = false;
-        state.wanted = Some(Deadline { clock, at: deadline, leeway });
+        let deadline = Deadline { clock, at: deadline, leeway };
+        state.wanted = Some(deadline);
         if state.enabled {
-            self.core.arm(&mut state);
+            self.core.arm(&mut state, deadline);
         }
         Ok(())
     }
@@ -117,13 +119,12 @@ impl TimerSource {
                 return Err(IOReturn::UNSUPPORTED);
             }
             state.enabled = enable;
-            if enable {
-                self.core.arm(&mut state);
-            } else {
-                // An expiration whose handler has not started is taken back, not kept.
-                if std::mem::take(&mut state.expired) {
-                    state.wanted = None;
-                }
+            if let Some(deadline) = state.wanted.filter(|_| enable) {
+                self.core.arm(&mut state, deadline);
+            }
+            // An expiration whose handler has not started is taken back by disabling, not kept.
+            if !enable && std::mem::take(&mut state.expired) {
+                state.wanted = None;
             }
         }
         drop(state);
@@ -182,11 +183,14 @@ impl TimerCore {
         self.state.lock().expect(NO_PANIC)
     }
 
-    fn arm(&self, state: &mut State) {
-        let Some(deadline) = state.wanted else { return };
-        if state.armed.is_some_and(|armed| armed.is_asked_in_time_for(deadline)) {
-            return;
+    #[inline]
+    fn arm(&self, state: &mut State, deadline: Deadline) {
+        if !state.armed.as_ref().is_some_and(|armed| armed.is_asked_in_time_for(deadline)) {
+            self.arm_anew(state, deadline);
         }
+    }
+
+    fn arm_anew(&self, state: &mut State, deadline: Deadline) {
         let deadlines = &self.queue.engine().deadlines;
         if let Some(armed) = state.armed {
             state.armed = deadlines.rearm(armed, deadline);
