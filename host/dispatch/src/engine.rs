@@ -141,11 +141,11 @@ impl Engine {
         Ok(Self { shared: Shared::new(clock, true)?, workers: Vec::new() })
     }
 
-    /// Runs what there is to run on this thread until there is nothing left. For manual engines;
-    /// on others it helps the workers.
+    /// Runs what there is to run on this thread until there is nothing left. On an engine with
+    /// workers it does nothing: what a look here took from the kernel, they would miss.
     pub fn settle(&self) {
         let mut found = Ready::new(16);
-        while self.shared.turn(&mut found) {}
+        while self.shared.manual && self.shared.turn(&mut found) {}
     }
 
     /// The time on a clock as this engine's timers see it, in nanoseconds.
