@@ -1,9 +1,10 @@
 //! A thread that waits until another one ends its wait.
 
-use std::hint;
-use std::sync::atomic::AtomicU8;
-use std::sync::atomic::Ordering::{AcqRel, Acquire};
-use std::thread::{self, Thread};
+use crate::step::{Step, order, takes};
+use crate::sync::atomic::AtomicU8;
+use crate::sync::atomic::Ordering::{AcqRel, Acquire};
+use crate::sync::hint;
+use crate::sync::parking::{self, Thread};
 
 /// The wait of the thread that made it.
 pub(crate) struct Baton {
@@ -23,15 +24,18 @@ pub(crate) enum Turn {
 
 impl Baton {
     pub(crate) fn for_this_thread() -> Self {
-        Self { turn: AtomicU8::new(Turn::Waiting as u8), thread: thread::current() }
+        Self { turn: AtomicU8::new(Turn::Waiting as u8), thread: parking::current() }
     }
 
     /// Ends the wait. `false` when it had ended: the first end counts.
     pub(crate) fn end(&self, turn: Turn) -> bool {
         let waiting = Turn::Waiting as u8;
         // [turn] pairs with `turn`: what the ender wrote before is seen by the waiter.
-        let ended = self.turn.compare_exchange(waiting, turn as u8, AcqRel, Acquire).is_ok();
-        if ended {
+        let ended = self
+            .turn
+            .compare_exchange(waiting, turn as u8, order(Step::ReleaseTurn, AcqRel), Acquire)
+            .is_ok();
+        if ended && takes(Step::Unpark) {
             self.thread.unpark();
         }
         ended
@@ -63,7 +67,10 @@ impl Baton {
         // An unpark before the park makes it return at once; one that was meant for an earlier
         // wait makes it return early, hence the loop.
         while self.is_waiting() {
-            thread::park();
+            parking::park();
+            if !takes(Step::LookAfterPark) {
+                return;
+            }
         }
     }
 }

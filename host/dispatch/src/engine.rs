@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, Weak};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, RwLock, Weak};
+use std::thread::available_parallelism;
 use std::time::Duration;
 
 use iohost_closure::Closure;
@@ -20,6 +20,8 @@ use crate::baton::{Baton, Turn};
 use crate::deadlines::Deadlines;
 use crate::queue::QueueCore;
 use crate::source::{Then, Watched};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Condvar, Mutex, MutexGuard, has_failed, thread_local};
 use crate::watchlist::Watchlist;
 use crate::{NO_PANIC, QueueNumbers};
 
@@ -90,10 +92,10 @@ enum Runnable {
 const BELL: u64 = 0;
 
 /// Workers that wait for events when there is nothing to do.
-const POLLERS: usize = 2;
+const POLLERS: usize = if cfg!(loom) { 0 } else { 2 };
 
 /// How often a thread looks: most turns on a queue are shorter than a trip into the kernel and back.
-const LOOKS: u32 = 200;
+const LOOKS: u32 = if cfg!(loom) { 1 } else { 200 };
 
 /// The most extra workers that stand in for blocked ones.
 const MOST_WORKERS: usize = 64;
@@ -195,7 +197,7 @@ impl Drop for Engine {
 }
 
 fn processors() -> usize {
-    thread::available_parallelism().map_or(2, usize::from)
+    available_parallelism().map_or(2, usize::from)
 }
 
 /// How long a worker stays.
@@ -261,8 +263,9 @@ impl Shared {
                 self.poll(ready, &mut found);
             } else {
                 ready.parked += 1;
-                let parked = |ready: &mut ReadyList| ready.released == 0 && !ready.stopping;
-                ready = self.parking.wait_while(ready, parked).expect(NO_PANIC);
+                while ready.released == 0 && !ready.stopping {
+                    ready = self.parking.wait(ready).expect(NO_PANIC);
+                }
                 ready.parked -= 1;
                 ready.released = ready.released.saturating_sub(1);
             }
@@ -477,7 +480,9 @@ struct Blocked<'a>(&'a Mutex<ReadyList>);
 
 impl Drop for Blocked<'_> {
     fn drop(&mut self) {
-        self.0.lock().expect(NO_PANIC).blocked -= 1;
+        if !has_failed() {
+            self.0.lock().expect(NO_PANIC).blocked -= 1;
+        }
     }
 }
 

@@ -24,10 +24,14 @@ mod deadlines;
 mod engine;
 mod handler;
 mod interrupt;
+#[cfg(all(test, loom))]
+mod loom_model;
 mod numbers;
 mod queue;
 mod sleepers;
 mod source;
+mod step;
+mod sync;
 mod timer;
 mod waiter;
 mod watchlist;

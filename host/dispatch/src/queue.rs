@@ -15,10 +15,9 @@ use std::any::Any;
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fmt;
-use std::hint;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
 
 use iohost_closure::Closure;
 use iohost_event::ticks;
@@ -29,6 +28,8 @@ use crate::baton::{Baton, Turn};
 use crate::engine::{Shared, looking_next};
 use crate::numbers::{Numbers, QueueNumbers, Stopwatch};
 use crate::sleepers::Sleepers;
+use crate::step::{Step, takes};
+use crate::sync::{Mutex, has_failed, hint};
 use crate::{Clock, Engine, NO_PANIC};
 
 use batch::Batch;
@@ -111,7 +112,7 @@ impl Inbox {
     }
 }
 
-const _: () = assert!(size_of::<Intake>() == 128 && size_of::<Mutex<Inbox>>() < 64);
+const _: () = assert!(cfg!(loom) || size_of::<Intake>() == 128 && size_of::<Mutex<Inbox>>() < 64);
 
 /// What belongs to the running thread of a reentrant queue, and to its concurrent blocks.
 #[derive(Default)]
@@ -268,8 +269,8 @@ impl Queue {
         }
         // Registered before the queue is given up, so no wakeup is lost.
         let sleeper = self.core.sleepers.add(event);
-        // A cancel, or the engine's end, that came before could not end this sleep.
-        if self.core.intake.word.is_cancelled() || self.core.engine.is_stopping() {
+        // The engine's end, if it came before, could not end this sleep.
+        if self.core.engine.is_stopping() {
             sleeper.baton().end(Turn::Cancelled);
         }
         let deadlines = &self.core.engine.deadlines;
@@ -524,11 +525,10 @@ impl QueueCore {
     /// Takes all there is. `false` when there is nothing.
     fn refill(&self, batch: &mut Batch) -> bool {
         let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
-        if self.intake.word.is_cancelled() {
-            // Since this thread looked: the handlers are still to be run.
+        if !self.intake.word.take_pending() {
+            // Cancelled since this thread looked: the handlers are still to be run.
             return false;
         }
-        self.intake.word.clear_pending();
         let some = !inbox.items.is_empty();
         batch.take_all(&mut inbox.items);
         some
@@ -580,12 +580,11 @@ impl QueueCore {
         let mut turn = self.turn.lock().expect(NO_PANIC);
         if turn.items.is_empty() || self.intake.word.is_pending() {
             let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
-            if self.intake.word.is_cancelled() {
-                // Since this thread looked: the handlers are still to be run.
+            if !self.intake.word.take_pending() {
+                // Cancelled since this thread looked: the handlers are still to be run.
                 return None;
             }
             turn.items.append(&mut inbox.items);
-            self.intake.word.clear_pending();
         }
         if turn.concurrent > 0 && !matches!(turn.items.front(), Some(Item::Concurrent(_))) {
             // The last concurrent block schedules the queue again.
@@ -604,7 +603,7 @@ impl QueueCore {
     /// Runs a concurrent block on some worker.
     fn start_concurrent(self: &Arc<Self>, block: Closure) {
         self.turn.lock().expect(NO_PANIC).concurrent += 1;
-        self.intake.word.set_shared(true);
+        self.intake.word.start_shared();
         let beside = Beside(self.clone());
         self.engine.run_soon(Closure::new(move || {
             let core = &beside.0;
@@ -625,12 +624,9 @@ impl QueueCore {
         if turn.concurrent > 0 {
             return;
         }
-        let more = !turn.items.is_empty() || self.intake.word.is_cancelled();
-        if more {
-            // Before `SHARED` goes: with neither, a sync call would overtake what is left.
-            self.intake.word.set_pending();
-        }
-        self.intake.word.set_shared(false);
+        let cancelled = self.intake.word.is_cancelled() && takes(Step::ResumeCancel);
+        let more = !turn.items.is_empty() || cancelled;
+        self.intake.word.end_shared(more);
         drop(turn);
         if more {
             self.schedule();
@@ -718,11 +714,11 @@ impl QueueCore {
             return None;
         }
         let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
-        if self.intake.word.is_cancelled() {
+        if self.intake.word.is_cancelled() && takes(Step::LookForCancelAtEnd) {
             return None;
         }
         let baton = inbox.items.pop_front_if(|item| matches!(item, Item::Baton(_)));
-        if inbox.items.is_empty() {
+        if inbox.items.is_empty() || !takes(Step::KeepPending) {
             self.intake.word.clear_pending();
         }
         match baton {
@@ -734,7 +730,9 @@ impl QueueCore {
     /// Gives the queue up for a sleep.
     fn put_down(self: &Arc<Self>) {
         held::lay_down(self.address());
-        self.leave_turn();
+        if takes(Step::LeaveTurn) {
+            self.leave_turn();
+        }
         self.release();
     }
 
@@ -796,7 +794,7 @@ impl<'a> Holding<'a> {
     /// that thread does not wait any more.
     fn pass_on(&self, baton: &Baton) -> bool {
         let taken = baton.end(Turn::Granted);
-        if taken {
+        if taken && takes(Step::PassOn) {
             self.passed_on.set(true);
             held::lay_down(self.core.address());
         }
@@ -808,7 +806,7 @@ impl Drop for Holding<'_> {
     #[inline]
     fn drop(&mut self) {
         // After a sleep the queue may be somebody else's, if it was cancelled meanwhile.
-        if !self.passed_on.get() && held::lay_down(self.core.address()) {
+        if !has_failed() && !self.passed_on.get() && held::lay_down(self.core.address()) {
             self.core.release();
         }
     }

@@ -1,13 +1,15 @@
 //! Threads that gave a queue up and wait for an event on it.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 
 use iohost_event::Clock;
 
 use crate::NO_PANIC;
 use crate::baton::{Baton, Turn};
 use crate::deadlines::{Answer, Armed, Deadline, Deadlines, Expire, NoteOf};
+use crate::step::{Step, takes};
+use crate::sync::Mutex;
 
 /// The sleepers of one queue.
 #[derive(Default)]
@@ -42,7 +44,7 @@ impl Sleepers {
             Arc::new_cyclic(|this| Sleeper { event, baton, deadline, this: this.clone() });
         let mut state = self.state.lock().expect(NO_PANIC);
         state.list.push(sleeper.clone());
-        if state.aborted {
+        if state.aborted && takes(Step::LookForAbort) {
             sleeper.baton.end(Turn::Cancelled);
         }
         sleeper

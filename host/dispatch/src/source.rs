@@ -3,12 +3,13 @@
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::sync::{Arc, Weak};
 
 use crate::Queue;
 use crate::handler::HandlerSlot;
 use crate::queue::{Deliver, Item};
+use crate::step::{Step, order};
+use crate::sync::atomic::{AtomicBool, Ordering::AcqRel};
 
 /// A source, seen from the engine.
 pub(crate) trait Watched: Send + Sync {
@@ -77,6 +78,12 @@ impl<F: AsFd + Send + Sync + 'static> DescriptorSource<F> {
         &self.feed.queue
     }
 
+    /// What the engine sees of it.
+    #[cfg(all(test, loom))]
+    pub(crate) fn watched(&self) -> Arc<dyn Watched> {
+        self.feed.clone()
+    }
+
     /// Has the handler called once more, event or not.
     pub fn nudge(&self) {
         self.feed.became_ready(Then::Schedule);
@@ -103,7 +110,7 @@ impl<F: AsFd + Send + Sync + 'static> Deliver for Feed<F> {
         // Cleared before the handler reads: an event during the handler leads to one more call.
         // [event] pairs with `became_ready`: an event that found the flag set came before this
         // exchange, which therefore sees it, and so does the handler. A plain store would not say.
-        self.scheduled.swap(false, AcqRel);
+        self.scheduled.swap(false, order(Step::AcquireEvents, AcqRel));
         // A handler that sleeps on its queue is called once more after it returned.
         if let Ok(handler) = self.handler.start(|| self.became_ready(Then::Schedule)) {
             handler.call(());

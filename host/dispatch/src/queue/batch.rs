@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use iohost_closure::ClosureList;
 
 use super::Item;
+use crate::sync::thread_local;
 
 thread_local! {
     /// The address of the core of the queue that this thread runs and adds to by `ADDED`; 0: none.

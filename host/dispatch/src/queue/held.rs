@@ -5,6 +5,8 @@
 
 use std::cell::{Cell, RefCell};
 
+use crate::sync::thread_local;
+
 thread_local! {
     /// 0: none.
     static INNERMOST: Cell<usize> = const { Cell::new(0) };

@@ -22,8 +22,9 @@
 //! when it takes all there is. Whoever sets it on an idle queue schedules it. `CANCELLED`: set
 //! once. `SHARED`: concurrent blocks are running.
 
-use std::sync::atomic::AtomicU32;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
+use crate::step::{Step, order, takes};
+use crate::sync::atomic::AtomicU32;
+use crate::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 
 const STAGE: u32 = 0b11;
 const IDLE: u32 = 0;
@@ -41,19 +42,22 @@ impl Word {
     /// lock, so that it is not cleared meanwhile.
     #[inline]
     pub fn announce(&self) -> bool {
-        !self.is_pending() && self.0.fetch_or(PENDING, AcqRel) & PENDING == 0
+        takes(Step::Announce)
+            && !self.is_pending()
+            && self.0.fetch_or(PENDING, AcqRel) & PENDING == 0
     }
 
     /// From `IDLE` to `SCHEDULED`. `true`: the caller puts the queue on the ready list.
     pub fn schedule(&self) -> bool {
-        let scheduled = |word| (word & STAGE == IDLE).then_some(word | SCHEDULED);
+        let free = |word| word & STAGE == IDLE || !takes(Step::ScheduleOnlyIdle);
+        let scheduled = |word| free(word).then_some((word & !STAGE) | SCHEDULED);
         self.0.fetch_update(AcqRel, Acquire, scheduled).is_ok()
     }
 
     /// From `IDLE` without any flag to `RUNNING`.
     #[inline]
     pub fn take_if_idle(&self) -> bool {
-        self.0.compare_exchange(IDLE, RUNNING, Acquire, Relaxed).is_ok()
+        self.0.compare_exchange(IDLE, RUNNING, order(Step::AcquireIdle, Acquire), Relaxed).is_ok()
     }
 
     /// `IDLE` without any flag: [`take_if_idle`](Self::take_if_idle) is worth trying.
@@ -69,15 +73,15 @@ impl Word {
     /// From `RUNNING` to `IDLE`, if there is no flag at all.
     #[inline]
     pub fn end_if_quiet(&self) -> bool {
-        self.0.compare_exchange(RUNNING, IDLE, AcqRel, Relaxed).is_ok()
+        self.0.compare_exchange(RUNNING, IDLE, order(Step::ReleaseIdle, AcqRel), Relaxed).is_ok()
     }
 
     /// From `RUNNING` to `IDLE`, or to `SCHEDULED` when something is pending. `true`: the caller
     /// puts the queue on the ready list.
     pub fn end(&self) -> bool {
-        let next = |word: u32| (word & !STAGE) | if word & PENDING == 0 { IDLE } else { SCHEDULED };
-        let before = self.0.fetch_update(AcqRel, Acquire, |word| Some(next(word)));
-        before.is_ok_and(|word| word & PENDING != 0)
+        let goes_on = |word| word & PENDING != 0 && takes(Step::LookBeforeIdle);
+        let next = |word| (word & !STAGE) | if goes_on(word) { SCHEDULED } else { IDLE };
+        self.0.fetch_update(AcqRel, Acquire, |word| Some(next(word))).is_ok_and(goes_on)
     }
 
     /// From `SCHEDULED` to `IDLE` with nothing pending, for a queue whose engine is gone.
@@ -88,7 +92,7 @@ impl Word {
     /// Nothing is pending, and the queue is not cancelled.
     #[inline]
     pub fn is_quiet(&self) -> bool {
-        self.0.load(Relaxed) & (PENDING | CANCELLED) == 0
+        self.0.load(Relaxed) & (PENDING | CANCELLED) == 0 || !takes(Step::LookBeforeOwnPush)
     }
 
     #[inline]
@@ -101,7 +105,17 @@ impl Word {
         self.0.fetch_or(PENDING, AcqRel);
     }
 
-    /// The running thread takes all there is. Under the inbox's lock.
+    /// The running thread takes all there is, unless the queue is cancelled: `false` then, and
+    /// what is pending stays so. Under the inbox's lock.
+    pub fn take_pending(&self) -> bool {
+        let taken = !self.is_cancelled() || !takes(Step::LookForCancel);
+        if taken {
+            self.clear_pending();
+        }
+        taken
+    }
+
+    /// Nothing is left in the inbox. By the running thread, under the inbox's lock.
     pub fn clear_pending(&self) {
         self.0.fetch_and(!PENDING, AcqRel);
     }
@@ -116,12 +130,19 @@ impl Word {
         self.0.fetch_or(CANCELLED | PENDING, AcqRel);
     }
 
-    /// Concurrent blocks run, or none does any more: an idle queue is not free while they do.
-    pub fn set_shared(&self, shared: bool) {
-        if shared {
+    /// Concurrent blocks run: an idle queue is not free while they do.
+    pub fn start_shared(&self) {
+        if takes(Step::MarkShared) {
             self.0.fetch_or(SHARED, AcqRel);
-        } else {
-            self.0.fetch_and(!SHARED, AcqRel);
         }
+    }
+
+    /// No concurrent block runs any more. `more`: something is left, and pending. In one step, or
+    /// a sync call would overtake it.
+    pub fn end_shared(&self, more: bool) {
+        let pending = if more && takes(Step::AnnounceLeft) { PENDING } else { 0 };
+        let ended = |word| Some((word & !SHARED) | pending);
+        // Never an error: it ends in any state.
+        let _ = self.0.fetch_update(AcqRel, Acquire, ended);
     }
 }
