@@ -114,10 +114,10 @@ impl Inbox {
 
 const _: () = assert!(cfg!(loom) || size_of::<Intake>() == 128 && size_of::<Mutex<Inbox>>() < 64);
 
-/// What belongs to the running thread of a reentrant queue, and to its concurrent blocks.
+/// What belongs to the running thread, and to the concurrent blocks of a reentrant queue.
 #[derive(Default)]
 struct TurnState {
-    /// Taken from the inbox and not run yet.
+    /// Taken from the inbox and not run yet; of a plain queue, what a turn left over.
     items: VecDeque<Item>,
     /// Concurrent blocks under way.
     concurrent: usize,
@@ -522,23 +522,28 @@ impl QueueCore {
         self.leave(&mut batch);
     }
 
-    /// Takes all there is. `false` when there is nothing.
+    /// Takes what an earlier turn left, or else all there is. `false` when there is nothing, or the
+    /// queue was cancelled since this thread looked: the handlers are still to be run then.
     fn refill(&self, batch: &mut Batch) -> bool {
+        let mut turn = self.turn.lock().expect(NO_PANIC);
         let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
-        if !self.intake.word.take_pending() {
-            // Cancelled since this thread looked: the handlers are still to be run.
+        let left = !turn.items.is_empty();
+        // Behind what was left, what stands in the inbox stays announced.
+        if (!left || inbox.items.is_empty()) && !self.intake.word.take_pending() {
             return false;
         }
-        let some = !inbox.items.is_empty();
-        batch.take_all(&mut inbox.items);
+        let items = if left { &mut turn.items } else { &mut inbox.items };
+        let some = !items.is_empty();
+        batch.take_all(items);
         some
     }
 
-    /// Leaves a batch for the next turn, in front of what is there.
+    /// Leaves a batch for the next turn. It comes before the inbox, whose lock it does not need:
+    /// a sender would wait for items to be moved.
     fn leave(&self, batch: &mut Batch) {
-        let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
-        batch.put_before(&mut inbox.items);
-        if !inbox.items.is_empty() {
+        let mut turn = self.turn.lock().expect(NO_PANIC);
+        batch.put_before(&mut turn.items);
+        if !turn.items.is_empty() {
             self.intake.word.set_pending();
         }
     }
@@ -713,12 +718,14 @@ impl QueueCore {
         if self.options.reentrant {
             return None;
         }
+        let mut turn = self.turn.lock().expect(NO_PANIC);
         let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
         if self.intake.word.is_cancelled() && takes(Step::LookForCancelAtEnd) {
             return None;
         }
-        let baton = inbox.items.pop_front_if(|item| matches!(item, Item::Baton(_)));
-        if inbox.items.is_empty() || !takes(Step::KeepPending) {
+        let items = if turn.items.is_empty() { &mut inbox.items } else { &mut turn.items };
+        let baton = items.pop_front_if(|item| matches!(item, Item::Baton(_)));
+        if turn.items.is_empty() && inbox.items.is_empty() || !takes(Step::KeepPending) {
             self.intake.word.clear_pending();
         }
         match baton {
