@@ -5,6 +5,6 @@
 
 edu=$(pci_address 1234 11e8)
 card=$(pci_address 8086 10d3)
-vfio-check interrupts "$edu" intx
-vfio-check interrupts "$edu" msi
-vfio-check interrupts "$card" msi-x
+vfio-check interrupts vfio-group "$edu" intx
+vfio-check interrupts vfio-group "$edu" msi
+vfio-check interrupts vfio-group "$card" msi-x

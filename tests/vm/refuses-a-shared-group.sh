@@ -28,4 +28,4 @@ unbind_from_vfio $edu
 
 echo $nvme >/sys/bus/pci/drivers_probe
 await "the driver of $nvme" test -e "/sys/bus/pci/devices/$nvme/driver"
-vfio-check shared $edu $nvme
+vfio-check shared vfio-group $edu $nvme

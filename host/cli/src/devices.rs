@@ -7,7 +7,7 @@ use iohost_pci::Sysfs;
 
 use crate::CommandError;
 use crate::options::Options;
-use crate::output::{Output, table};
+use crate::output::{Output, backend, table};
 
 /// Asks the daemon, which knows plugins and services as well; without one, sysfs has to do.
 pub(crate) fn run(options: &Options, output: Output) -> Result<(), CommandError> {
@@ -16,8 +16,16 @@ pub(crate) fn run(options: &Options, output: Output) -> Result<(), CommandError>
         Err(ClientError::NotRunning { .. } | ClientError::NoPermission { .. }) => from_sysfs()?,
         Err(err) => return Err(err.into()),
     };
-    let mut shown =
-        table(&["LOCATION", "ID", "CLASS", "KERNEL DRIVER", "GROUP", "PLUGIN", "SERVICE"]);
+    let mut shown = table(&[
+        "LOCATION",
+        "ID",
+        "CLASS",
+        "KERNEL DRIVER",
+        "GROUP",
+        "BACKEND",
+        "PLUGIN",
+        "SERVICE",
+    ]);
     for device in &devices {
         let id = match (device.vendor, device.device) {
             (Some(vendor), Some(device)) => format!("{vendor:04x}:{device:04x}"),
@@ -29,6 +37,7 @@ pub(crate) fn run(options: &Options, output: Output) -> Result<(), CommandError>
             device.class.map_or("-".into(), |class| format!("{class:06x}")),
             or_dash(&device.kernel_driver),
             device.iommu_group.map_or("-".into(), |group| group.to_string()),
+            backend(&device.kind, device.is_unsafe),
             or_dash(&device.plugin),
             or_dash(&device.service),
         ]);
@@ -48,6 +57,7 @@ fn from_sysfs() -> Result<Vec<Device>, Failure> {
     let device = |function: iohost_pci::PciFunction| Device {
         location: function.address.to_string(),
         kind: "vfio".into(),
+        is_unsafe: false,
         vendor: Some(function.vendor),
         device: Some(function.device),
         class: Some(function.class),

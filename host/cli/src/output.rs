@@ -60,3 +60,8 @@ pub(crate) fn table(header: &[&str]) -> Table {
     table.set_header(header.to_vec());
     table
 }
+
+/// A backend in a table, with the word that nobody should overlook.
+pub(crate) fn backend(name: &str, is_unsafe: bool) -> String {
+    if is_unsafe { format!("{name} UNSAFE") } else { name.to_owned() }
+}

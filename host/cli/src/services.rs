@@ -4,7 +4,7 @@ use iohost_control::varlink::Status;
 
 use crate::CommandError;
 use crate::options::Options;
-use crate::output::{Output, table};
+use crate::output::{Output, backend, table};
 
 pub(crate) fn status(options: &Options, output: Output) -> Result<(), CommandError> {
     let status = options.connect()?.status()?;
@@ -51,12 +51,21 @@ fn describe(status: &Status) -> String {
     if services.is_empty() {
         return text + "\nno services: bind a device, or add one to the configuration";
     }
-    let mut shown =
-        table(&["SERVICE", "LOCATION", "DRIVER", "STATE", "PROCESS", "INCARNATION", "SESSIONS"]);
+    let mut shown = table(&[
+        "SERVICE",
+        "LOCATION",
+        "BACKEND",
+        "DRIVER",
+        "STATE",
+        "PROCESS",
+        "INCARNATION",
+        "SESSIONS",
+    ]);
     for service in services {
         shown.add_row([
             service.name.clone(),
             service.location.clone(),
+            backend(service.backend.as_deref().unwrap_or("-"), service.is_unsafe),
             service.driver.clone().unwrap_or_else(|| "-".into()),
             format!("{:?}", service.state).to_lowercase(),
             service.pid.map_or("-".into(), |pid| pid.to_string()),

@@ -61,16 +61,49 @@ pub struct Start {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum DeviceLocation {
-    /// A PCI function of this machine, bound to vfio-pci.
-    Vfio {
+    /// A PCI function of this machine, bound to the kernel driver that its backend needs.
+    Pci {
         /// `dddd:bb:dd.f`.
         address: String,
+        /// How it is reached; `None` for the best way that VFIO has.
+        backend: Option<PciBackend>,
     },
     /// A vfio-user server.
     VfioUser {
         /// Path of its socket.
         socket: String,
     },
+}
+
+/// How a PCI function is reached, as the configuration spells it. See `docs/backends.md`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PciBackend {
+    /// VFIO, by the device's own node.
+    VfioCdev,
+    /// VFIO, by the device's IOMMU group.
+    VfioGroup,
+    /// VFIO without an IOMMU.
+    VfioNoIommu,
+    /// UIO.
+    Uio,
+}
+
+impl PciBackend {
+    /// The name, as the configuration spells it.
+    pub fn name(self) -> &'static str {
+        match self {
+            PciBackend::VfioCdev => "vfio-cdev",
+            PciBackend::VfioGroup => "vfio-group",
+            PciBackend::VfioNoIommu => "vfio-no-iommu",
+            PciBackend::Uio => "uio",
+        }
+    }
+
+    /// Whether nothing but the driver keeps the device from the machine's memory.
+    pub fn is_unsafe(self) -> bool {
+        matches!(self, PciBackend::VfioNoIommu | PciBackend::Uio)
+    }
 }
 
 /// A kind of interrupt, as the configuration spells it.

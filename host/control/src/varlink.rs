@@ -43,8 +43,12 @@ pub struct DeviceList {
 pub struct Device {
     /// `dddd:bb:dd.f` of a PCI function, or the path of a device's socket.
     pub location: String,
-    /// `vfio` or `vfio-user`.
+    /// The backend: `vfio` (the best way that VFIO has), `vfio-user`, or what the configuration
+    /// forces.
     pub kind: String,
+    /// Whether that backend is UNSAFE: nothing but the driver keeps the device from the machine's
+    /// memory.
+    pub is_unsafe: bool,
     /// The vendor's number; absent for a device behind a socket.
     pub vendor: Option<u16>,
     /// The device's number; absent for a device behind a socket.
@@ -91,8 +95,11 @@ pub struct Service {
     pub pid: Option<u32>,
     /// How many driver hosts the device has had.
     pub incarnation: u64,
-    /// How the device is reached (`vfio`, `vfio-user`); once it is running.
+    /// How the device is reached (`vfio-cdev`, `vfio-user`, ...); once it is running.
     pub backend: Option<String>,
+    /// Whether it is configured to be reached in an UNSAFE way: nothing but the driver keeps the
+    /// device from the machine's memory.
+    pub is_unsafe: bool,
     /// What the reset before the last start did.
     pub reset: Option<String>,
     /// Sessions open now.

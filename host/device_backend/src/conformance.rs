@@ -4,6 +4,10 @@
 //! [`all`] runs them in order. A backend's own tests call them, and so does a guest with the real
 //! device. They panic with what was wrong, as tests do, and leave the device quiet.
 //!
+//! Not every backend has everything. What one says that it has, has to work; what it says that it
+//! lacks, it has to refuse in the right words; and [`row`] is what it says, which
+//! `docs/backends.md` repeats for all of them.
+//!
 //! Source for the device: QEMU, `docs/specs/edu.rst`, and `hw/misc/edu.c` where that is silent.
 
 use std::os::fd::{AsFd, BorrowedFd};
@@ -32,8 +36,64 @@ pub const TESTS: &[(&str, Test)] = &[
     ("one_kind_of_interrupt_replaces_another", one_kind_of_interrupt_replaces_another),
     ("dma_goes_both_ways", dma_goes_both_ways),
     ("a_bad_dma_mapping_is_refused", a_bad_dma_mapping_is_refused),
+    ("what_is_not_mapped_is_not_reached", what_is_not_mapped_is_not_reached),
     ("a_reset_leaves_the_device_quiet", a_reset_leaves_the_device_quiet),
+    ("the_documentation_says_what_there_is", the_documentation_says_what_there_is),
 ];
+
+/// The page that says what each backend has.
+const DOCUMENTATION: &str = include_str!("../../../docs/backends.md");
+
+/// The first column of the table, then what [`offers`] finds.
+const BACKEND: &str = "backend";
+
+/// The backends that the documentation has to have, in its order.
+pub const BACKENDS: [&str; 6] =
+    ["vfio-cdev", "vfio-group", "vfio-no-iommu", "uio", "vfio-user", "fake"];
+
+/// What a backend has of all that one can have, with the name of each.
+pub fn offers(device: &dyn DeviceBackend) -> [(&'static str, bool); 6] {
+    let bars_can_be_mapped = device.bar(0).is_some_and(|bar| !bar.mappable.is_empty());
+    [
+        ("BARs can be mapped", bars_can_be_mapped),
+        ("INTx", device.interrupt_count(InterruptKind::IntX) > 0),
+        ("MSI and MSI-X", has_msi(device)),
+        ("DMA", has_dma(device)),
+        ("reaches mapped memory only", device.is_isolated()),
+        ("reset", !matches!(device.reset(), Err(DeviceError::NoReset { .. }))),
+    ]
+}
+
+/// The backend's row in the table of the documentation.
+pub fn row(device: &dyn DeviceBackend) -> String {
+    let answer = |(_, has)| if has { "yes" } else { "no" }.to_owned();
+    cells(std::iter::once(format!("`{}`", device.kind())).chain(offers(device).map(answer)))
+}
+
+/// Panics unless the documentation has one row for each of [`BACKENDS`] under the right heading.
+/// `device` is any backend.
+pub fn the_documentation_is_complete(device: &dyn DeviceBackend) {
+    let names = offers(device).map(|(name, _)| name.to_owned());
+    let heading = cells(std::iter::once(BACKEND.to_owned()).chain(names));
+    let mut table = DOCUMENTATION.lines().skip_while(|line| !line.starts_with('|'));
+    assert_eq!(table.next(), Some(heading.as_str()));
+    table.next(); // the rule below the heading
+    let rows = table.take_while(|line| line.starts_with('|'));
+    let backends: Vec<&str> = rows.filter_map(|row| row.split('`').nth(1)).collect();
+    assert_eq!(backends, BACKENDS);
+}
+
+fn cells(cells: impl Iterator<Item = String>) -> String {
+    cells.fold("|".to_owned(), |row, cell| format!("{row} {cell} |"))
+}
+
+fn has_msi(device: &dyn DeviceBackend) -> bool {
+    device.interrupt_count(InterruptKind::Msi) > 0
+}
+
+fn has_dma(device: &dyn DeviceBackend) -> bool {
+    !device.iova_ranges().is_empty()
+}
 
 /// Runs every test. Panics at the first that fails.
 pub fn all(device: &dyn DeviceBackend) {
@@ -142,17 +202,20 @@ pub fn a_mapping_shows_the_same_registers(device: &dyn DeviceBackend) {
     assert!(matches!(err, DeviceError::NoSuchBar { index: 1 }), "{err}");
 }
 
-/// One INTx, one MSI, no MSI-X; nothing beyond that can be enabled.
+/// One INTx, one MSI or none, no MSI-X; nothing beyond that can be enabled.
 pub fn vectors_are_counted_and_limited(device: &dyn DeviceBackend) {
     let count = |kind| device.interrupt_count(kind);
     assert_eq!(count(InterruptKind::IntX), 1);
-    assert_eq!(count(InterruptKind::Msi), 1);
+    assert!(count(InterruptKind::Msi) <= 1, "{} MSI", count(InterruptKind::Msi));
     assert_eq!(count(InterruptKind::MsiX), 0);
 
     let trigger = Trigger::new();
     let two = [trigger.fd(), trigger.fd()];
+    let has = count(InterruptKind::Msi);
     let too_many = device.enable_interrupts(InterruptKind::Msi, &two).unwrap_err();
-    assert_eq!(too_many.to_string(), "2 MSI vectors of a device that has 1");
+    assert_eq!(too_many.to_string(), format!("2 MSI vectors of a device that has {has}"));
+    let too_many = device.enable_interrupts(InterruptKind::IntX, &two).unwrap_err();
+    assert_eq!(too_many.to_string(), "2 INTx vectors of a device that has 1");
     let none = device.enable_interrupts(InterruptKind::MsiX, &two[..1]).unwrap_err();
     assert_eq!(none.to_string(), "1 MSI-X vectors of a device that has 0");
     let empty = device.enable_interrupts(InterruptKind::Msi, &[]).unwrap_err();
@@ -161,6 +224,12 @@ pub fn vectors_are_counted_and_limited(device: &dyn DeviceBackend) {
 
 /// Each interrupt signals once; a disabled one does not.
 pub fn msi_signals_until_it_is_disabled(device: &dyn DeviceBackend) {
+    if !has_msi(device) {
+        let refused = device.enable_interrupts(InterruptKind::Msi, &[Trigger::new().fd()]);
+        let refused = refused.unwrap_err();
+        assert!(matches!(refused, DeviceError::NoSuchInterrupt { .. }), "{refused}");
+        return device.disable_interrupts(InterruptKind::Msi).unwrap();
+    }
     wake(device);
     let trigger = Trigger::new();
     device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
@@ -208,6 +277,15 @@ pub fn one_kind_of_interrupt_replaces_another(device: &dyn DeviceBackend) {
     wake(device);
     let (line, message) = (Trigger::new(), Trigger::new());
     device.enable_interrupts(InterruptKind::IntX, &[line.fd()]).unwrap();
+    if !has_msi(device) {
+        // What is refused replaces nothing.
+        device.enable_interrupts(InterruptKind::Msi, &[message.fd()]).unwrap_err();
+        device.disable_interrupts(InterruptKind::Msi).unwrap();
+        write32(device, IRQ_RAISE, 0x1);
+        line.wait("INTx after MSI was refused");
+        acknowledge(device);
+        return device.disable_interrupts(InterruptKind::IntX).unwrap();
+    }
     device.enable_interrupts(InterruptKind::Msi, &[message.fd()]).unwrap();
     // Not the kind that is enabled: nothing happens.
     device.disable_interrupts(InterruptKind::IntX).unwrap();
@@ -225,8 +303,11 @@ pub fn one_kind_of_interrupt_replaces_another(device: &dyn DeviceBackend) {
 
 /// Bytes go from one page to the device and from there to another page.
 pub fn dma_goes_both_ways(device: &dyn DeviceBackend) {
-    wake(device);
     let memory = SharedMemory::create(c"conformance", 2 * PAGE).unwrap();
+    if !has_dma(device) {
+        return refuses_dma(device, &memory);
+    }
+    wake(device);
     let sent: Vec<u8> = (0..TRANSFER).map(|index| (index * 7) as u8).collect();
     memory.write_at(0, &sent);
     let iova = IovaSpace::new(device.iova_ranges())
@@ -249,6 +330,9 @@ pub fn dma_goes_both_ways(device: &dyn DeviceBackend) {
 /// Twice at one address, a part, something that is not mapped.
 pub fn a_bad_dma_mapping_is_refused(device: &dyn DeviceBackend) {
     let memory = SharedMemory::create(c"conformance", 2 * PAGE).unwrap();
+    if !has_dma(device) {
+        return refuses_dma(device, &memory);
+    }
     let len = memory.len() as u64;
     let iova = IovaSpace::new(device.iova_ranges()).allocate(len, ADDRESS_BITS, 1).unwrap();
     device.dma_map(iova, &memory).unwrap();
@@ -265,15 +349,45 @@ pub fn a_bad_dma_mapping_is_refused(device: &dyn DeviceBackend) {
     device.dma_unmap(iova, len).unwrap();
 }
 
+/// Memory that was taken back stays as it is, whatever the device is told. A backend that cannot
+/// map any may not claim that: nothing but the device's own good behaviour would stand behind it.
+pub fn what_is_not_mapped_is_not_reached(device: &dyn DeviceBackend) {
+    let memory = SharedMemory::create(c"conformance", PAGE).unwrap();
+    if !has_dma(device) {
+        assert!(!device.is_isolated(), "isolation that nobody can show");
+        return refuses_dma(device, &memory);
+    }
+    assert!(device.is_isolated());
+    wake(device);
+    memory.write_at(0, &[0x5a; TRANSFER]);
+    let len = memory.len() as u64;
+    let iova = IovaSpace::new(device.iova_ranges()).allocate(len, ADDRESS_BITS, 1).unwrap();
+    device.dma_map(iova, &memory).unwrap();
+    device.dma_unmap(iova, len).unwrap();
+    let trigger = Trigger::new();
+    device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
+
+    transfer(device, &trigger, ONBOARD, iova, DMA_FROM_DEVICE);
+
+    let mut after = vec![0; TRANSFER];
+    memory.read_at(0, &mut after);
+    assert_eq!(after, [0x5a; TRANSFER], "the device wrote where nothing is mapped");
+    device.disable_interrupts(InterruptKind::Msi).unwrap();
+}
+
 /// Interrupts and bus mastering are off, memory stays mapped, the device answers again.
 pub fn a_reset_leaves_the_device_quiet(device: &dyn DeviceBackend) {
     wake(device);
     let memory = SharedMemory::create(c"conformance", PAGE).unwrap();
     let len = memory.len() as u64;
-    let iova = IovaSpace::new(device.iova_ranges()).allocate(len, ADDRESS_BITS, 1).unwrap();
-    device.dma_map(iova, &memory).unwrap();
+    let iova = has_dma(device).then(|| {
+        let iova = IovaSpace::new(device.iova_ranges()).allocate(len, ADDRESS_BITS, 1).unwrap();
+        device.dma_map(iova, &memory).unwrap();
+        iova
+    });
+    let kind = if has_msi(device) { InterruptKind::Msi } else { InterruptKind::IntX };
     let trigger = Trigger::new();
-    device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
+    device.enable_interrupts(kind, &[trigger.fd()]).unwrap();
 
     device.reset().unwrap();
 
@@ -286,12 +400,32 @@ pub fn a_reset_leaves_the_device_quiet(device: &dyn DeviceBackend) {
     assert!(!trigger.is_signalled_after_a_round_trip(device), "signalled after the reset");
     acknowledge(device);
 
-    device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
+    device.enable_interrupts(kind, &[trigger.fd()]).unwrap();
     write32(device, IRQ_RAISE, 0x2);
-    trigger.wait("MSI enabled anew after the reset");
+    trigger.wait("an interrupt enabled anew after the reset");
     acknowledge(device);
-    device.disable_interrupts(InterruptKind::Msi).unwrap();
-    device.dma_unmap(iova, len).unwrap();
+    device.disable_interrupts(kind).unwrap();
+    if let Some(iova) = iova {
+        device.dma_unmap(iova, len).unwrap();
+    }
+}
+
+/// The table in the documentation has the row that this backend has earned.
+pub fn the_documentation_says_what_there_is(device: &dyn DeviceBackend) {
+    let row = row(device);
+    assert!(
+        DOCUMENTATION.lines().any(|line| line == row),
+        "docs/backends.md has another row for this backend than\n{row}"
+    );
+}
+
+/// What a backend without DMA says to whoever tries.
+fn refuses_dma(device: &dyn DeviceBackend, memory: &SharedMemory) {
+    let refused = device.dma_map(0x1000, memory).unwrap_err();
+    assert!(matches!(refused, DeviceError::NoDma { .. }), "{refused}");
+    assert!(refused.to_string().contains(device.kind()), "{refused}");
+    let refused = device.dma_unmap(0x1000, memory.len() as u64).unwrap_err();
+    assert!(matches!(refused, DeviceError::NotMapped { .. }), "{refused}");
 }
 
 /// One transfer of `TRANSFER` bytes, awaited by its interrupt.

@@ -1,6 +1,6 @@
 //! The seam between drivers and devices.
 //!
-//! [`DeviceBackend`] is all that the rest of iohost knows of a device. VFIO and vfio-user
+//! [`DeviceBackend`] is all that the rest of iohost knows of a device. VFIO, UIO and vfio-user
 //! implement it here, the fake of the testkit implements it beside its tests; a driver cannot
 //! tell them apart, and neither can the driver host.
 
@@ -9,6 +9,7 @@
 mod access;
 pub mod conformance;
 mod iova;
+mod uio;
 mod vfio;
 mod vfio_user;
 
@@ -21,8 +22,10 @@ use iohost_interface::IOReturn;
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 
-pub use iohost_vfio::VfioError;
+pub use iohost_uio::UioError;
+pub use iohost_vfio::{Access, VfioError};
 pub use iova::{IovaError, IovaSpace};
+pub use uio::UioBackend;
 pub use vfio::VfioBackend;
 pub use vfio_user::VfioUserBackend;
 
@@ -31,8 +34,12 @@ pub use vfio_user::VfioUserBackend;
 /// All methods can be called from any thread; those that talk to the device can block for as
 /// long as the device's transport does (microseconds for VFIO, a bounded wait for vfio-user).
 pub trait DeviceBackend: Send + Sync + fmt::Debug {
-    /// How the device is reached: `vfio`, `vfio-user`, `fake`.
+    /// How the device is reached: one of [`conformance::BACKENDS`].
     fn kind(&self) -> &'static str;
+
+    /// Whether the device reaches no memory but what [`dma_map`](Self::dma_map) gave it. Where it
+    /// does not, nothing but the driver keeps it from the machine's memory.
+    fn is_isolated(&self) -> bool;
 
     /// Reads configuration space, 1, 2 or 4 bytes at their natural alignment.
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError>;
@@ -72,7 +79,8 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
     /// Lets the INTx line interrupt again.
     fn unmask_intx(&self) -> Result<(), DeviceError>;
 
-    /// The I/O virtual addresses that may be mapped, in increasing order.
+    /// The I/O virtual addresses that may be mapped, in increasing order; none where the backend
+    /// maps no memory at all.
     fn iova_ranges(&self) -> &[RangeInclusive<u64>];
 
     /// Lets the device reach all of `memory` at `iova`, which is page-aligned.
@@ -175,6 +183,12 @@ pub enum DeviceError {
         /// Bytes that may be locked.
         have: u64,
     },
+    /// The backend maps no memory for the device.
+    #[error("{backend} has no DMA: it maps no memory for the device, as no IOMMU is behind it")]
+    NoDma {
+        /// How the device is reached.
+        backend: &'static str,
+    },
     /// Unmapping what was not mapped like that.
     #[error("no mapping of {len:#x} bytes starts at iova {iova:#x}")]
     NotMapped {
@@ -211,6 +225,7 @@ impl DeviceError {
             DeviceError::NotMappable { .. } => IOReturn::UNSUPPORTED,
             DeviceError::NoSuchInterrupt { .. } => IOReturn::NO_INTERRUPT,
             DeviceError::LockedMemory { .. } => IOReturn::CANNOT_LOCK,
+            DeviceError::NoDma { .. } => IOReturn::UNSUPPORTED,
             DeviceError::NotMapped { .. } => IOReturn::NOT_FOUND,
             DeviceError::NoReset { .. } => IOReturn::UNSUPPORTED,
             DeviceError::Refused { source, .. } => match source.kind() {

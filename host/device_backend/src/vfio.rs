@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
-use iohost_vfio::{CONFIG_REGION, Interrupt, ROM_REGION, VfioDevice, VfioError};
+use iohost_vfio::{Access, CONFIG_REGION, Interrupt, ROM_REGION, VfioDevice, VfioError};
 
 use crate::access::{self, COMMAND, MEMORY_SPACE, WIDEST_BAR, WIDEST_CONFIG};
 use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
@@ -29,8 +29,8 @@ struct Bar {
 
 impl VfioBackend {
     /// Opens the function whose folder in sysfs is `sysfs`; see [`VfioDevice::open`].
-    pub fn open(sysfs: &Path) -> Result<Self, VfioError> {
-        let device = VfioDevice::open(sysfs)?;
+    pub fn open(sysfs: &Path, access: Access) -> Result<Self, VfioError> {
+        let device = VfioDevice::open(sysfs, access)?;
         let bars = (0..=ROM_REGION as u8)
             .map(|index| Bar::new(&device, index))
             .collect::<Result<Vec<_>, _>>()?;
@@ -104,7 +104,15 @@ impl Bar {
 
 impl DeviceBackend for VfioBackend {
     fn kind(&self) -> &'static str {
-        "vfio"
+        match self.device.access() {
+            Access::Cdev => "vfio-cdev",
+            Access::Group => "vfio-group",
+            Access::NoIommu => "vfio-no-iommu",
+        }
+    }
+
+    fn is_isolated(&self) -> bool {
+        self.device.access() != Access::NoIommu
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
@@ -176,7 +184,10 @@ impl DeviceBackend for VfioBackend {
     }
 
     fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
-        Ok(self.device.map_dma(iova, memory)?)
+        match self.device.map_dma(iova, memory) {
+            Err(VfioError::NoDma) => Err(DeviceError::NoDma { backend: self.kind() }),
+            done => Ok(done?),
+        }
     }
 
     fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError> {

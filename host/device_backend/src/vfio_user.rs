@@ -68,6 +68,11 @@ impl DeviceBackend for VfioUserBackend {
         "vfio-user"
     }
 
+    /// The server reaches what it was sent descriptors of.
+    fn is_isolated(&self) -> bool {
+        true
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
         Ok(self.client.config_read(offset, data)?)
     }

@@ -77,7 +77,14 @@ conformance! {
     one_kind_of_interrupt_replaces_another
     dma_goes_both_ways
     a_bad_dma_mapping_is_refused
+    what_is_not_mapped_is_not_reached
     a_reset_leaves_the_device_quiet
+    the_documentation_says_what_there_is
+}
+
+#[test]
+fn the_documentation_has_every_backend() {
+    pass(conformance::the_documentation_is_complete);
 }
 
 #[test]

@@ -227,6 +227,12 @@ impl Device {
     pub(crate) fn prepare(&self, memory: Arc<SharedMemory>, bits: u8) -> Result<u64, IOReturn> {
         let bits = if bits == 0 { 64 } else { bits };
         let mut dma = self.dma.lock().expect(NO_PANIC);
+        if self.backend.iova_ranges().is_empty() {
+            let err = DeviceError::NoDma { backend: self.backend.kind() };
+            let status = refused(&err);
+            dma.last_refusal = Some(err);
+            return Err(status);
+        }
         let address =
             dma.space.allocate(memory.len() as u64, bits, 1).map_err(|err| no_room(&err))?;
         if let Err(err) = self.backend.dma_map(address, &memory) {

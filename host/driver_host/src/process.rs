@@ -7,10 +7,11 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use iohost_control::host::{
     DeviceLocation, Failure, FromHost, InterruptChoice, LONGEST_MESSAGE, MOST_DESCRIPTORS,
-    OpenSession, QueueStatistics, Ready, Start, Statistics, ToHost,
+    OpenSession, PciBackend, QueueStatistics, Ready, Start, Statistics, ToHost,
 };
 use iohost_device_backend::{
-    DeviceBackend, DeviceError, InterruptKind, VfioBackend, VfioError, VfioUserBackend,
+    Access, DeviceBackend, DeviceError, InterruptKind, UioBackend, UioError, VfioBackend,
+    VfioError, VfioUserBackend,
 };
 use iohost_dispatch::Engine;
 use iohost_event::{PacketError, Packets};
@@ -232,9 +233,20 @@ impl Running {
 
 fn open_device(location: &DeviceLocation) -> Result<Arc<dyn DeviceBackend>, Failure> {
     match location {
-        DeviceLocation::Vfio { address } => {
+        DeviceLocation::Pci { address, backend } => {
             let directory = Path::new("/sys/bus/pci/devices").join(address);
-            let opened = VfioBackend::open(&directory);
+            let access = match backend {
+                None => Access::best(&directory),
+                Some(PciBackend::VfioCdev) => Access::Cdev,
+                Some(PciBackend::VfioGroup) => Access::Group,
+                Some(PciBackend::VfioNoIommu) => Access::NoIommu,
+                Some(PciBackend::Uio) => {
+                    let opened = UioBackend::open(&directory);
+                    let opened = opened.map(|backend| Arc::new(backend) as _);
+                    return opened.map_err(|err| uio_failure(address, &err));
+                }
+            };
+            let opened = VfioBackend::open(&directory, access);
             opened.map(|backend| Arc::new(backend) as _).map_err(|err| vfio_failure(address, &err))
         }
         DeviceLocation::VfioUser { socket } => {
@@ -262,6 +274,18 @@ fn vfio_failure(address: &str, err: &VfioError) -> Failure {
     Failure { code: vfio_code(err).to_owned(), message, next }
 }
 
+fn uio_failure(address: &str, err: &UioError) -> Failure {
+    let code = match err {
+        UioError::NoSuchDevice { .. } => "no-such-device",
+        UioError::NotBound { .. } | UioError::NodeMissing { .. } => "not-bound",
+        UioError::Permission { .. } => "uio-permission",
+        UioError::Busy { .. } => "device-busy",
+        _ => "device-open",
+    };
+    let message = format!("{address} cannot be opened: {}", with_sources(err));
+    Failure { code: code.to_owned(), message, next: err.next_step() }
+}
+
 /// The members that keep VFIO from using the device's group, where sysfs shows some.
 fn blockers(address: &str) -> Option<PciError> {
     let group = Sysfs::default().group_of(address.parse().ok()?).ok()?;
@@ -274,7 +298,10 @@ fn vfio_code(err: &VfioError) -> &'static str {
         VfioError::NoSuchDevice { .. } => "no-such-device",
         VfioError::NoIommu { .. } | VfioError::NoIommuDriver => "no-iommu",
         VfioError::NodeMissing { .. } | VfioError::NotBound { .. } => "not-bound",
-        VfioError::Permission { .. } => "vfio-permission",
+        VfioError::NoCdev { .. } => "no-cdev",
+        VfioError::NoIommuModeOff { .. } => "no-iommu-mode-off",
+        VfioError::HasIommu { .. } => "has-iommu",
+        VfioError::Permission { .. } | VfioError::NeedsRawIo { .. } => "vfio-permission",
         VfioError::Busy { .. } => "device-busy",
         VfioError::NotViable { .. } => "group-not-viable",
         VfioError::UnsafeInterrupts { .. } => "no-interrupt-remapping",
@@ -300,6 +327,15 @@ fn start_failure(err: &StartError, refusal: Option<DeviceError>) -> Failure {
                 ),
             }
         }
+        Some(refusal @ DeviceError::NoDma { .. }) if err.status == IOReturn::UNSUPPORTED => {
+            Failure {
+                code: "backend-lacks-dma".to_owned(),
+                message: format!("the driver needs DMA: {refusal}"),
+                next: "reach the device through VFIO and an IOMMU: leave `backend` out of its \
+                       configuration"
+                    .to_owned(),
+            }
+        }
         _ => Failure {
             code: "driver-start".to_owned(),
             message: format!("the driver did not start: {err}"),
@@ -310,7 +346,7 @@ fn start_failure(err: &StartError, refusal: Option<DeviceError>) -> Failure {
 }
 
 fn device_failure(location: &DeviceLocation, err: &DeviceError) -> Failure {
-    let (DeviceLocation::Vfio { address: name } | DeviceLocation::VfioUser { socket: name }) =
+    let (DeviceLocation::Pci { address: name, .. } | DeviceLocation::VfioUser { socket: name }) =
         location;
     Failure {
         code: "device-broken".to_owned(),
@@ -361,6 +397,14 @@ mod tests {
         assert!(failure.message.contains("needs 12288 bytes"), "{}", failure.message);
         assert!(failure.message.ends_with("the limit is 10240"), "{}", failure.message);
         assert!(failure.next.contains("ulimit -l 12"), "{}", failure.next);
+    }
+
+    #[test]
+    fn a_driver_that_needs_dma_where_there_is_none_is_told_so() {
+        let refusal = Some(DeviceError::NoDma { backend: "uio" });
+        let failure = failure(IOReturn::UNSUPPORTED, refusal);
+        assert_eq!(failure.code, "backend-lacks-dma");
+        assert!(failure.message.contains("uio has no DMA"), "{}", failure.message);
     }
 
     #[test]

@@ -127,6 +127,7 @@ mod tests {
             pid: None,
             incarnation: 1,
             backend: None,
+            is_unsafe: false,
             reset: None,
             sessions: 0,
         }
@@ -136,6 +137,7 @@ mod tests {
         Device {
             location: "0000:01:00.0".into(),
             kind: "vfio".into(),
+            is_unsafe: false,
             vendor,
             device: Some(0x11e8),
             class: Some(0x00ff00),

@@ -12,8 +12,8 @@ use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use iohost_control::host::{
-    Failure, FromHost, MOST_DESCRIPTORS, OpenSession, QueueSize, Ready, RunningService, Start,
-    Statistics, ToHost,
+    Failure, FromHost, MOST_DESCRIPTORS, OpenSession, PciBackend, QueueSize, Ready, RunningService,
+    Start, Statistics, ToHost,
 };
 use iohost_control::plugin::PciIds;
 use iohost_control::varlink::{
@@ -21,7 +21,7 @@ use iohost_control::varlink::{
 };
 use iohost_event::{PacketError, Packets, Poller, Ready as Found};
 use iohost_interface::Description;
-use iohost_pci::{PciAddress, PciError, PciFunction, VFIO_PCI};
+use iohost_pci::{PciAddress, PciError, PciFunction};
 use log::{debug, error, info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
@@ -196,8 +196,12 @@ impl Actor {
         };
         let pci = functions.iter().map(|function| {
             let location = function.address.to_string();
+            let configured = self.services.iter().find(|service| service.is_called(&location));
+            let configured = configured.map(|service| &service.device);
+            let backend = configured.and_then(|device| device.backend);
             Device {
-                kind: "vfio".into(),
+                kind: backend.map_or("vfio", PciBackend::name).into(),
+                is_unsafe: configured.is_some_and(DeviceConfig::is_unsafe),
                 vendor: Some(function.vendor),
                 device: Some(function.device),
                 class: Some(function.class),
@@ -213,6 +217,7 @@ impl Actor {
             Location::Socket(path) => Some(Device {
                 location: path.display().to_string(),
                 kind: "vfio-user".into(),
+                is_unsafe: false,
                 vendor: None,
                 device: None,
                 class: None,
@@ -445,6 +450,7 @@ impl Actor {
             driver: None,
             interrupts: Vec::new(),
             bind: true,
+            backend: None,
             line: 0,
         };
         self.services.push(Service::new(device, true));
@@ -484,7 +490,7 @@ impl Actor {
         self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
         self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
         let start = ToHost::Start(Start {
-            device: service.device.location.for_host(),
+            device: service.device.for_host(),
             interrupts: service.device.interrupts.clone(),
             plugin: Some(plugin.file.to_string_lossy().into_owned()),
             incarnation: service.incarnation,
@@ -493,6 +499,12 @@ impl Actor {
             device = service.device.name, driver = plugin.info.name, pid = process.pid(),
             incarnation = service.incarnation; "driver host started"
         );
+        if service.device.is_unsafe() {
+            warn!(
+                device = service.device.name;
+                "UNSAFE: no IOMMU keeps this device from the machine's memory"
+            );
+        }
         // A process that is gone already is noticed by its end.
         let _ = process.send(&start, &[]);
         Ok(Host {
@@ -534,26 +546,27 @@ impl Actor {
         })
     }
 
-    /// Makes sure that a PCI function is bound to vfio-pci.
+    /// Makes sure that a PCI function is bound to the kernel driver that its backend needs.
     fn take_device(&mut self, at: usize) -> Result<(), Failure> {
         let service = &mut self.services[at];
         let Location::Pci(address) = service.device.location else { return Ok(()) };
         let function = self.options.sysfs.function(address).map_err(from_pci)?;
-        if function.driver.as_deref() == Some(VFIO_PCI) {
+        let binding = service.device.binding();
+        if function.driver.as_deref() == Some(binding.driver()) {
             return Ok(());
         }
         if !service.device.bind {
             let has = function.driver.unwrap_or_else(|| "no driver".into());
             return Err(Failure::new(
                 "not-bound",
-                format!("device {address} is bound to {has}, not to {VFIO_PCI}"),
+                format!("device {address} is bound to {has}, not to {}", binding.driver()),
                 format!(
                     "take it with `iohost bind {address}`, or set `bind = true` for it in the \
                      configuration"
                 ),
             ));
         }
-        service.former = Some(self.options.sysfs.bind(address).map_err(from_pci)?);
+        service.former = Some(self.options.sysfs.bind(address, binding).map_err(from_pci)?);
         Ok(())
     }
 
@@ -618,11 +631,11 @@ impl Actor {
     fn stopped(&mut self, at: usize) {
         let service = &mut self.services[at];
         let given_back = match service.former.take() {
-            Some(former) if !former.was_bound_to_vfio() => {
+            Some(former) => {
                 let restored = self.options.sysfs.restore(&former).map_err(from_pci);
                 restored.map(|()| Unbound { kernel_driver: former.driver })
             }
-            _ => Ok(Unbound { kernel_driver: None }),
+            None => Ok(Unbound { kernel_driver: None }),
         };
         if let Err(failure) = &given_back {
             error!(
@@ -1015,7 +1028,9 @@ fn from_pci(err: PciError) -> Failure {
     let code = match &err {
         PciError::NoSuchDevice { .. } => "no-such-device",
         PciError::NoIommu { .. } => "no-iommu",
-        PciError::DriverNotLoaded { .. } => "no-vfio-pci",
+        PciError::HasIommu { .. } => "has-iommu",
+        PciError::NoIommuModeOff { .. } => "no-iommu-mode-off",
+        PciError::DriverNotLoaded { .. } => "driver-not-loaded",
         PciError::GroupNotViable { .. } => "group-not-viable",
         PciError::Permission { .. } => "no-permission",
         PciError::NotBound { .. } => "bind-failed",

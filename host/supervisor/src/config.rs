@@ -14,6 +14,8 @@
 //! driver = "edu"                  # without it: the plugin whose match table fits best
 //! interrupts = ["intx"]           # without it: whatever the device has
 //! bind = true                     # take it from its kernel driver; give it back at the end
+//! # backend = "vfio-group"        # force one; without it: vfio-cdev, or else vfio-group
+//! # allow_unsafe = true           # what backends without an IOMMU need: vfio-no-iommu, uio
 //!
 //! [[device]]
 //! name = "edu0"
@@ -26,8 +28,8 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use iohost_control::host::{DeviceLocation, InterruptChoice};
-use iohost_pci::PciAddress;
+use iohost_control::host::{DeviceLocation, InterruptChoice, PciBackend};
+use iohost_pci::{Binding, PciAddress};
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -86,6 +88,8 @@ pub struct DeviceConfig {
     pub interrupts: Vec<InterruptChoice>,
     /// Whether iohost may take the device from its kernel driver.
     pub bind: bool,
+    /// How a PCI function is to be reached; `None` for the best way that VFIO has.
+    pub backend: Option<PciBackend>,
     /// The line of the entry.
     pub line: usize,
 }
@@ -108,11 +112,27 @@ impl std::fmt::Display for Location {
     }
 }
 
-impl Location {
-    /// The location as a driver host is told it.
+impl DeviceConfig {
+    /// Whether nothing but the driver keeps the device from the machine's memory.
+    pub(crate) fn is_unsafe(&self) -> bool {
+        self.backend.is_some_and(PciBackend::is_unsafe)
+    }
+
+    /// What a PCI function has to be bound for.
+    pub(crate) fn binding(&self) -> Binding {
+        match self.backend {
+            None | Some(PciBackend::VfioCdev | PciBackend::VfioGroup) => Binding::Vfio,
+            Some(PciBackend::VfioNoIommu) => Binding::VfioNoIommu,
+            Some(PciBackend::Uio) => Binding::Uio,
+        }
+    }
+
+    /// The device as a driver host is told of it.
     pub(crate) fn for_host(&self) -> DeviceLocation {
-        match self {
-            Location::Pci(address) => DeviceLocation::Vfio { address: address.to_string() },
+        match &self.location {
+            Location::Pci(address) => {
+                DeviceLocation::Pci { address: address.to_string(), backend: self.backend }
+            }
             Location::Socket(path) => {
                 DeviceLocation::VfioUser { socket: path.to_string_lossy().into_owned() }
             }
@@ -224,6 +244,9 @@ struct RawDevice {
     interrupts: Vec<InterruptChoice>,
     #[serde(default)]
     bind: bool,
+    backend: Option<Spanned<PciBackend>>,
+    #[serde(default)]
+    allow_unsafe: bool,
 }
 
 /// The file, to find lines in.
@@ -279,14 +302,50 @@ impl Source<'_> {
                 "use a word without spaces, such as `edu0`",
             ));
         }
+        if let Some(backend) = &device.backend {
+            self.check_backend(backend, &location, device.allow_unsafe)?;
+        }
         Ok(DeviceConfig {
             name,
             location,
             driver: device.driver,
             interrupts: device.interrupts,
             bind: device.bind,
+            backend: device.backend.map(Spanned::into_inner),
             line,
         })
+    }
+
+    fn check_backend(
+        &self,
+        backend: &Spanned<PciBackend>,
+        location: &Location,
+        allow_unsafe: bool,
+    ) -> Result<(), ConfigError> {
+        let line = self.line(&backend.span());
+        let backend = *backend.get_ref();
+        if let Location::Socket(_) = location {
+            return Err(self.error(
+                line,
+                format!(
+                    "key `backend`: {} is for a PCI function, not for `socket`",
+                    backend.name()
+                ),
+                "remove the key: a device with `socket` is reached by vfio-user",
+            ));
+        }
+        if backend.is_unsafe() && !allow_unsafe {
+            return Err(self.error(
+                line,
+                format!(
+                    "key `backend`: {} is UNSAFE: no IOMMU keeps the device from the machine's \
+                     memory",
+                    backend.name()
+                ),
+                "add `allow_unsafe = true` to the device if you accept that, or remove the key",
+            ));
+        }
+        Ok(())
     }
 
     /// Says what is wrong in words of our own where the parser's are about its own inside.
@@ -419,6 +478,46 @@ mod tests {
     fn a_device_behind_a_socket_has_to_name_its_driver() {
         let err = parse("[[device]]\nsocket = \"/run/edu.sock\"\n").unwrap_err();
         assert_eq!(err.message, "a device with `socket` has no key `driver`");
+    }
+
+    #[test]
+    fn an_unsafe_backend_has_to_be_allowed() {
+        for backend in ["uio", "vfio-no-iommu"] {
+            let entry = format!("[[device]]\naddress = \"01:00.0\"\nbackend = \"{backend}\"\n");
+            assert_eq!(
+                complaint(&entry),
+                format!(
+                    "iohost.toml:3: key `backend`: {backend} is UNSAFE: no IOMMU keeps the device \
+                     from the machine's memory\n  next: add `allow_unsafe = true` to the device if \
+                     you accept that, or remove the key"
+                )
+            );
+            let allowed = parse(&format!("{entry}allow_unsafe = true\n")).unwrap();
+            assert!(allowed.devices[0].is_unsafe());
+        }
+    }
+
+    #[test]
+    fn a_safe_backend_needs_no_leave_and_an_unknown_one_is_refused() {
+        for backend in [PciBackend::VfioCdev, PciBackend::VfioGroup] {
+            let name = backend.name();
+            let config =
+                parse(&format!("[[device]]\naddress = \"01:00.0\"\nbackend = \"{name}\"\n"));
+            let device = &config.unwrap().devices[0];
+            assert_eq!((device.backend, device.is_unsafe()), (Some(backend), false));
+        }
+        assert_eq!(
+            complaint("[[device]]\naddress = \"01:00.0\"\nbackend = \"vfio\"\n"),
+            "iohost.toml:3: key `backend`: unknown value `vfio`\n  next: use one of vfio-cdev, \
+             vfio-group, vfio-no-iommu, uio"
+        );
+    }
+
+    #[test]
+    fn a_backend_of_a_socket_is_refused() {
+        let err = parse("[[device]]\nsocket = \"/s\"\ndriver = \"edu\"\nbackend = \"vfio-cdev\"\n")
+            .unwrap_err();
+        assert_eq!(err.message, "key `backend`: vfio-cdev is for a PCI function, not for `socket`");
     }
 
     #[test]

@@ -202,6 +202,7 @@ impl Service {
             pid: self.host().map(|host| host.process.pid()),
             incarnation: self.incarnation,
             backend,
+            is_unsafe: self.device.is_unsafe(),
             reset: self.reset.clone(),
             sessions: sessions as u64,
         }

@@ -4,10 +4,10 @@ use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
-use iohost_device_models::{DeviceModel, DmaMemory, Function, FunctionError};
+use iohost_device_models::{DeviceModel, DmaError, DmaMemory, Function, FunctionError};
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 
@@ -16,6 +16,8 @@ use iohost_registers::MappedRegion;
 pub struct FakeDevice<M: DeviceModel> {
     function: Arc<Function<M>>,
     bars: Vec<Option<BarInfo>>,
+    /// The kind of interrupt that is enabled: a function has one at a time.
+    enabled: Mutex<Option<InterruptKind>>,
 }
 
 impl<M: DeviceModel> FakeDevice<M> {
@@ -23,20 +25,42 @@ impl<M: DeviceModel> FakeDevice<M> {
     pub fn new(function: Arc<Function<M>>) -> Self {
         let info = |size| BarInfo { size: u64::from(size), kind: 0, mappable: Vec::new() };
         let bars = function.identity().bars.iter().map(|bar| bar.map(|bar| info(bar.size)));
-        Self { bars: bars.collect(), function }
+        Self { bars: bars.collect(), function, enabled: Mutex::new(None) }
     }
 
-    /// Refuses what the other backends refuse: an access off its natural alignment. (A register
-    /// map makes none to a BAR.)
-    fn check_config(&self, offset: u16, len: usize) -> Result<(), DeviceError> {
-        match len.is_power_of_two() && usize::from(offset).is_multiple_of(len) {
+    /// Refuses what the other backends refuse: an access off its natural alignment, or too wide.
+    fn check(
+        &self,
+        region: &str,
+        offset: u64,
+        len: usize,
+        widest: usize,
+        size: u64,
+    ) -> Result<(), DeviceError> {
+        match len.is_power_of_two() && len <= widest && offset.is_multiple_of(len as u64) {
             true => Ok(()),
-            false => Err(DeviceError::Range {
-                region: "configuration space".to_owned(),
-                offset: offset.into(),
-                len,
-                size: self.function.config_size().into(),
-            }),
+            false => Err(DeviceError::Range { region: region.to_owned(), offset, len, size }),
+        }
+    }
+
+    fn check_config(&self, offset: u16, len: usize) -> Result<(), DeviceError> {
+        let size = self.function.config_size().into();
+        self.check("configuration space", offset.into(), len, 4, size)
+    }
+
+    fn check_bar(&self, index: u8, offset: u64, len: usize) -> Result<(), DeviceError> {
+        let bar = self.bar(index).ok_or(DeviceError::NoSuchBar { index })?;
+        self.check(&format!("BAR {index}"), offset, len, 8, bar.size)
+    }
+
+    fn enabled(&self) -> MutexGuard<'_, Option<InterruptKind>> {
+        self.enabled.lock().expect("no panic happens under this lock")
+    }
+
+    fn disable(&self, enabled: &mut Option<InterruptKind>) -> Result<(), DeviceError> {
+        match enabled.take() {
+            Some(kind) => self.function.set_irqs(model_kind(kind), &[]).map_err(refusal),
+            None => Ok(()),
         }
     }
 }
@@ -44,6 +68,10 @@ impl<M: DeviceModel> FakeDevice<M> {
 impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
     fn kind(&self) -> &'static str {
         "fake"
+    }
+
+    fn is_isolated(&self) -> bool {
+        true
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
@@ -61,14 +89,17 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
     }
 
     fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
+        self.check_bar(index, offset, data.len())?;
         self.function.bar_read(index, offset, data).map_err(refusal)
     }
 
     fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.check_bar(index, offset, data.len())?;
         self.function.bar_write(index, offset, data).map_err(refusal)
     }
 
     fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError> {
+        self.bar(index).ok_or(DeviceError::NoSuchBar { index })?;
         Err(DeviceError::NotMappable { index, start: range.start, end: range.end })
     }
 
@@ -81,11 +112,21 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
         kind: InterruptKind,
         triggers: &[BorrowedFd<'_>],
     ) -> Result<(), DeviceError> {
-        self.function.set_irqs(model_kind(kind), triggers).map_err(refusal)
+        let available = self.interrupt_count(kind);
+        let asked = triggers.len() as u32;
+        if !(1..=available).contains(&asked) {
+            return Err(DeviceError::NoSuchInterrupt { kind, asked, available });
+        }
+        let mut enabled = self.enabled();
+        self.disable(&mut enabled)?;
+        self.function.set_irqs(model_kind(kind), triggers).map_err(refusal)?;
+        *enabled = Some(kind);
+        Ok(())
     }
 
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
-        self.enable_interrupts(kind, &[])
+        let mut enabled = self.enabled();
+        if *enabled == Some(kind) { self.disable(&mut enabled) } else { Ok(()) }
     }
 
     fn unmask_intx(&self) -> Result<(), DeviceError> {
@@ -110,7 +151,9 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
+        let mut enabled = self.enabled();
         self.function.reset();
+        *enabled = None;
         Ok(())
     }
 }
@@ -128,6 +171,9 @@ fn refusal(err: FunctionError) -> DeviceError {
         FunctionError::NoSuchBar { index } => DeviceError::NoSuchBar { index },
         FunctionError::Range { region, offset, len, size } => {
             DeviceError::Range { region, offset, len, size }
+        }
+        FunctionError::Dma(DmaError::NotMapped { iova, len }) => {
+            DeviceError::NotMapped { iova, len }
         }
         other => DeviceError::Refused {
             operation: "the emulated function".to_owned(),

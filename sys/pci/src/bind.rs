@@ -1,4 +1,4 @@
-//! Moving a function to `vfio-pci`, and back.
+//! Moving a function to a kernel driver that hands it out, and back.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -11,6 +11,33 @@ use crate::{PciAddress, PciError, Sysfs};
 
 /// The kernel driver that hands a function to VFIO.
 pub const VFIO_PCI: &str = "vfio-pci";
+
+/// The kernel driver that hands a function to UIO.
+pub const UIO_PCI_GENERIC: &str = "uio_pci_generic";
+
+/// Where the kernel says whether VFIO takes functions that no IOMMU covers.
+const NO_IOMMU_MODE: &str = "module/vfio/parameters/enable_unsafe_noiommu_mode";
+
+/// What a function is bound for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Binding {
+    /// VFIO, which contains its DMA.
+    Vfio,
+    /// VFIO in its no-IOMMU mode, which contains nothing.
+    VfioNoIommu,
+    /// UIO, which contains nothing.
+    Uio,
+}
+
+impl Binding {
+    /// The kernel driver for this.
+    pub fn driver(self) -> &'static str {
+        match self {
+            Binding::Vfio | Binding::VfioNoIommu => VFIO_PCI,
+            Binding::Uio => UIO_PCI_GENERIC,
+        }
+    }
+}
 
 /// What `driver_override` takes for "no override".
 const NO_OVERRIDE: &str = "\n";
@@ -27,65 +54,70 @@ pub struct Former {
     pub driver_override: Option<String>,
 }
 
-impl Former {
-    /// Whether [`Sysfs::bind`] found the function as it wanted it and changed nothing.
-    pub fn was_bound_to_vfio(&self) -> bool {
-        self.driver.as_deref() == Some(VFIO_PCI)
-    }
-}
-
 impl Sysfs {
-    /// Binds a function to `vfio-pci` and returns how it was bound before.
+    /// Binds a function for something and returns how it was bound before.
     ///
     /// A function that is bound already is left as it is. When something goes wrong on the way,
     /// the function is put back as far as the kernel lets us, and the first error is returned.
     /// Other members of its IOMMU group are never touched.
     ///
     /// - Blocks while its present driver lets go, which some drivers take seconds for.
-    /// - Errors: `NoSuchDevice`, `NoIommu`, `DriverNotLoaded`, `GroupNotViable` with the members
-    ///   in the way, `Permission`, `NotBound` when the driver refused; besides reading and writing.
-    pub fn bind(&self, address: PciAddress) -> Result<Former, PciError> {
+    /// - Errors: `NoSuchDevice`, `DriverNotLoaded`, `Permission`, `NotBound` when the driver
+    ///   refused; for VFIO `NoIommu`, and `GroupNotViable` with the members in the way; for VFIO
+    ///   without an IOMMU `HasIommu` and `NoIommuModeOff`; besides reading and writing.
+    pub fn bind(&self, address: PciAddress, binding: Binding) -> Result<Former, PciError> {
         let function = self.function(address)?;
-        let group = self.group_of(address)?;
+        let group = match binding {
+            Binding::Vfio => Some(self.group_of(address)?),
+            Binding::VfioNoIommu | Binding::Uio => None,
+        };
         let former =
             Former { address, driver: function.driver, driver_override: function.driver_override };
-        if former.was_bound_to_vfio() {
+        let driver = binding.driver();
+        if former.driver.as_deref() == Some(driver) {
             return Ok(former);
         }
-        if !self.driver_directory(VFIO_PCI).exists() {
-            return Err(PciError::DriverNotLoaded { driver: VFIO_PCI.to_owned() });
+        if !self.driver_directory(driver).exists() {
+            return Err(PciError::DriverNotLoaded { driver: driver.to_owned() });
         }
-        let mut blockers = group.blockers();
-        // Its own driver is about to let go.
-        blockers.retain(|member| member.address != address);
-        if !blockers.is_empty() {
-            return Err(PciError::GroupNotViable { group: group.number, blockers });
+        if let Some(group) = group {
+            let mut blockers = group.blockers();
+            // Its own driver is about to let go.
+            blockers.retain(|member| member.address != address);
+            if !blockers.is_empty() {
+                return Err(PciError::GroupNotViable { group: group.number, blockers });
+            }
+        }
+        if binding == Binding::VfioNoIommu {
+            if let Some(group) = function.iommu_group {
+                return Err(PciError::HasIommu { address, group });
+            }
+            if !self.is_no_iommu_mode_on() {
+                return Err(PciError::NoIommuModeOff { address });
+            }
         }
 
-        if let Err(err) = self.move_to_vfio(address) {
+        if let Err(err) = self.move_to(address, driver) {
             // The first error is the one that explains; a second one adds nothing to it.
             let _ = self.restore(&former);
             return Err(err);
         }
         info!(
             device:% = address, former = former.driver.as_deref().unwrap_or("none");
-            "bound to vfio-pci"
+            "bound to {driver}"
         );
         Ok(former)
     }
 
     /// Binds a function again as it was before [`bind`](Self::bind).
     ///
-    /// Restores the override, takes the function from `vfio-pci`, and lets the kernel probe; a
+    /// Restores the override, takes the function from its driver, and lets the kernel probe; a
     /// function that had no driver gets none. Doing it twice changes nothing more.
     ///
-    /// - Blocks while somebody has the device open through VFIO: close it first.
+    /// - Blocks while somebody has the device open: close it first.
     /// - Errors: `NoSuchDevice`, `Permission`, `NotBound` when the former driver did not take the
     ///   function back; besides reading and writing.
     pub fn restore(&self, former: &Former) -> Result<(), PciError> {
-        if former.was_bound_to_vfio() {
-            return Ok(());
-        }
         let address = former.address;
         let present = self.function(address)?;
         if present.driver_override != former.driver_override {
@@ -113,15 +145,20 @@ impl Sysfs {
         Ok(())
     }
 
-    fn move_to_vfio(&self, address: PciAddress) -> Result<(), PciError> {
-        self.set_override(address, VFIO_PCI)?;
+    fn move_to(&self, address: PciAddress, driver: &str) -> Result<(), PciError> {
+        self.set_override(address, driver)?;
         self.let_go(address)?;
         self.probe(address)?;
         let bound = self.driver_of(address)?;
-        if bound.as_deref() == Some(VFIO_PCI) {
+        if bound.as_deref() == Some(driver) {
             return Ok(());
         }
-        Err(PciError::NotBound { address, wanted: VFIO_PCI.to_owned(), bound })
+        Err(PciError::NotBound { address, wanted: driver.to_owned(), bound })
+    }
+
+    fn is_no_iommu_mode_on(&self) -> bool {
+        std::fs::read_to_string(self.root().join(NO_IOMMU_MODE))
+            .is_ok_and(|text| text.trim_end() == "Y")
     }
 
     fn set_override(&self, address: PciAddress, value: &str) -> Result<(), PciError> {
@@ -203,7 +240,7 @@ mod tests {
         tree.bind(EDU, Some("edu_driver"));
         let sysfs = tree.sysfs();
 
-        let former = sysfs.bind(edu()).unwrap();
+        let former = sysfs.bind(edu(), Binding::Vfio).unwrap();
         assert_eq!(sysfs.function(edu()).unwrap().driver.as_deref(), Some("vfio-pci"));
         assert_eq!(former.driver.as_deref(), Some("edu_driver"));
 
@@ -217,7 +254,7 @@ mod tests {
     fn a_function_without_a_driver_is_without_one_again() {
         let tree = tree();
         let sysfs = tree.sysfs();
-        let former = sysfs.bind(edu()).unwrap();
+        let former = sysfs.bind(edu(), Binding::Vfio).unwrap();
 
         sysfs.restore(&former).unwrap();
 
@@ -230,7 +267,7 @@ mod tests {
         let tree = tree();
         tree.bind(EDU, Some("edu_driver"));
         let sysfs = tree.sysfs();
-        let former = sysfs.bind(edu()).unwrap();
+        let former = sysfs.bind(edu(), Binding::Vfio).unwrap();
 
         sysfs.restore(&former).unwrap();
         sysfs.restore(&former).unwrap();
@@ -246,10 +283,10 @@ mod tests {
         let mut sysfs = tree.sysfs();
         sysfs.write = |path, _| panic!("nothing is to be written, but {path:?} is");
 
-        let former = sysfs.bind(edu()).unwrap();
+        let former = sysfs.bind(edu(), Binding::Vfio).unwrap();
         sysfs.restore(&former).unwrap();
 
-        assert!(former.was_bound_to_vfio());
+        assert_eq!(former.driver.as_deref(), Some("vfio-pci"));
     }
 
     #[test]
@@ -259,7 +296,7 @@ mod tests {
         tree.set(EDU, "driver_override", "edu_driver\n");
         let sysfs = tree.sysfs();
 
-        let former = sysfs.bind(edu()).unwrap();
+        let former = sysfs.bind(edu(), Binding::Vfio).unwrap();
         sysfs.restore(&former).unwrap();
 
         let function = sysfs.function(edu()).unwrap();
@@ -276,7 +313,7 @@ mod tests {
         tree.load("other_driver");
         let sysfs = tree.sysfs();
 
-        let former = sysfs.bind(edu()).unwrap();
+        let former = sysfs.bind(edu(), Binding::Vfio).unwrap();
         sysfs.restore(&former).unwrap();
 
         let driver = sysfs.function(edu()).unwrap().driver;
@@ -288,7 +325,7 @@ mod tests {
         let tree = Tree::new();
         tree.load("vfio-pci");
         tree.add(EDU, 1, 2, 0, None);
-        let err = tree.sysfs().bind(edu()).unwrap_err();
+        let err = tree.sysfs().bind(edu(), Binding::Vfio).unwrap_err();
         assert!(matches!(err, PciError::NoIommu { .. }), "{err}");
         assert!(err.next_step().contains("intel_iommu=on"));
     }
@@ -297,7 +334,7 @@ mod tests {
     fn a_missing_vfio_module_is_named() {
         let tree = Tree::new();
         tree.add(EDU, 1, 2, 0, Some(3));
-        let err = tree.sysfs().bind(edu()).unwrap_err();
+        let err = tree.sysfs().bind(edu(), Binding::Vfio).unwrap_err();
         assert_eq!(err.to_string(), "the kernel has no PCI driver vfio-pci");
         assert_eq!(err.next_step(), "load it: modprobe vfio-pci");
     }
@@ -309,7 +346,7 @@ mod tests {
         tree.add("0000:01:00.1", 1, 2, 0x010802, Some(3));
         tree.bind("0000:01:00.1", Some("nvme"));
 
-        let err = tree.sysfs().bind(edu()).unwrap_err();
+        let err = tree.sysfs().bind(edu(), Binding::Vfio).unwrap_err();
 
         assert_eq!(err.to_string(), "IOMMU group 3 cannot be used: 0000:01:00.1 is bound to nvme");
         let command = "echo 0000:01:00.1 > /sys/bus/pci/devices/0000:01:00.1/driver/unbind";
@@ -324,7 +361,7 @@ mod tests {
         tree.bind(EDU, Some("edu_driver"));
         tree.set(EDU, "refused_by", "vfio-pci");
 
-        let err = tree.sysfs().bind(edu()).unwrap_err();
+        let err = tree.sysfs().bind(edu(), Binding::Vfio).unwrap_err();
 
         assert_eq!(
             err.to_string(),
@@ -341,7 +378,7 @@ mod tests {
         let mut sysfs = tree.sysfs();
         sysfs.write = |_, _| Err(ErrorKind::PermissionDenied.into());
 
-        let err = sysfs.bind(edu()).unwrap_err();
+        let err = sysfs.bind(edu(), Binding::Vfio).unwrap_err();
 
         let text = err.to_string();
         assert!(text.starts_with("no permission to set the driver of 0000:01:00.0"), "{text}");
@@ -356,7 +393,48 @@ mod tests {
             std::fs::remove_dir_all(path.parent().unwrap()).unwrap();
             Ok(())
         };
-        let err = sysfs.bind(edu()).unwrap_err();
+        let err = sysfs.bind(edu(), Binding::Vfio).unwrap_err();
         assert!(matches!(err, PciError::NoSuchDevice { .. }), "{err}");
+    }
+
+    #[test]
+    fn a_function_moves_to_uio_whatever_its_group_does_and_back() {
+        let tree = tree();
+        tree.load("uio_pci_generic");
+        tree.bind(EDU, Some("vfio-pci"));
+        tree.add("0000:01:00.1", 1, 2, 0x010802, Some(3));
+        tree.bind("0000:01:00.1", Some("nvme"));
+        let sysfs = tree.sysfs();
+
+        let former = sysfs.bind(edu(), Binding::Uio).unwrap();
+        let driver = sysfs.function(edu()).unwrap().driver;
+        assert_eq!(driver.as_deref(), Some("uio_pci_generic"));
+
+        sysfs.restore(&former).unwrap();
+        let function = sysfs.function(edu()).unwrap();
+        assert_eq!(function.driver.as_deref(), Some("vfio-pci"));
+        assert_eq!(function.driver_override, None);
+    }
+
+    #[test]
+    fn vfio_takes_a_function_without_an_iommu_only_in_its_unsafe_mode() {
+        let tree = Tree::new();
+        tree.load("vfio-pci");
+        tree.add(EDU, 1, 2, 0, None);
+        let err = tree.sysfs().bind(edu(), Binding::VfioNoIommu).unwrap_err();
+        assert!(matches!(err, PciError::NoIommuModeOff { .. }), "{err}");
+        assert!(err.next_step().contains("enable_unsafe_noiommu_mode"), "{}", err.next_step());
+
+        tree.turn_no_iommu_mode_on();
+        tree.sysfs().bind(edu(), Binding::VfioNoIommu).unwrap();
+    }
+
+    #[test]
+    fn a_function_behind_an_iommu_is_not_bound_to_do_without() {
+        let tree = tree();
+        tree.turn_no_iommu_mode_on();
+        let err = tree.sysfs().bind(edu(), Binding::VfioNoIommu).unwrap_err();
+        assert!(matches!(err, PciError::HasIommu { group: 3, .. }), "{err}");
+        assert_eq!(tree.sysfs().function(edu()).unwrap().driver, None);
     }
 }

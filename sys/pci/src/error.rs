@@ -23,6 +23,20 @@ pub enum PciError {
         /// The function.
         address: PciAddress,
     },
+    /// The function is to be taken without an IOMMU, and has one.
+    #[error("PCI device {address} is behind an IOMMU, in group {group}, and need not do without")]
+    HasIommu {
+        /// The function.
+        address: PciAddress,
+        /// The group's number.
+        group: u32,
+    },
+    /// The function is to be taken without an IOMMU, which VFIO does only when told to.
+    #[error("VFIO does not take PCI device {address} without an IOMMU: its no-IOMMU mode is off")]
+    NoIommuModeOff {
+        /// The function.
+        address: PciAddress,
+    },
     /// The kernel driver that is to take the function is not there.
     #[error("the kernel has no PCI driver {driver}")]
     DriverNotLoaded {
@@ -100,6 +114,14 @@ impl PciError {
             PciError::NoIommu { .. } => {
                 "turn the IOMMU on in the firmware (VT-d, AMD-Vi) and on the kernel command line \
                  (intel_iommu=on), and reboot"
+                    .to_owned()
+            }
+            PciError::HasIommu { .. } => {
+                "leave `backend` out of the configuration of this device".to_owned()
+            }
+            PciError::NoIommuModeOff { .. } => {
+                "turn it on: echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode; a \
+                 kernel without CONFIG_VFIO_NOIOMMU has none"
                     .to_owned()
             }
             PciError::DriverNotLoaded { driver } => format!("load it: modprobe {driver}"),

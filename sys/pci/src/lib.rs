@@ -14,6 +14,6 @@ mod sysfs;
 mod tree;
 
 pub use address::{AddressError, PciAddress};
-pub use bind::{Former, VFIO_PCI};
+pub use bind::{Binding, Former, UIO_PCI_GENERIC, VFIO_PCI};
 pub use error::PciError;
 pub use sysfs::{GroupMember, IommuGroup, PciFunction, Sysfs};

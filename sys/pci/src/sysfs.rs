@@ -127,6 +127,11 @@ impl Sysfs {
         self.root.join("bus/pci/devices").join(address.to_string())
     }
 
+    /// Where sysfs is mounted.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// The folder of a PCI driver; it exists while the driver is loaded.
     pub(crate) fn driver_directory(&self, driver: &str) -> PathBuf {
         self.root.join("bus/pci/drivers").join(driver)

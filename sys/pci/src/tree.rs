@@ -28,6 +28,12 @@ impl Tree {
         sysfs
     }
 
+    pub(crate) fn turn_no_iommu_mode_on(&self) {
+        let folder = self.root.path().join("module/vfio/parameters");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("enable_unsafe_noiommu_mode"), "Y\n").unwrap();
+    }
+
     pub(crate) fn load(&self, driver: &str) {
         fs::create_dir_all(self.root.path().join("bus/pci/drivers").join(driver)).unwrap();
     }

@@ -11,7 +11,8 @@ use iohost_memory::SharedMemory;
 use nix::sys::resource::{Resource, getrlimit};
 use vfio_ioctls::VfioError as CrateError;
 
-use crate::{VfioDevice, VfioError};
+use crate::device::Attachment;
+use crate::{VfioDevice, VfioError, cdev};
 
 /// Bytes of the unit of mapping.
 const PAGE: u64 = 4096;
@@ -21,27 +22,38 @@ impl VfioDevice {
     /// its last page too, which holds nothing. The pages are pinned until
     /// [`unmap_dma`](Self::unmap_dma), even when `memory` is dropped before.
     ///
-    /// Errors: `LockedMemory` with the need and the limit when too much would be pinned;
+    /// Errors: `NoDma` without an IOMMU; `LockedMemory` with the need and the limit when too much would be pinned;
     /// `MapDma` with `EINVAL` for an address that is not on a page or not in the
     /// [`iova_ranges`](Self::iova_ranges), with `EEXIST` for one that is mapped already.
     pub fn map_dma(&self, iova: u64, memory: &SharedMemory) -> Result<(), VfioError> {
         let len = (memory.len() as u64).next_multiple_of(PAGE);
         let mut mapped = self.mapped();
-        // SAFETY:
-        // 1. `memory` maps every byte of its last page that `len` adds, as any mapping does.
-        // 2. `SharedMemory` never lends a reference to its bytes, so what the device writes
-        //    changes nothing that the compiler believes in.
-        // 3. The kernel pins the pages: should `memory` be unmapped, the device reaches the
-        //    pages of the file, never what is mapped in its place.
-        let done = unsafe { self.container.vfio_dma_map(iova, len as usize, memory.address()) };
+        let done = match &self.attachment {
+            Attachment::Type1 { container, .. } => {
+                // SAFETY:
+                // 1. `memory` maps every byte of its last page that `len` adds, as any mapping
+                //    does.
+                // 2. `SharedMemory` never lends a reference to its bytes, so what the device
+                //    writes changes nothing that the compiler believes in.
+                // 3. The kernel pins the pages: should `memory` be unmapped, the device reaches
+                //    the pages of the file, never what is mapped in its place.
+                unsafe { container.vfio_dma_map(iova, len as usize, memory.address()) }
+                    .map_err(system_error)
+            }
+            Attachment::Iommufd { iommufd, ioas } => {
+                // SAFETY: as above.
+                unsafe { iommufd.map(*ioas, iova, memory.address(), len) }
+            }
+            Attachment::NoIommu { .. } => return Err(VfioError::NoDma),
+        };
         match done {
             Ok(()) => {
                 mapped.insert(iova, len);
                 Ok(())
             }
-            Err(err) => {
+            Err(source) => {
                 let pinned = mapped.values().sum();
-                Err(map_error(iova, len, pinned, locked_memory_limit(), system_error(err)))
+                Err(map_error(iova, len, pinned, locked_memory_limit(), source))
             }
         }
     }
@@ -57,13 +69,16 @@ impl VfioDevice {
             return Err(VfioError::NotMapped { iova, len });
         }
         let whole = mapped[&iova];
-        match self.container.vfio_dma_unmap(iova, whole as usize) {
-            Ok(()) => {
-                mapped.remove(&iova);
-                Ok(())
+        let done = match &self.attachment {
+            Attachment::Type1 { container, .. } => {
+                container.vfio_dma_unmap(iova, whole as usize).map_err(system_error)
             }
-            Err(err) => Err(VfioError::UnmapDma { iova, len, source: system_error(err) }),
-        }
+            Attachment::Iommufd { iommufd, ioas } => cdev::unmap(iommufd, *ioas, iova, whole),
+            Attachment::NoIommu { .. } => unreachable!("nothing is mapped without an IOMMU"),
+        };
+        done.map_err(|source| VfioError::UnmapDma { iova, len, source })?;
+        mapped.remove(&iova);
+        Ok(())
     }
 
     fn mapped(&self) -> MutexGuard<'_, BTreeMap<u64, u64>> {

@@ -37,6 +37,35 @@ pub enum VfioError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The kernel has no node for the device itself, or none for its memory.
+    #[error("the kernel offers no device node with iommufd: {} is not there", node.display())]
+    NoCdev {
+        /// The node that is missing.
+        node: PathBuf,
+    },
+    /// VFIO was not told to take devices without an IOMMU, so it has not taken this one.
+    #[error("VFIO has not taken the device at {} without an IOMMU: it has no group", sysfs.display())]
+    NoIommuModeOff {
+        /// The device's folder.
+        sysfs: PathBuf,
+    },
+    /// A device that an IOMMU stands before is not to be opened without it.
+    #[error("the device is behind an IOMMU, in group {group}, and need not do without")]
+    HasIommu {
+        /// The group's number.
+        group: u32,
+    },
+    /// The kernel hands a device without an IOMMU only to those who may do everything anyway.
+    #[error("no permission on {}, which takes CAP_SYS_RAWIO", node.display())]
+    NeedsRawIo {
+        /// The node.
+        node: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Nothing translates the device's addresses, so no memory can be mapped for it.
+    #[error("no memory can be mapped for a device that is opened without an IOMMU")]
+    NoDma,
     /// Another process has the group.
     #[error("IOMMU group {group} is in use by another process")]
     Busy {
@@ -57,14 +86,14 @@ pub enum VfioError {
     UnsafeInterrupts {
         /// The group's number.
         group: u32,
+        /// The part of the kernel that insists.
+        module: &'static str,
         /// What the kernel said.
         source: io::Error,
     },
-    /// The group has no such device for VFIO: it is not bound to `vfio-pci`.
-    #[error("device {name} of IOMMU group {group} is not bound to vfio-pci")]
+    /// VFIO has no such device: it is not bound to `vfio-pci`.
+    #[error("device {name} is not bound to vfio-pci")]
     NotBound {
-        /// The group's number.
-        group: u32,
         /// The device's name in sysfs.
         name: String,
         /// What the kernel said.
@@ -243,10 +272,27 @@ impl VfioError {
             VfioError::NoIommuDriver => {
                 "load the IOMMU driver of VFIO: modprobe vfio_iommu_type1".to_owned()
             }
-            VfioError::UnsafeInterrupts { .. } => {
+            VfioError::UnsafeInterrupts { module, .. } => format!(
                 "turn interrupt remapping on in the firmware; or accept the risk: \
-                 echo 1 > /sys/module/vfio_iommu_type1/parameters/allow_unsafe_interrupts"
+                 echo 1 > /sys/module/{module}/parameters/allow_unsafe_interrupts"
+            ),
+            VfioError::NoCdev { node } if node.ends_with("iommu") => {
+                "load iommufd: modprobe iommufd; or use the group: backend = \"vfio-group\""
                     .to_owned()
+            }
+            VfioError::NoCdev { .. } => {
+                "use a kernel with CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV (6.6 or later); or \
+                 use the group: backend = \"vfio-group\""
+                    .to_owned()
+            }
+            VfioError::NoIommuModeOff { .. } => "tell VFIO to take it, and bind it again: \
+                 echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode"
+                .to_owned(),
+            VfioError::HasIommu { .. } | VfioError::NoDma => {
+                "open it with its IOMMU: without `backend` in the configuration".to_owned()
+            }
+            VfioError::NeedsRawIo { .. } => {
+                "run the iohost daemon as root; a node of its own is not enough here".to_owned()
             }
             VfioError::LockedMemory { need, .. } => format!(
                 "raise the limit to at least {need} bytes: LimitMEMLOCK= of the service, or \

@@ -1,4 +1,4 @@
-//! The VFIO calls on a group and on a device.
+//! The calls on VFIO's groups and devices, and on iommufd.
 
 #![expect(unsafe_code)]
 // UNSAFETY: ioctls hand the kernel addresses of our memory.
@@ -23,12 +23,20 @@ const SHORTEST_BUFFER: usize = 128;
 #[derive(Debug)]
 pub(crate) struct GroupFile(File);
 
-/// An open device, as its group hands it out.
+/// An open `/dev/vfio/vfio` that has no IOMMU driver of type 1.
+#[derive(Debug)]
+pub(crate) struct ContainerFile(File);
+
+/// An open device, as its group hands it out, or its own node once it is bound to an iommufd.
 #[derive(Debug)]
 pub(crate) struct DeviceFile(File);
 
-/// A VFIO structure: its size in the first word, then fields of 32 and 64 bits, perhaps followed
-/// by a list or by capabilities.
+/// An open `/dev/iommu`.
+#[derive(Debug)]
+pub(crate) struct IommuFile(File);
+
+/// A structure of VFIO or iommufd: its size in the first word, then fields of 32 and 64 bits,
+/// perhaps followed by a list or by capabilities.
 ///
 /// Invariant: `words` is at least `SHORTEST_BUFFER` bytes long and at least as long as the size
 /// in its first word when it goes to the kernel.
@@ -47,7 +55,30 @@ pub(crate) enum DeviceCall {
     SetInterrupts = 10,
     GetHotResetInfo = 12,
     HotReset = 13,
+    BindIommufd = 18,
+    AttachIommufd = 19,
 }
+
+/// The calls on an iommufd that take a [`Message`]. Source: Linux, `include/uapi/linux/iommufd.h`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum IommuCall {
+    AllocateIoas = 0x81,
+    Unmap = 0x86,
+}
+
+/// `IOMMU_IOAS_IOVA_RANGES` and `IOMMU_IOAS_MAP`, whose structures hold addresses of ours.
+const IOVA_RANGES: u32 = 0x84;
+const MAP: u32 = 0x85;
+
+/// `iommu_ioas_iova_ranges`: size, address space, count, reserved word, address of the list,
+/// alignment.
+const IOVA_RANGES_LEN: usize = 32;
+
+/// `iommu_ioas_map`: size, flags, address space, reserved word, our address, length, its address.
+const MAP_LEN: usize = 40;
+
+/// More ranges than this, no IOMMU has.
+const MOST_RANGES: u32 = 4096;
 
 const GROUP_GET_STATUS: u32 = 3;
 const GROUP_SET_CONTAINER: u32 = 4;
@@ -62,23 +93,27 @@ const fn request(number: u32) -> c_ulong {
     (uapi::VFIO_TYPE as c_ulong) << 8 | (VFIO_BASE + number) as c_ulong
 }
 
+/// `_IO(IOMMUFD_TYPE, number)`. It is VFIO's type too: the numbers keep them apart.
+const fn iommu_request(number: u32) -> c_ulong {
+    (b';' as c_ulong) << 8 | number as c_ulong
+}
+
 impl GroupFile {
-    /// Opens the node of a group in `folder`, which is `/dev/vfio`.
-    pub(crate) fn open(folder: &Path, number: u32) -> io::Result<Self> {
-        let node = folder.join(number.to_string());
+    /// Opens the node of a group.
+    pub(crate) fn open(node: &Path) -> io::Result<Self> {
         OpenOptions::new().read(true).write(true).open(node).map(Self)
     }
 
     /// Whether every device of the group is in hands that VFIO trusts.
     pub(crate) fn is_viable(&self) -> io::Result<bool> {
         let mut status = Message::of::<uapi::vfio_group_status>();
-        exchange(self.0.as_fd(), GROUP_GET_STATUS, &mut status)?;
+        exchange(self.0.as_fd(), request(GROUP_GET_STATUS), &mut status)?;
         let flags = status.u32(std::mem::offset_of!(uapi::vfio_group_status, flags));
         Ok(flags & uapi::VFIO_GROUP_FLAGS_VIABLE != 0)
     }
 
     /// Puts the group into a container.
-    pub(crate) fn set_container(&self, container: &VfioContainer) -> io::Result<()> {
+    pub(crate) fn set_container(&self, container: &impl AsRawFd) -> io::Result<()> {
         let container: RawFd = container.as_raw_fd();
         // SAFETY:
         // 1. The group's descriptor is open: `self` owns it.
@@ -109,10 +144,114 @@ impl GroupFile {
     }
 }
 
+impl ContainerFile {
+    /// Opens the node of containers.
+    pub(crate) fn open(node: &Path) -> io::Result<Self> {
+        OpenOptions::new().read(true).write(true).open(node).map(Self)
+    }
+}
+
+impl AsRawFd for ContainerFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl IommuFile {
+    /// Opens the node of iommufd; each open is a world of its own.
+    pub(crate) fn open(node: &Path) -> io::Result<Self> {
+        OpenOptions::new().read(true).write(true).open(node).map(Self)
+    }
+
+    /// One call that sends a message and gets it back with the answer in it.
+    pub(crate) fn call(&self, call: IommuCall, message: &mut Message) -> io::Result<()> {
+        exchange(self.0.as_fd(), iommu_request(call as u32), message)
+    }
+
+    /// The addresses that an address space can map, first and last of each range.
+    pub(crate) fn iova_ranges(&self, ioas: u32) -> io::Result<Vec<[u64; 2]>> {
+        let mut count: u32 = 16;
+        loop {
+            let mut ranges = vec![[0_u64; 2]; count as usize];
+            let mut message = Message::with_len(IOVA_RANGES_LEN);
+            message
+                .set(4, ioas)
+                .set(8, count)
+                .set64(16, ranges.as_mut_ptr().expose_provenance() as u64);
+            message.words[0] = message.len as u32;
+            // SAFETY:
+            // 1. The descriptor is open: `self` owns it.
+            // 2. The kernel reads and writes no more than the size in the first word, which the
+            //    buffer of the message is longer than.
+            // 3. It writes at most `count` pairs of 64-bit numbers from the address at 16 on:
+            //    `ranges` has that many, outlives the call, is not looked at before its end, and
+            //    is of a type for which every bit pattern is a value.
+            let result = unsafe {
+                libc::ioctl(
+                    self.0.as_raw_fd(),
+                    iommu_request(IOVA_RANGES),
+                    message.words.as_mut_ptr(),
+                )
+            };
+            match check(result) {
+                Ok(_) => {
+                    ranges.truncate(message.u32(8) as usize);
+                    return Ok(ranges);
+                }
+                // The count is then that of all there are.
+                Err(err)
+                    if err.raw_os_error() == Some(libc::EMSGSIZE)
+                        && (count + 1..=MOST_RANGES).contains(&message.u32(8)) =>
+                {
+                    count = message.u32(8);
+                }
+                Err(err) => return Err(err),
+            }
+        }
+    }
+
+    /// Maps `len` bytes of this process from `address` on at `iova`, for reading and writing.
+    ///
+    /// # Safety
+    ///
+    /// The bytes `address..address + len` are mapped in this process, nobody has a reference to
+    /// them, and none is made while the mapping lasts: a device can write there.
+    pub(crate) unsafe fn map(
+        &self,
+        ioas: u32,
+        iova: u64,
+        address: *mut u8,
+        len: u64,
+    ) -> io::Result<()> {
+        const FIXED_IOVA: u32 = 1;
+        const WRITEABLE: u32 = 2;
+        const READABLE: u32 = 4;
+        let mut message = Message::with_len(MAP_LEN);
+        message
+            .set(4, FIXED_IOVA | WRITEABLE | READABLE)
+            .set(8, ioas)
+            .set64(16, address.expose_provenance() as u64)
+            .set64(24, len)
+            .set64(32, iova);
+        exchange(self.0.as_fd(), iommu_request(MAP), &mut message)
+    }
+}
+
+impl AsRawFd for IommuFile {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 impl DeviceFile {
+    /// Opens the node of a device.
+    pub(crate) fn open(node: &Path) -> io::Result<Self> {
+        OpenOptions::new().read(true).write(true).open(node).map(Self)
+    }
+
     /// One call that sends a message and gets it back with the answer in it.
     pub(crate) fn call(&self, call: DeviceCall, message: &mut Message) -> io::Result<()> {
-        exchange(self.0.as_fd(), call as u32, message)
+        exchange(self.0.as_fd(), request(call as u32), message)
     }
 
     /// The same, once more with the room that the kernel asked for, if it did.
@@ -139,7 +278,7 @@ impl DeviceFile {
 }
 
 /// Chooses the IOMMU driver of a container that has a group.
-pub(crate) fn set_iommu(container: &VfioContainer, kind: u32) -> io::Result<()> {
+pub(crate) fn set_iommu(container: &impl AsRawFd, kind: u32) -> io::Result<()> {
     // SAFETY: the container's descriptor is open during the borrow; the argument of this call is
     // a number, not an address.
     let result =
@@ -152,17 +291,17 @@ pub(crate) fn iommu_info(container: &VfioContainer) -> io::Result<Message> {
     // SAFETY: the container's descriptor is open during the borrow, which `fd` does not outlive.
     let fd = unsafe { BorrowedFd::borrow_raw(container.as_raw_fd()) };
     let mut info = Message::of::<uapi::vfio_iommu_type1_info>();
-    exchange(fd, IOMMU_GET_INFO, &mut info)?;
+    exchange(fd, request(IOMMU_GET_INFO), &mut info)?;
     if info.wants_room() {
         info.make_room()?;
-        exchange(fd, IOMMU_GET_INFO, &mut info)?;
+        exchange(fd, request(IOMMU_GET_INFO), &mut info)?;
     }
     Ok(info)
 }
 
-/// One call with a structure that starts with its own size. `number` is such a call of the kind
+/// One call with a structure that starts with its own size. `request` is such a call of the kind
 /// of file that `fd` is: the callers above see to that.
-fn exchange(fd: BorrowedFd<'_>, number: u32, message: &mut Message) -> io::Result<()> {
+fn exchange(fd: BorrowedFd<'_>, request: c_ulong, message: &mut Message) -> io::Result<()> {
     message.words[0] = message.len as u32;
     // SAFETY:
     // 1. `fd` is open during the borrow.
@@ -170,8 +309,7 @@ fn exchange(fd: BorrowedFd<'_>, number: u32, message: &mut Message) -> io::Resul
     //    `SHORTEST_BUFFER`, and then reads and writes no more than the size in the first word;
     //    the buffer is at least as long as both, and nobody else refers to it.
     // 3. Every bit pattern is a value of `u32`, whatever the kernel writes.
-    let result =
-        unsafe { libc::ioctl(fd.as_raw_fd(), request(number), message.words.as_mut_ptr()) };
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), request, message.words.as_mut_ptr()) };
     check(result).map(drop)
 }
 
@@ -211,6 +349,13 @@ impl Message {
         assert!(offset.is_multiple_of(4) && offset + 4 <= self.len, "no field at {offset}");
         self.words[offset / 4] = value;
         self
+    }
+
+    /// Sets the 64-bit field at `offset` bytes.
+    pub(crate) fn set64(&mut self, offset: usize, value: u64) -> &mut Self {
+        let bytes = value.to_ne_bytes();
+        let half = |at: usize| [bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]];
+        self.set(offset, u32::from_ne_bytes(half(0))).set(offset + 4, u32::from_ne_bytes(half(4)))
     }
 
     /// The field at `offset` bytes; 0 past the end of what the structure holds.

@@ -5,6 +5,7 @@ use std::mem::offset_of;
 use log::debug;
 use vfio_bindings::bindings::vfio as uapi;
 
+use crate::device::Attachment;
 use crate::ioctl::{DeviceCall, Message};
 use crate::region::CONFIG_REGION;
 use crate::{VfioDevice, VfioError};
@@ -60,7 +61,7 @@ impl VfioDevice {
         let affected = self.affected_by_bus_reset()?;
         let others: Vec<String> = affected
             .iter()
-            .filter(|device| device.group != self.group())
+            .filter(|device| !self.owns(device))
             .map(|device| device.address.clone())
             .collect();
         if !others.is_empty() {
@@ -69,13 +70,27 @@ impl VfioDevice {
         debug!(devices:? = affected; "resetting the bus");
         let fixed = size_of::<uapi::vfio_pci_hot_reset>();
         let mut message = Message::with_len(fixed + 4);
-        message
-            .set(offset_of!(uapi::vfio_pci_hot_reset, count), 1)
-            .set(fixed, self.group.as_raw_fd() as u32);
+        match &self.attachment {
+            Attachment::Type1 { group, .. } | Attachment::NoIommu { group, .. } => message
+                .set(offset_of!(uapi::vfio_pci_hot_reset, count), 1)
+                .set(fixed, group.as_raw_fd() as u32),
+            // No descriptor at all: the iommufd that the device is bound to is the proof.
+            Attachment::Iommufd { .. } => &mut message,
+        };
         self.device.call(DeviceCall::HotReset, &mut message).map_err(|source| VfioError::Device {
             operation: "resetting the bus".to_owned(),
             source,
         })
+    }
+
+    /// Whether a device that a reset would reset is ours to reset.
+    fn owns(&self, device: &Affected) -> bool {
+        /// `VFIO_PCI_DEVID_NOT_OWNED`.
+        const NOT_OWNED: u32 = u32::MAX;
+        match self.attachment {
+            Attachment::Type1 { .. } | Attachment::NoIommu { .. } => device.owner == self.group(),
+            Attachment::Iommufd { .. } => device.owner != NOT_OWNED,
+        }
     }
 
     fn affected_by_bus_reset(&self) -> Result<Vec<Affected>, VfioError> {
@@ -100,7 +115,8 @@ impl VfioDevice {
 /// A device that a reset of the bus would reset.
 #[derive(Debug, PartialEq, Eq)]
 struct Affected {
-    group: u32,
+    /// Its group; with iommufd, its number there, or that it has none.
+    owner: u32,
     address: String,
 }
 
@@ -116,7 +132,7 @@ fn affected(message: &Message) -> Vec<Affected> {
         let segment = u16::from_ne_bytes([place[0], place[1]]);
         let [bus, function] = [place[2], place[3]];
         Affected {
-            group: message.u32(at),
+            owner: message.u32(at),
             address: format!("{segment:04x}:{bus:02x}:{:02x}.{:x}", function >> 3, function & 7),
         }
     });
@@ -128,14 +144,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_devices_on_a_bus_are_named_with_their_groups() {
+    fn the_devices_on_a_bus_are_named_with_their_owners() {
         let mut message = Message::with_len(12 + 16);
         message.set(8, 2);
         message.set(12, 5).set(16, u32::from_ne_bytes([0, 0, 0x01, 0x00]));
         message.set(20, 6).set(24, u32::from_ne_bytes([1, 0, 0x3a, 0x1f << 3 | 2]));
         let named = [
-            Affected { group: 5, address: "0000:01:00.0".to_owned() },
-            Affected { group: 6, address: "0001:3a:1f.2".to_owned() },
+            Affected { owner: 5, address: "0000:01:00.0".to_owned() },
+            Affected { owner: 6, address: "0001:3a:1f.2".to_owned() },
         ];
         assert_eq!(affected(&message), named);
     }

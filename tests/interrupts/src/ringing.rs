@@ -210,6 +210,10 @@ impl DeviceBackend for Ringing {
         self.device.kind()
     }
 
+    fn is_isolated(&self) -> bool {
+        self.device.is_isolated()
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
         self.device.config_read(offset, data)
     }

@@ -1,15 +1,18 @@
-//! Checks the VFIO backend on a real device. Run in the guest, as root, by the tests beside it.
+//! Checks the backends on a real device. Run in the guest, as root, by the tests beside it.
+//! BACKEND is one of `vfio-cdev`, `vfio-group`, `vfio-no-iommu`, `uio`.
 //!
 //! ```text
-//! vfio-check conformance ADDRESS        binds an `edu`, runs the conformance tests, restores it
-//! vfio-check refusals ADDRESS           the errors of opening and mapping that need a real kernel
-//! vfio-check bus-reset ADDRESS OTHER    resets a function that cannot be reset alone
-//! vfio-check borrow ADDRESS             takes a function from its driver, tries it, gives it back
-//! vfio-check shared ADDRESS BLOCKER     fails to take a function whose group somebody else uses
-//! vfio-check no-iommu ADDRESS           fails to take a function on a machine without an IOMMU
-//! vfio-check removal ADDRESS            loses an open function
-//! vfio-check interrupts ADDRESS KIND    tries the rules of interrupt sources: on an `edu` by intx
-//!                                       or msi, on an `e1000e` by msi-x
+//! vfio-check conformance BACKEND ADDRESS       binds an `edu`, runs the conformance tests, restores it
+//! vfio-check best BACKEND ADDRESS              the best way that VFIO has to a function is this one
+//! vfio-check refusals BACKEND ADDRESS          the errors of opening and mapping that need a real kernel
+//! vfio-check not-open BACKEND ADDRESS WORDS    opening a function that VFIO has fails with these words
+//! vfio-check bus-reset BACKEND ADDRESS OTHER   resets a function that cannot be reset alone
+//! vfio-check borrow ADDRESS                    takes a function from its driver, tries it, gives it back
+//! vfio-check shared BACKEND ADDRESS BLOCKER    fails to take a function whose group somebody else uses
+//! vfio-check no-iommu ADDRESS                  fails to take a function on a machine without an IOMMU
+//! vfio-check removal BACKEND ADDRESS           loses an open function
+//! vfio-check interrupts BACKEND ADDRESS KIND   tries the rules of interrupt sources: on an `edu` by intx or msi,
+//!                                              on an `e1000e` by msi-x
 //! ```
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
@@ -17,15 +20,18 @@
 #![forbid(unsafe_code)]
 
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
-use iohost_device_backend::{DeviceBackend, DeviceError, InterruptKind, VfioBackend, conformance};
+use iohost_device_backend::{
+    Access, DeviceBackend, DeviceError, InterruptKind, UioBackend, UioError, VfioBackend,
+    conformance,
+};
 use iohost_interrupt_tests::{E1000eRegisters, EduRegisters, RULES, Registers, Ringing, Setup};
 use iohost_memory::SharedMemory;
-use iohost_pci::{PciAddress, PciError, Sysfs, VFIO_PCI};
+use iohost_pci::{Binding, PciAddress, PciError, Sysfs, VFIO_PCI};
 use iohost_vfio::{ResetKind, VfioDevice, VfioError};
 use nix::sys::eventfd::EventFd;
 
@@ -33,65 +39,142 @@ fn main() -> Result<()> {
     let words: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     match words[..] {
-        ["conformance", address] => conformance_of(address.parse()?),
-        ["refusals", address] => refusals(address.parse()?),
-        ["bus-reset", address, other] => bus_reset(address.parse()?, other.parse()?),
+        ["conformance", backend, address] => conformance_of(way(backend)?, address.parse()?),
+        ["best", backend, address] => best(way(backend)?, address.parse()?),
+        ["refusals", backend, address] => refusals(access(backend)?, address.parse()?),
+        ["not-open", backend, address, words] => not_open(way(backend)?, address.parse()?, words),
+        ["bus-reset", backend, address, other] => {
+            bus_reset(access(backend)?, address.parse()?, other.parse()?)
+        }
         ["borrow", address] => borrow(address.parse()?),
-        ["shared", address, blocker] => shared(address.parse()?, blocker.parse()?),
+        ["shared", backend, address, blocker] => {
+            shared(access(backend)?, address.parse()?, blocker.parse()?)
+        }
         ["no-iommu", address] => no_iommu(address.parse()?),
-        ["removal", address] => removal(address.parse()?),
-        ["interrupts", address, "intx"] => interrupts(address.parse()?, InterruptKind::IntX),
-        ["interrupts", address, "msi"] => interrupts(address.parse()?, InterruptKind::Msi),
-        ["interrupts", address, "msi-x"] => interrupts(address.parse()?, InterruptKind::MsiX),
+        ["removal", backend, address] => removal(way(backend)?, address.parse()?),
+        ["interrupts", backend, address, kind] => {
+            let kind = match kind {
+                "intx" => InterruptKind::IntX,
+                "msi" => InterruptKind::Msi,
+                "msi-x" => InterruptKind::MsiX,
+                _ => bail!("{kind} is no kind of interrupt"),
+            };
+            interrupts(way(backend)?, address.parse()?, kind)
+        }
         _ => bail!("usage: see the first lines of this program"),
     }
 }
 
-fn conformance_of(address: PciAddress) -> Result<()> {
+/// A way to a device; `None` is UIO.
+type Way = Option<Access>;
+
+fn way(backend: &str) -> Result<Way> {
+    if backend == "uio" { Ok(None) } else { access(backend).map(Some) }
+}
+
+fn access(backend: &str) -> Result<Access> {
+    let all = [Access::Cdev, Access::Group, Access::NoIommu];
+    let found = all.into_iter().find(|access| access.to_string() == backend);
+    found.with_context(|| format!("{backend} is no backend of VFIO"))
+}
+
+fn binding(way: Way) -> Binding {
+    match way {
+        Some(Access::Cdev | Access::Group) => Binding::Vfio,
+        Some(Access::NoIommu) => Binding::VfioNoIommu,
+        None => Binding::Uio,
+    }
+}
+
+fn open(way: Way, directory: &Path) -> Result<Box<dyn DeviceBackend>> {
+    Ok(match way {
+        Some(access) => Box::new(VfioBackend::open(directory, access)?),
+        None => Box::new(UioBackend::open(directory)?),
+    })
+}
+
+fn conformance_of(way: Way, address: PciAddress) -> Result<()> {
     let sysfs = Sysfs::default();
     let before = sysfs.function(address)?;
-    let former = sysfs.bind(address)?;
-    ensure!(sysfs.function(address)?.driver.as_deref() == Some(VFIO_PCI));
-    ensure!(sysfs.bind(address)?.was_bound_to_vfio(), "a second binding changes nothing");
+    let former = sysfs.bind(address, binding(way))?;
+    let again = sysfs.bind(address, binding(way))?;
+    ensure!(again.driver.as_deref() == Some(binding(way).driver()), "it is bound to {again:?}");
     println!("ok bound {address}, which had {:?}", former.driver);
 
-    let device = VfioBackend::open(&sysfs.directory(address))?;
+    let device = open(way, &sysfs.directory(address))?;
+    println!("ok opened {}", device.kind());
     for (name, test) in conformance::TESTS {
-        test(&device);
+        test(&*device);
         println!("ok {name}");
     }
     drop(device);
     // Whatever the first user left, the second one finds a device that works.
-    let device = VfioBackend::open(&sysfs.directory(address)).context("opening it again")?;
-    conformance::all(&device);
+    let device = open(way, &sysfs.directory(address)).context("opening it again")?;
+    conformance::all(&*device);
     drop(device);
     println!("ok opened again, and all of that once more");
 
     sysfs.restore(&former)?;
     sysfs.restore(&former)?;
-    ensure!(sysfs.function(address)? == before, "the function is not as it was");
+    let after = sysfs.function(address)?;
+    ensure!(after == before, "the function is not as it was: {after:?}");
     println!("ok restored");
     Ok(())
 }
 
-fn refusals(address: PciAddress) -> Result<()> {
+fn best(way: Way, address: PciAddress) -> Result<()> {
+    let sysfs = Sysfs::default();
+    let former = sysfs.bind(address, Binding::Vfio)?;
+    let best = Access::best(&sysfs.directory(address));
+    ensure!(Some(best) == way, "{best}");
+    println!("ok the best way is {best}");
+    sysfs.restore(&former)?;
+    Ok(())
+}
+
+fn not_open(way: Way, address: PciAddress, words: &str) -> Result<()> {
+    let sysfs = Sysfs::default();
+    let Some(refused) = open(way, &sysfs.directory(address)).err() else {
+        bail!("{address} was opened");
+    };
+    let next = match refused.downcast_ref::<VfioError>() {
+        Some(refused) => refused.next_step(),
+        None => refused.downcast_ref::<UioError>().context("another error")?.next_step(),
+    };
+    let text = format!("{refused}; next: {next}");
+    ensure!(text.contains(words), "{text}");
+    println!("ok {text}");
+    Ok(())
+}
+
+fn refusals(access: Access, address: PciAddress) -> Result<()> {
     let sysfs = Sysfs::default();
     let directory = sysfs.directory(address);
     let group = sysfs.group_of(address)?.number;
 
-    let unbound = VfioBackend::open(&directory).unwrap_err();
-    ensure!(matches!(unbound, VfioError::NodeMissing { .. }), "{unbound:?}");
+    let unbound = VfioBackend::open(&directory, access).unwrap_err();
+    ensure!(
+        matches!(unbound, VfioError::NodeMissing { .. } | VfioError::NotBound { .. }),
+        "{unbound:?}"
+    );
     println!("ok not bound: {unbound}; next: {}", unbound.next_step());
 
-    let absent = sysfs.bind("ffff:00:00.0".parse()?).unwrap_err();
+    let absent = sysfs.bind("ffff:00:00.0".parse()?, Binding::Vfio).unwrap_err();
     ensure!(matches!(absent, PciError::NoSuchDevice { .. }), "{absent:?}");
     println!("ok absent: {absent}");
 
-    sysfs.bind(address)?;
-    let device = VfioBackend::open(&directory)?;
-    let busy = VfioBackend::open(&directory).unwrap_err();
-    ensure!(matches!(busy, VfioError::Busy { .. }), "{busy:?}");
-    println!("ok open twice: {busy}");
+    sysfs.bind(address, Binding::Vfio)?;
+    let device = VfioBackend::open(&directory, access)?;
+    // In whichever way it is tried the second time.
+    let mut ways = vec![access];
+    if Access::best(&directory) == Access::Cdev {
+        ways = vec![Access::Cdev, Access::Group];
+    }
+    for second in ways {
+        let busy = VfioBackend::open(&directory, second).unwrap_err();
+        ensure!(matches!(busy, VfioError::Busy { .. }), "{second}: {busy:?}");
+        println!("ok open twice, by {second}: {busy}");
+    }
 
     let memory = SharedMemory::create(c"refusals", 0x2000)?;
     let last = *device.iova_ranges().last().context("some range")?.end();
@@ -109,11 +192,17 @@ fn refusals(address: PciAddress) -> Result<()> {
     drop(device);
 
     // From here on as an ordinary user who owns nothing yet.
-    let node = PathBuf::from(format!("/dev/vfio/{group}"));
-    let other = PathBuf::from("/dev/vfio/vfio");
+    let (node, other) = match access {
+        Access::Cdev => {
+            let mut entries = fs::read_dir(directory.join("vfio-dev"))?;
+            let name = entries.next().context("no entry in vfio-dev")??.file_name();
+            (Path::new("/dev/vfio/devices").join(name), PathBuf::from("/dev/iommu"))
+        }
+        _ => (PathBuf::from(format!("/dev/vfio/{group}")), PathBuf::from("/dev/vfio/vfio")),
+    };
     std::os::unix::fs::chown(&other, Some(1000), Some(1000))?;
     nix::unistd::setresuid(1000.into(), 1000.into(), 0.into())?;
-    let denied = VfioBackend::open(&directory).unwrap_err();
+    let denied = VfioBackend::open(&directory, access).unwrap_err();
     ensure!(matches!(denied, VfioError::Permission { .. }), "{denied:?}");
     println!("ok denied: {denied}; next: {}", denied.next_step());
     let denied =
@@ -125,7 +214,7 @@ fn refusals(address: PciAddress) -> Result<()> {
     nix::unistd::seteuid(0.into())?;
     std::os::unix::fs::chown(&node, Some(1000), Some(1000))?;
     nix::unistd::setresuid(1000.into(), 1000.into(), 1000.into())?;
-    let device = VfioBackend::open(&directory).context("opening it as its owner")?;
+    let device = VfioBackend::open(&directory, access).context("opening it as its owner")?;
     let big = SharedMemory::create(c"refusals", 16 << 20)?;
     let locked = device.dma_map(0x10_0000, &big).unwrap_err();
     ensure!(
@@ -138,16 +227,17 @@ fn refusals(address: PciAddress) -> Result<()> {
     Ok(())
 }
 
-fn bus_reset(address: PciAddress, other: PciAddress) -> Result<()> {
+fn bus_reset(access: Access, address: PciAddress, other: PciAddress) -> Result<()> {
     let sysfs = Sysfs::default();
-    sysfs.bind(address)?;
-    sysfs.bind(other)?;
-    let device = VfioDevice::open(&sysfs.directory(address))?;
+    let directory = sysfs.directory(address);
+    sysfs.bind(address, Binding::Vfio)?;
+    sysfs.bind(other, Binding::Vfio)?;
+    let device = VfioDevice::open(&directory, access)?;
     let kind = device.reset()?;
     ensure!(kind == ResetKind::Bus, "{kind:?}");
     println!("ok reset {kind:?}");
     drop(device);
-    let device = VfioBackend::open(&sysfs.directory(address))?;
+    let device = VfioBackend::open(&directory, access)?;
     conformance::all(&device);
     println!("ok the conformance tests pass on {address}");
     Ok(())
@@ -156,8 +246,9 @@ fn bus_reset(address: PciAddress, other: PciAddress) -> Result<()> {
 fn borrow(address: PciAddress) -> Result<()> {
     let sysfs = Sysfs::default();
     let before = sysfs.function(address)?;
-    let former = sysfs.bind(address)?;
-    let device = VfioBackend::open(&sysfs.directory(address))?;
+    let former = sysfs.bind(address, Binding::Vfio)?;
+    let directory = sysfs.directory(address);
+    let device = VfioBackend::open(&directory, Access::best(&directory))?;
     for index in 0..=6 {
         if let Some(bar) = device.bar(index) {
             println!("   BAR {index}: {bar:x?}");
@@ -187,9 +278,9 @@ fn borrow(address: PciAddress) -> Result<()> {
     Ok(())
 }
 
-fn shared(address: PciAddress, blocker: PciAddress) -> Result<()> {
+fn shared(access: Access, address: PciAddress, blocker: PciAddress) -> Result<()> {
     let sysfs = Sysfs::default();
-    let refused = sysfs.bind(address).unwrap_err();
+    let refused = sysfs.bind(address, Binding::Vfio).unwrap_err();
     let PciError::GroupNotViable { ref blockers, .. } = refused else { bail!("{refused:?}") };
     ensure!(blockers.len() == 1 && blockers[0].address == blocker, "{refused}");
     println!("ok {refused}; next: {}", refused.next_step());
@@ -198,7 +289,7 @@ fn shared(address: PciAddress, blocker: PciAddress) -> Result<()> {
     let directory = sysfs.directory(address);
     fs::write(directory.join("driver_override"), VFIO_PCI)?;
     fs::write("/sys/bus/pci/drivers_probe", address.to_string())?;
-    let refused = VfioBackend::open(&directory).unwrap_err();
+    let refused = VfioBackend::open(&directory, access).unwrap_err();
     println!("ok {refused}; next: {}", refused.next_step());
     ensure!(matches!(refused, VfioError::NotViable { .. }), "{refused:?}");
     Ok(())
@@ -206,20 +297,22 @@ fn shared(address: PciAddress, blocker: PciAddress) -> Result<()> {
 
 fn no_iommu(address: PciAddress) -> Result<()> {
     let sysfs = Sysfs::default();
-    let refused = sysfs.bind(address).unwrap_err();
+    let refused = sysfs.bind(address, Binding::Vfio).unwrap_err();
     ensure!(matches!(refused, PciError::NoIommu { .. }), "{refused:?}");
     println!("ok {refused}; next: {}", refused.next_step());
-    let refused = VfioBackend::open(&sysfs.directory(address)).unwrap_err();
-    ensure!(matches!(refused, VfioError::NoIommu { .. }), "{refused:?}");
-    println!("ok {refused}; next: {}", refused.next_step());
+    for access in [Access::Cdev, Access::Group] {
+        let refused = VfioBackend::open(&sysfs.directory(address), access).unwrap_err();
+        ensure!(matches!(refused, VfioError::NoIommu { .. }), "{refused:?}");
+        println!("ok {refused}; next: {}", refused.next_step());
+    }
     Ok(())
 }
 
-fn removal(address: PciAddress) -> Result<()> {
+fn removal(way: Way, address: PciAddress) -> Result<()> {
     let sysfs = Sysfs::default();
-    let former = sysfs.bind(address)?;
+    let former = sysfs.bind(address, binding(way))?;
     let directory = sysfs.directory(address);
-    let device = VfioBackend::open(&directory)?;
+    let device = open(way, &directory)?;
     let remove = directory.join("remove");
     let removal = std::thread::spawn(move || fs::write(remove, "1"));
     // The kernel waits until the device is closed.
@@ -237,19 +330,19 @@ fn removal(address: PciAddress) -> Result<()> {
     Ok(())
 }
 
-fn interrupts(address: PciAddress, kind: InterruptKind) -> Result<()> {
+fn interrupts(way: Way, address: PciAddress, kind: InterruptKind) -> Result<()> {
     let sysfs = Sysfs::default();
-    let former = sysfs.bind(address)?;
-    let vectors = VfioBackend::open(&sysfs.directory(address))?.interrupt_count(kind);
+    let former = sysfs.bind(address, binding(way))?;
+    let vectors = open(way, &sysfs.directory(address))?.interrupt_count(kind);
     let rules = RULES.iter().filter(|rule| rule.is_for(kind, vectors));
     let mut tried = 0;
     for rule in rules {
-        let device = VfioBackend::open(&sysfs.directory(address))?;
+        let device = open(way, &sysfs.directory(address))?;
         let registers: Box<dyn Registers> = match kind {
             InterruptKind::IntX | InterruptKind::Msi => Box::new(EduRegisters),
             InterruptKind::MsiX => Box::new(E1000eRegisters),
         };
-        let device = Arc::new(Ringing::new(Box::new(device), registers));
+        let device = Arc::new(Ringing::new(device, registers));
         (rule.test)(&Setup { device, kind });
         println!("ok {} by {kind}", rule.name);
         tried += 1;

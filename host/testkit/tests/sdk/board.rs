@@ -109,6 +109,10 @@ impl DeviceBackend for Unusual {
         "unusual"
     }
 
+    fn is_isolated(&self) -> bool {
+        true
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
         self.there()?;
         self.board.config_read(offset, data)

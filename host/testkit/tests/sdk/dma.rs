@@ -166,6 +166,16 @@ fn a_buffer_that_finds_no_address_below_the_limit_is_refused() {
 }
 
 #[test]
+fn memory_for_a_device_that_is_reached_without_dma_is_unsupported() {
+    let mut unusual = Unusual::new(Board::default());
+    unusual.iova = Vec::new();
+    let host = Host::start(Engine::manual(EngineClock::Virtual).unwrap(), Arc::new(unusual));
+    let command = IODMACommand::create(&host.device, 0).unwrap();
+    let refused = command.prepare_for_dma(IOBufferMemoryDescriptor::create(1).unwrap());
+    assert_eq!(code(refused), Some(IOReturn::UNSUPPORTED));
+}
+
+#[test]
 fn an_operation_past_the_end_of_the_prepared_range_is_an_underrun() {
     let bench = bench();
     let mut buffer = prepared(&bench, 0, 100);
