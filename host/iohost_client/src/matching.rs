@@ -10,8 +10,7 @@ use iohost_interface::{Description, InterfaceClient};
 /// service that runs.
 ///
 /// ```
-/// # iohost_interface::interface! { pub interface adder; methods {} queues {} }
-/// # mod adder_api { pub use super::Client; }
+/// # mod adder_api { iohost_interface::interface! { pub interface adder; methods {} queues {} } }
 /// use iohost_client::ServiceMatch;
 ///
 /// let adders = ServiceMatch::new().interface::<adder_api::Client>().pci(0x1234, 0x11e8);
