@@ -338,12 +338,15 @@ impl Life {
         }
     }
 
-    /// Ends it, unless it has ended: the first reason stays.
+    /// Ends it, unless it has ended: the first reason stays, and is what everybody is told.
     #[cold]
     fn end(&mut self, err: QueueError) -> QueueError {
-        if let Self::Working = self {
-            *self = Self::Over(err);
+        match *self {
+            Self::Working => {
+                *self = Self::Over(err);
+                err
+            }
+            Self::Over(first) => first,
         }
-        err
     }
 }

@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use iohost_memory::SharedMemory;
-use iohost_memory::ring::{Bell, Consumer, MEMORY_HEADER_SIZE, Producer, QueueError, Ring};
+use iohost_memory::ring::{
+    Bell, Consumer, Corruption, MEMORY_HEADER_SIZE, Producer, QueueError, Ring,
+};
 
 /// Header and ring fill one page, so that the guard page begins where the ring ends.
 const QUEUE_BYTE_COUNT: u32 = 4096 - MEMORY_HEADER_SIZE as u32;
@@ -191,4 +193,25 @@ fn a_consumer_drains_at_most_one_ring_per_look_at_the_tail() {
         }
         assert!(entries <= QUEUE_BYTE_COUNT / 4, "{entries} entries in one ring");
     }
+}
+
+#[test]
+fn a_batch_that_meets_a_second_fault_reports_the_first_one_as_all_later_operations_do() {
+    let ring = Ring::create(c"hostile", 64).unwrap();
+    let attacker = second_mapping(&ring);
+    let mut producer = Producer::new(ring, None::<Bell>).unwrap();
+    (0..4).for_each(|_| producer.enqueue(&[1; 8]).unwrap());
+    let batch = producer.enqueue_batch(|batch| {
+        batch.enqueue(&[1; 8]).unwrap();
+        attacker.write_at(0, &1_u32.to_ne_bytes());
+        let first = batch.enqueue(&[1; 8]).unwrap_err();
+        attacker.write_at(0, &2_u32.to_ne_bytes());
+        first
+    });
+    let reported = batch.unwrap_err();
+    let QueueError::Corrupt(Corruption::Index { value, .. }) = reported else {
+        panic!("{reported:?}")
+    };
+    assert_eq!(value, 1);
+    assert_eq!(producer.enqueue(&[1; 8]), Err(reported));
 }
