@@ -87,10 +87,9 @@ fn attack(options: &AttackOptions, seed: u64) -> Result<(), String> {
             }
             _ => Program::random(&mut random),
         };
-        if run_program(&program, &mut victims, &mut tally, &mut seen) {
-            if pool.len() < POOL {
-                pool.push(program);
-            }
+        let is_new = run_program(&program, &mut victims, &mut tally, &mut seen);
+        if is_new && pool.len() < POOL {
+            pool.push(program);
         }
     }
     let new = seen.len() - known;

@@ -108,7 +108,7 @@ impl Write {
             9 => index(entry(0), word),
             10 => {
                 let tail = word & !3;
-                let both = [value % (capacity + 4) & !3, tail].map(u32::to_ne_bytes);
+                let both = [(value % (capacity + 4)) & !3, tail].map(u32::to_ne_bytes);
                 Self::of(HEAD_OFFSET, both.as_flattened())
             }
             _ => Self::of(value as usize % memory, &[a]),

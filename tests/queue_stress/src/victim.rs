@@ -3,7 +3,6 @@
 use std::cell::Cell;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use iohost_memory::SharedMemory;
@@ -20,7 +19,7 @@ const KINDS: u8 = 36;
 /// Both ends of one ring, and the attacker's own mapping of it.
 pub struct Victim {
     ring: Ring,
-    enemy: Arc<Enemy>,
+    enemy: Enemy,
     producer: Option<Producer<Quiet>>,
     consumer: Option<Consumer<Quiet>>,
     /// What each end said when it ended; it has to say the same for ever.
@@ -87,7 +86,7 @@ impl Victim {
         let file = ring.memory().as_fd().try_clone_to_owned()?;
         let memory = SharedMemory::attach(file, ring.memory().len())?;
         let (ambush, wakes) = (Cell::new(None), Cell::new(0));
-        let enemy = Arc::new(Enemy { memory, capacity, ambush, wakes });
+        let enemy = Enemy { memory, capacity, ambush, wakes };
         let (producer, consumer, over, entry) = (None, None, [None; 2], Vec::new());
         Ok(Self { ring, enemy, producer, consumer, over, entry })
     }
