@@ -133,7 +133,7 @@ fn run_program(
 ) -> bool {
     program.bytes().clone_into(&mut CURRENT.lock().expect("nobody panics with it"));
     let victim = &mut victims[program.capacity()];
-    victim.reset();
+    victim.reset(true);
     let (mut before, mut is_new) = (0, false);
     for step in program.steps() {
         let (kind, outcome) = victim.step(step);
@@ -165,7 +165,7 @@ fn storm(
     while writes.load(Relaxed) == 0 {
         thread::yield_now();
     }
-    victim.reset();
+    victim.reset(false);
     for _ in 0..PROGRAMS_PER_STORM {
         let program = match random.choice(pool) {
             Some(program) => program.mutated(program, random),

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use iohost_memory::SharedMemory;
 use iohost_memory::ring::{
-    Consumer, Corruption, Entry, HEAD_OFFSET, Notify, Producer, QueueError, Ring, Wait, WaitError,
-    Wake,
+    Consumer, Corruption, Entry, HEAD_OFFSET, KEPT, Notify, Producer, QueueError, READ_TO_OFFSET,
+    Ring, TAIL_OFFSET, Wait, WaitError, Wake,
 };
 
 use crate::program::{Step, Write};
@@ -24,6 +24,11 @@ pub struct Victim {
     consumer: Option<Consumer<Quiet>>,
     /// What each end said when it ended; it has to say the same for ever.
     over: [Option<QueueError>; 2],
+    /// Where the consumer is and the tail it has seen, as far as that is certain: it never goes
+    /// past that tail. Never certain while another thread writes.
+    way: Option<(u32, u32)>,
+    /// Nobody else writes.
+    is_alone: bool,
     entry: Vec<u8>,
 }
 
@@ -60,9 +65,13 @@ impl Enemy {
 
     /// Where the shared memory says that the consumer is; anything.
     fn head(&self) -> u32 {
-        let mut head = [0; 4];
-        self.memory.read_at(HEAD_OFFSET, &mut head);
-        u32::from_ne_bytes(head)
+        self.word(HEAD_OFFSET)
+    }
+
+    fn word(&self, offset: usize) -> u32 {
+        let mut word = [0; 4];
+        self.memory.read_at(offset, &mut word);
+        u32::from_ne_bytes(word)
     }
 }
 
@@ -87,8 +96,17 @@ impl Victim {
         let memory = SharedMemory::attach(file, ring.memory().len())?;
         let (ambush, wakes) = (Cell::new(None), Cell::new(0));
         let enemy = Enemy { memory, capacity, ambush, wakes };
-        let (producer, consumer, over, entry) = (None, None, [None; 2], Vec::new());
-        Ok(Self { ring, enemy, producer, consumer, over, entry })
+        let over = [None; 2];
+        Ok(Self {
+            ring,
+            enemy,
+            producer: None,
+            consumer: None,
+            over,
+            way: None,
+            is_alone: true,
+            entry: Vec::new(),
+        })
     }
 
     /// The attacker's mapping once more, for a thread of its own.
@@ -97,8 +115,9 @@ impl Victim {
         Ok(SharedMemory::attach(file, self.ring.memory().len())?)
     }
 
-    /// An empty ring with two new ends.
-    pub fn reset(&mut self) {
+    /// An empty ring with two new ends, that nobody writes into but in the steps, or somebody does.
+    pub fn reset(&mut self, is_alone: bool) {
+        self.is_alone = is_alone;
         self.enemy.memory.write_at(0, &vec![0; self.ring.memory().len()]);
         self.enemy.ambush.set(None);
         self.enemy.wakes.set(0);
@@ -164,37 +183,45 @@ impl Victim {
             }),
             25 | 26 => {
                 let mut entry = std::mem::take(&mut self.entry);
-                let outcome = self.consume(|consumer, _| consumer.dequeue(&mut entry));
+                let outcome = self.consume_one(true, |consumer, _| consumer.dequeue(&mut entry));
                 assert!(entry.len() <= capacity as usize - 4, "an entry longer than the ring");
                 self.entry = entry;
                 outcome
             }
-            27 | 28 => self.consume(|consumer, enemy| {
+            27 | 28 => self.consume_one(true, |consumer, enemy| {
                 consumer.dequeue_with(|entry| {
                     enemy.pounce();
                     check(entry, capacity);
                 })
             }),
-            29 => self.consume(|consumer, enemy| {
-                let most = 1 + usize::from(a % 16);
-                let mut count = 0;
-                let batch = consumer.dequeue_batch(most, |entry| {
-                    count += 1;
-                    if count == 2 {
-                        enemy.pounce();
+            29 => {
+                self.way = None;
+                self.consume(|consumer, enemy| {
+                    let most = 1 + usize::from(a % 16);
+                    let mut count = 0;
+                    let batch = consumer.dequeue_batch(most, |entry| {
+                        count += 1;
+                        if count == 2 {
+                            enemy.pounce();
+                        }
+                        check(entry, capacity);
+                    });
+                    if let Ok(told) = batch {
+                        assert!(
+                            told == count && (1..=most).contains(&told),
+                            "{told} of {most}, {count} shown"
+                        );
                     }
-                    check(entry, capacity);
-                });
-                if let Ok(told) = batch {
-                    assert!(
-                        told == count && (1..=most).contains(&told),
-                        "{told} of {most}, {count} shown"
-                    );
-                }
-                batch.map(drop)
-            }),
-            30 => self.consume(|consumer, _| consumer.peek(|entry| check(entry, capacity))),
-            31 => self.consume(|consumer, enemy| sleepless(consumer.wait(enemy, Duration::ZERO))),
+                    batch.map(drop)
+                })
+            }
+            30 => {
+                self.consume_one(false, |consumer, _| consumer.peek(|entry| check(entry, capacity)))
+            }
+            31 => {
+                self.way = None;
+                self.consume(|consumer, enemy| sleepless(consumer.wait(enemy, Duration::ZERO)))
+            }
             32 => {
                 if let (Some(producer), Some(consumer)) = (&self.producer, &self.consumer) {
                     producer.send_data_available();
@@ -225,6 +252,10 @@ impl Victim {
         let taken = Consumer::new(self.ring.clone(), Quiet);
         let outcome = number(&taken);
         self.consumer = taken.ok();
+        self.way = None;
+        if self.is_alone && self.consumer.is_some() {
+            self.way = Some((self.read_to(), self.enemy.word(TAIL_OFFSET)));
+        }
         outcome
     }
 
@@ -247,7 +278,41 @@ impl Victim {
         stays_over(&mut self.over[1], &result);
         number(&result)
     }
+
+    /// As [`consume`](Self::consume), for what takes or shows one entry: it lies on the way.
+    fn consume_one(
+        &mut self,
+        is_taken: bool,
+        operation: impl FnOnce(&mut Consumer<Quiet>, &Enemy) -> Result<(), QueueError>,
+    ) -> Outcome {
+        let way = self.way.take();
+        // Only a consumer that has read all it knows of looks at the tail.
+        let look = || self.enemy.word(TAIL_OFFSET);
+        let way = way.map(|(head, tail)| (head, if head == tail { look() } else { tail }));
+        let outcome = self.consume(operation);
+        let (Some((head, tail)), true) = (way, self.consumer.is_some()) else { return outcome };
+        let is_empty = outcome == EMPTY;
+        if outcome == DONE && is_taken {
+            let next = self.read_to();
+            let is_on_its_way =
+                if head < tail { head < next && next <= tail } else { next > head || next <= tail };
+            assert!(is_on_its_way && head != tail, "from {head} to {next}, the tail at {tail}");
+            self.way = Some((next, tail));
+        } else if outcome == DONE || is_empty {
+            assert_eq!(is_empty, head == tail, "head {head}, tail {tail}");
+            self.way = Some((head, tail));
+        }
+        outcome
+    }
+
+    /// Where the consumer has just said that it is.
+    fn read_to(&self) -> u32 {
+        self.enemy.word(READ_TO_OFFSET) - KEPT
+    }
 }
+
+const DONE: Outcome = 1;
+const EMPTY: Outcome = 3;
 
 /// An entry is inside the ring, and so is all that can be had of it.
 fn check(entry: &Entry<'_>, capacity: u32) {
@@ -280,9 +345,9 @@ fn sleepless(waited: Result<(), WaitError>) -> Result<(), QueueError> {
 
 fn number<T>(result: &Result<T, QueueError>) -> Outcome {
     match result {
-        Ok(_) => 1,
+        Ok(_) => DONE,
         Err(QueueError::Overrun { .. }) => 2,
-        Err(QueueError::Underrun) => 3,
+        Err(QueueError::Underrun) => EMPTY,
         Err(QueueError::MessageTooLarge { .. }) => 4,
         Err(QueueError::Corrupt(Corruption::Index { .. })) => 5,
         Err(QueueError::Corrupt(Corruption::HeadAstray { .. })) => 6,
