@@ -23,7 +23,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use iohost_event::Poller;
-use iohost_memory::ring::{Consumer, Doorway, Entry, Peer, Producer, QueueError, WaitError};
+use iohost_memory::ring::{Consumer, Doorway, Peer, Producer, QueueError, WaitError};
 use smol::Async;
 
 /// The end into which a client puts entries for the driver.
