@@ -3,7 +3,8 @@
 //! An [`Engine`] is a few worker threads that wait on one epoll set. A [`Queue`] is a list of
 //! work that is run by at most one thread at a time; a source turns events of the kernel into
 //! work on its queue: [`DescriptorSource`] a descriptor that became readable, [`InterruptSource`]
-//! a counted event with a time, [`TimerSource`] a deadline. Queues and sources are values, not
+//! a counted event with a time, [`BellSource`] a notification of another process, [`TimerSource`] a
+//! deadline. Queues and sources are values, not
 //! threads: ten thousand idle ones cost memory and nothing else.
 //!
 //! The rules are those of DriverKit's IODispatchQueue and IODispatchSource; the SDK gives them
@@ -19,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 mod baton;
+mod bell;
 mod clocks;
 mod deadlines;
 mod engine;
@@ -36,6 +38,7 @@ mod timer;
 mod waiter;
 mod watchlist;
 
+pub use bell::BellSource;
 pub use engine::{Engine, EngineClock};
 pub use interrupt::{InterruptEvent, InterruptLine, InterruptSource};
 pub use iohost_event::{Clock, Signal};

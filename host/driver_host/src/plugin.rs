@@ -37,8 +37,8 @@ use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use iohost_control::host::RunningService;
 use iohost_device_backend::InterruptKind;
 use iohost_dispatch::{
-    Block, Clock, DescriptorSource, InterruptEvent, InterruptLine, InterruptSource, Queue,
-    QueueOptions, Signal, TimerSource,
+    BellSource, Block, Clock, InterruptEvent, InterruptLine, InterruptSource, Queue, QueueOptions,
+    Signal, TimerSource,
 };
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, CallArguments, ClientMemory, DEVICE, DISPATCH, DeviceBar,
@@ -401,7 +401,7 @@ objects! {
     ForeignWatcher => HostWatch;
     InterruptObject => HostInterrupt;
     TimerSource => HostTimer;
-    DescriptorSource<OwnedFd> => HostDescriptor;
+    BellSource => HostDescriptor;
     Device => HostDevice;
     SharedMemory => HostMemory;
 }
@@ -675,6 +675,10 @@ static DISPATCH_TABLE: DispatchTable = DispatchTable {
     interrupt_create_from_eventfd,
     interrupt_check,
     timer_check,
+    descriptor_set_handler,
+    descriptor_set_enable,
+    descriptor_cancel,
+    descriptor_check,
 };
 
 unsafe extern "C" fn queue_create(
@@ -1039,7 +1043,7 @@ unsafe extern "C" fn descriptor_create(
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
     let made = fd
         .try_clone_to_owned()
-        .and_then(|fd| DescriptorSource::create(&queue.queue, fd, move || handler.call(0, 0)));
+        .and_then(|fd| BellSource::create(&queue.queue, fd, move || handler.call(0, 0)));
     let made = made.map_err(|err| {
         error!(err:err; "watching a descriptor");
         IOReturn::NO_RESOURCES
@@ -1050,12 +1054,47 @@ unsafe extern "C" fn descriptor_create(
 
 unsafe extern "C" fn descriptor_nudge(source: *mut HostDescriptor) {
     // SAFETY: contract 2.
-    unsafe { object::<DescriptorSource<OwnedFd>>(source) }.nudge();
+    unsafe { object::<BellSource>(source) }.nudge();
+}
+
+unsafe extern "C" fn descriptor_set_handler(
+    source: *mut HostDescriptor,
+    handler: *const Handler,
+) -> i32 {
+    // SAFETY: contract 4: null, or a handler for the call, which we take.
+    let handler = unsafe { handler.as_ref() }.map(|&handler| ForeignHandler(handler));
+    // SAFETY: contract 2.
+    let source = unsafe { object::<BellSource>(source) };
+    let handler = handler.map(|mut handler| move || handler.call(0, 0));
+    i32::from(source.set_handler(handler))
+}
+
+unsafe extern "C" fn descriptor_set_enable(
+    source: *mut HostDescriptor,
+    enable: i32,
+    done: Work,
+) -> i32 {
+    let done = ForeignWork::block(done);
+    // SAFETY: contract 2.
+    let source = unsafe { object::<BellSource>(source) };
+    IOReturn::code(&source.set_enable(enable != 0, done))
+}
+
+unsafe extern "C" fn descriptor_cancel(source: *mut HostDescriptor, done: Work) {
+    let done = ForeignWork::block(done);
+    // SAFETY: contract 2.
+    unsafe { object::<BellSource>(source) }.cancel(done);
+}
+
+unsafe extern "C" fn descriptor_check(source: *mut HostDescriptor, wait: i32) -> i32 {
+    // SAFETY: contract 2.
+    let source = unsafe { object::<BellSource>(source) };
+    IOReturn::code(&if wait == 0 { source.check_for_work() } else { source.wait_for_work() })
 }
 
 unsafe extern "C" fn descriptor_release(source: *mut HostDescriptor) {
     // SAFETY: contract 2.
-    unsafe { released::<DescriptorSource<OwnedFd>>(source) }
+    unsafe { released::<BellSource>(source) }
 }
 
 static DEVICE_TABLE: DeviceTable = DeviceTable {

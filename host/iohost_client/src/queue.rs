@@ -23,7 +23,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
 use iohost_event::Poller;
-use iohost_memory::ring::{Consumer, Doorway, Entry, Peer, Producer, QueueError, WaitError};
+use iohost_memory::ring::{Consumer, Doorway, Peer, Producer, QueueError, WaitError};
 use smol::Async;
 
 /// The end into which a client puts entries for the driver.
@@ -97,14 +97,9 @@ impl QueueProducer {
 
     /// As [`send`](Self::send), but `TimedOut` when there was no room within `timeout`.
     pub fn send_within(&mut self, data: &[u8], timeout: Duration) -> Result<(), WaitError> {
-        loop {
-            match self.ring.enqueue(data) {
-                Err(QueueError::Overrun { size }) => {
-                    self.ring.wait_for_room(size, &self.line.doorway, timeout)?;
-                }
-                other => return Ok(other?),
-            }
-        }
+        // Waited for first: an entry that is refused would take back that this end is awake.
+        self.ring.wait_for_room(data.len(), &self.line.doorway, timeout)?;
+        Ok(self.ring.enqueue(data)?)
     }
 
     /// Puts one entry in if there is room, and never waits. After `false` the descriptor becomes
@@ -165,12 +160,9 @@ impl QueueConsumer {
         entry: &mut Vec<u8>,
         timeout: Duration,
     ) -> Result<(), WaitError> {
-        loop {
-            match self.ring.dequeue_with(|found: &Entry<'_>| found.copy_to(entry)) {
-                Err(QueueError::Underrun) => self.ring.wait(&self.line.doorway, timeout)?,
-                other => return Ok(other?),
-            }
-        }
+        // Waited for first: finding nothing would take back that this end is awake.
+        self.ring.wait(&self.line.doorway, timeout)?;
+        Ok(self.ring.dequeue(entry)?)
     }
 
     /// Takes the next entry into `entry` if there is one, and never waits. After `false`, with

@@ -734,6 +734,7 @@ macro_rules! source {
 
 source! { Interrupt: interrupt_set_enable, interrupt_cancel, interrupt_check }
 source! { Timer: timer_set_enable, timer_cancel, timer_check }
+source! { Descriptor: descriptor_set_enable, descriptor_cancel, descriptor_check }
 
 impl Interrupt {
     pub(crate) fn create(
@@ -822,6 +823,13 @@ impl Descriptor {
         let status =
             host!(dispatch.descriptor_create(queue.0.as_ptr(), fd, handler, &raw mut source));
         Ok(Self(adopt(status, source)?))
+    }
+
+    /// Whether there were events that nobody could be called for.
+    pub(crate) fn set_handler(&self, handler: Option<impl FnMut() + Send + 'static>) -> bool {
+        let handler = handler.map(|mut handler| handler_of(move |_, _| handler()));
+        let handler = handler.as_ref().map_or(ptr::null(), ptr::from_ref);
+        host!(dispatch.descriptor_set_handler(self.0.as_ptr(), handler)) != 0
     }
 
     pub(crate) fn nudge(&self) {

@@ -2,12 +2,17 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Weak};
 
-use iohost_memory::ring::{Bell, Consumer, Producer};
+use iohost_interface::IOReturn;
+use iohost_memory::SharedMemory;
+use iohost_memory::ring::{Bell, Consumer, Handling, Producer, Ring};
 
+use crate::dispatch_source::HostSource;
 use crate::service::QueueEnd;
-use crate::{IODispatchQueue, Result, abi};
+use crate::{Error, IODispatchQueue, IODispatchSource, Result, abi};
 
 /// `IODataQueueDispatchSource`: one end of a data queue, and a handler that runs on a queue when
 /// the other end has done something.
@@ -17,39 +22,137 @@ use crate::{IODispatchQueue, Result, abi};
 /// [`Producer`] it is `DataServiced`: after an `Overrun` there is room again, perhaps not enough.
 /// Notifications carry no count and can be spurious.
 ///
-/// The end's own methods are there through deref. Dropping the source ends it; the client sees
-/// no more entries.
+/// The end's own methods are there through deref. They work whether or not the source is enabled
+/// or cancelled: those concern the handler alone. Dropping the source ends it; the client sees no
+/// more entries.
+///
+/// What it has in common with other sources is in [`IODispatchSource`]. It starts enabled. What the
+/// other end announces while it is disabled is kept, and leads to one call once it is enabled.
+/// [`check_for_work`](IODispatchSource::check_for_work) has the handler of a consumer called if there
+/// are entries; a producer has nothing that could be looked at, so it says `NOT_READY`.
 pub struct IODataQueueDispatchSource<End> {
     end: End,
-    bell: abi::Descriptor,
-    /// Open for as long as it is watched.
-    _doorbell: OwnedFd,
+    bell: Arc<abi::Descriptor>,
+    has_handler: AtomicBool,
+    doorbell: OwnedFd,
 }
 
-impl<End> IODataQueueDispatchSource<End> {
+impl<End: RingEnd> IODataQueueDispatchSource<End> {
     /// Watches the other end from now on. A queue to take from that holds entries already leads
     /// to a call.
+    ///
+    /// Errors: `NO_RESOURCES` when no descriptor is left.
     pub fn create<S: Send + 'static>(
         end: QueueEnd<End>,
         queue: &IODispatchQueue<S>,
-        mut handler: impl FnMut(&mut S) + Send + 'static,
+        handler: impl FnMut(&mut S) + Send + 'static,
     ) -> Result<Self> {
-        use std::os::fd::AsFd;
-        let QueueEnd { end, doorbell, holds_entries } = end;
-        let mut handler = queue.handler(move |state, (), ()| handler(state));
-        // Watching is edge-triggered, so the doorbell is never read: one write, one call.
-        let bell = abi::Descriptor::create(queue.raw(), doorbell.as_fd(), move || handler((), ()))?;
-        // Looked at after the watching began, so an entry is seen by one of the two.
-        if holds_entries(&end) {
-            bell.nudge();
-        }
-        Ok(Self { end, bell, _doorbell: doorbell })
+        let QueueEnd { end, doorbell } = end;
+        // The handler needs the source that it belongs to, so it comes second. Nothing is missed: no
+        // DataServiced can be asked for before there is a source, and entries are looked for.
+        let bell = Arc::new(abi::Descriptor::create(queue.raw(), doorbell.as_fd(), || ())?);
+        let source = Self { end, bell, has_handler: AtomicBool::new(false), doorbell };
+        source.set_handler(queue, handler);
+        Ok(source)
     }
 
-    /// Has the handler called once more, as if the other end had done something. For a handler
-    /// that stopped before the end of its work.
-    pub fn check_for_work(&self) {
-        self.bell.nudge();
+    /// Replaces the handler from the next call on. `queue` is the one given to `create`.
+    /// `SetDataAvailableHandler` and `SetDataServicedHandler`.
+    ///
+    /// A consumer's is called once if there are entries now. A producer's is not, unless a
+    /// DataServiced came while there was no handler; that one it gets.
+    pub fn set_handler<S: Send + 'static>(
+        &self,
+        queue: &IODispatchQueue<S>,
+        mut handler: impl FnMut(&mut S) + Send + 'static,
+    ) {
+        let mut handler = queue.handler(move |state, (), ()| handler(state));
+        let (handling, bell) = (self.end.handling(), Arc::downgrade(&self.bell));
+        let came = self.bell.set_handler(Some(move || {
+            handling.begin();
+            let call = Call { handling: &handling, bell: &bell };
+            handler((), ());
+            drop(call);
+        }));
+        self.has_handler.store(true, Relaxed);
+        // Looked at after the handler is there, so an entry is seen by one of the two.
+        if self.end.is_due(came) {
+            self.bell.nudge();
+        }
+    }
+
+    /// Removes the handler: nobody is called until there is another one. One that runs now goes when
+    /// it has returned. `Set…Handler` without an action.
+    pub fn remove_handler(&self) {
+        self.has_handler.store(false, Relaxed);
+        self.bell.set_handler(None::<fn()>);
+    }
+
+    /// Something that can be rung to have the handler called, as the other end does; in this process
+    /// or, as a descriptor, in another one. `CopyDataAvailableHandler` and `CopyDataServicedHandler`.
+    ///
+    /// Errors: `NOT_READY` while there is no handler, `NO_RESOURCES` when no descriptor is left.
+    pub fn copy_handler(&self) -> Result<Bell> {
+        if !self.has_handler.load(Relaxed) {
+            return Err(Error::new(IOReturn::NOT_READY, "the data queue has no handler to copy"));
+        }
+        let doorbell = self.doorbell.try_clone();
+        Ok(doorbell.map_err(|err| Error::new(IOReturn::NO_RESOURCES, err.to_string()))?.into())
+    }
+
+    /// One more reference to the memory of the queue, which lives as long as the last one.
+    /// `CopyMemory`.
+    pub fn copy_memory(&self) -> Arc<SharedMemory> {
+        self.end.ring_of().memory().clone()
+    }
+}
+
+/// A handler that runs. Its end, also by a panic, is the end of what the other end is told.
+struct Call<'a> {
+    handling: &'a Handling,
+    bell: &'a Weak<abi::Descriptor>,
+}
+
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        if self.handling.end()
+            && let Some(bell) = self.bell.upgrade()
+        {
+            bell.nudge();
+        }
+    }
+}
+
+impl<End: RingEnd> IODispatchSource for IODataQueueDispatchSource<End> {}
+
+impl<End: RingEnd> HostSource for IODataQueueDispatchSource<End> {
+    type Source = Self;
+
+    fn source(&self) -> &Self {
+        self
+    }
+}
+
+impl<End: RingEnd> abi::Source for IODataQueueDispatchSource<End> {
+    fn set_enable(
+        &self,
+        enable: bool,
+        done: Option<impl FnOnce() + Send + 'static>,
+    ) -> Result<(), IOReturn> {
+        self.bell.set_enable(enable, done)
+    }
+
+    fn cancel(&self, done: impl FnOnce() + Send + 'static) {
+        self.has_handler.store(false, Relaxed);
+        self.bell.cancel(done);
+    }
+
+    fn check_for_work(&self) -> Result<(), IOReturn> {
+        if self.end.is_due(false) { self.bell.check_for_work() } else { Err(IOReturn::NOT_READY) }
+    }
+
+    fn wait_for_work(&self) -> Result<(), IOReturn> {
+        self.bell.wait_for_work()
     }
 }
 
@@ -73,30 +176,52 @@ impl<End> fmt::Debug for IODataQueueDispatchSource<End> {
     }
 }
 
-/// How an end is made from what a session has.
-pub(crate) trait RingEnd: Sized {
-    fn of(ring: iohost_memory::ring::Ring, bell: Bell) -> Result<Self, crate::QueueError>;
+/// What the two ends have in common. Nobody outside of the crate can name it.
+pub trait RingEnd: Sized {
+    fn of(ring: Ring, bell: Bell) -> Result<Self, crate::QueueError>;
 
-    /// Whether there is something to take.
-    fn holds_entries(&self) -> bool;
+    fn ring_of(&self) -> &Ring;
+
+    fn handling(&self) -> Handling;
+
+    /// Whether a handler that is new has to be called. `came`: a notification came while there was
+    /// none.
+    fn is_due(&self, came: bool) -> bool;
 }
 
 impl RingEnd for Consumer {
-    fn of(ring: iohost_memory::ring::Ring, bell: Bell) -> Result<Self, crate::QueueError> {
+    fn of(ring: Ring, bell: Bell) -> Result<Self, crate::QueueError> {
         Consumer::new(ring, bell)
     }
 
-    fn holds_entries(&self) -> bool {
+    fn ring_of(&self) -> &Ring {
+        self.ring()
+    }
+
+    fn handling(&self) -> Handling {
+        Consumer::handling(self)
+    }
+
+    /// Entries are all that a notification could announce.
+    fn is_due(&self, _came: bool) -> bool {
         self.is_data_available()
     }
 }
 
 impl RingEnd for Producer {
-    fn of(ring: iohost_memory::ring::Ring, bell: Bell) -> Result<Self, crate::QueueError> {
+    fn of(ring: Ring, bell: Bell) -> Result<Self, crate::QueueError> {
         Producer::new(ring, bell)
     }
 
-    fn holds_entries(&self) -> bool {
-        false
+    fn ring_of(&self) -> &Ring {
+        self.ring()
+    }
+
+    fn handling(&self) -> Handling {
+        Producer::handling(self)
+    }
+
+    fn is_due(&self, came: bool) -> bool {
+        came
     }
 }

@@ -1,4 +1,4 @@
-//! What interrupt and timer sources have in common.
+//! What interrupt, timer and data queue sources have in common.
 
 use crate::abi::{self, Source as _};
 use crate::{IODispatchQueue, Result};

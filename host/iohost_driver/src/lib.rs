@@ -42,7 +42,8 @@ pub use dma::{ClientMemory, IOBufferMemoryDescriptor, IODMACommand, PreparedDma}
 pub use error::{Error, Result};
 pub use interrupt::{EventfdInterrupt, IOInterruptDispatchSource, InterruptEvent, InterruptType};
 pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDriver};
-pub use iohost_memory::ring::{Consumer, Entry, Producer, QueueError, Slot};
+pub use iohost_memory::SharedMemory;
+pub use iohost_memory::ring::{Bell, Consumer, Entry, Producer, QueueError, Slot};
 pub use iohost_registers::{RegisterMap, register_bits, register_map};
 pub use log;
 pub use notification::{

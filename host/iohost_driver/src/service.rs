@@ -113,7 +113,6 @@ pub(crate) struct SessionEnds {
 pub struct QueueEnd<End> {
     pub(crate) end: End,
     pub(crate) doorbell: OwnedFd,
-    pub(crate) holds_entries: fn(&End) -> bool,
 }
 
 impl Session {
@@ -158,7 +157,7 @@ impl SessionEnds {
         let ring =
             Ring::attach(self.memory, u64::from(self.bytes)).map_err(|err| unusable(&err))?;
         let end = End::of(ring, Bell::from(rings)).map_err(|err| unusable(&err))?;
-        Ok(QueueEnd { end, doorbell, holds_entries: End::holds_entries })
+        Ok(QueueEnd { end, doorbell })
     }
 }
 

@@ -414,6 +414,17 @@ pub struct DispatchTable {
     pub interrupt_check: unsafe extern "C" fn(source: *mut HostInterrupt, wait: i32) -> i32,
     /// The same for a timer.
     pub timer_check: unsafe extern "C" fn(timer: *mut HostTimer, wait: i32) -> i32,
+    /// Replaces a descriptor's handler, or removes it (null). 1 if there were events that nobody
+    /// could be called for, else 0; a new handler is not called for them.
+    pub descriptor_set_handler:
+        unsafe extern "C" fn(source: *mut HostDescriptor, handler: *const Handler) -> i32,
+    /// Enables (1) or disables (0). A descriptor starts enabled; what comes meanwhile is kept.
+    pub descriptor_set_enable:
+        unsafe extern "C" fn(source: *mut HostDescriptor, enable: i32, done: Work) -> i32,
+    /// Ends the source.
+    pub descriptor_cancel: unsafe extern "C" fn(source: *mut HostDescriptor, done: Work),
+    /// Has the handler called once more (0), or waits for its next call (1).
+    pub descriptor_check: unsafe extern "C" fn(source: *mut HostDescriptor, wait: i32) -> i32,
 }
 
 /// The name of [`DispatchTable`].

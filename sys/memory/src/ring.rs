@@ -29,8 +29,8 @@
 //! | 0 | u32 | head: offset of the next entry to read, as of the last time that none was left | consumer |
 //! | 4 | u32 | tail: offset where the next entry goes | producer |
 //! | 8 | u8 | needServicedCallback | producer sets, consumer clears |
-//! | 9 | u8 | consumerAwake: it looks again by itself | consumer |
-//! | 10 | u8 | producerAwake: it looks again by itself | producer |
+//! | 9 | u8 | consumerAwake: 1, it looks again by itself; 2, its handler runs; 3, and a DataAvailable was left out | consumer, 3 producer |
+//! | 10 | u8 | producerAwake: the same, of the producer and DataServiced | producer, 3 consumer |
 //! | 11 | 53 | zero | nobody |
 //! | 64 | u32 | readTo: offset of the next entry to read, and 1; or 0 | consumer |
 //! | 68 | u8 | roomWanted: needServicedCallback once more | producer sets, consumer clears |
@@ -81,8 +81,12 @@
 //! [`Producer::wait_for_room`], or was there and has not been told `Underrun` or `Overrun` since, so
 //! that it has to look again before it may sleep. It takes the flag back before it does: the
 //! consumer with the fence of 1 behind it (`[awake]`), the producer with the request of 4, which
-//! the consumer must have seen to answer it (`[sleep]`). An end that only handles notifications and
-//! never waits is never awake, and gets all that the rules say.
+//! the consumer must have seen to answer it (`[sleep]`).
+//!
+//! Nor is it sent while the other end's handler runs, if whoever calls that says so by a
+//! [`Handling`]. Then word is left in the flag, and found when the flag is taken back, both by an
+//! atomic exchange (`[handling]`): the handler is called once more. That is what the notification
+//! would have led to, so a handler gets all the calls that the rules say and no other ones.
 //!
 //! Each end keeps what it last saw of the other's index and looks again only where the answer
 //! could change something. Handlers cannot tell: an older head never changes where an entry goes,
@@ -113,6 +117,7 @@ mod cells;
 #[path = "ring/modelled_cells.rs"]
 mod cells;
 mod consumer;
+mod handling;
 mod layout;
 #[cfg(all(test, loom))]
 mod loom_model;
@@ -130,6 +135,7 @@ use loom::sync::atomic::{Ordering, fence};
 pub use bell::{Bell, Doorway, Notify, Peer, Wait, WaitError, Wake};
 use cells::Cells;
 pub use consumer::{Consumer, Entry};
+pub use handling::Handling;
 pub use layout::{
     ALIGNMENT, CONSUMER_AWAKE_OFFSET, ENTRY_HEADER_SIZE, HEAD_OFFSET, KEPT, MAX_QUEUE_BYTE_COUNT,
     MEMORY_HEADER_SIZE, NEED_SERVICED_OFFSET, PRODUCER_AWAKE_OFFSET, READ_TO_OFFSET,
@@ -314,6 +320,8 @@ enum Step {
     ConsumerSaysItSleeps,
     /// Producer: take back that it is awake before sleeping.
     ProducerSaysItSleeps,
+    /// Either: tell an end whose handler runs that a notification was left out.
+    SayLeftOut,
     /// Consumer: publish the head when everything that is known of was read.
     PublishHead,
     /// Consumer, on an empty ring: answer a producer that was refused.

@@ -2,7 +2,10 @@
 //!
 //! Ours is a data queue in each direction, waited for as its documentation advises. The peers are
 //! shmem-ipc (a ring of fixed-size items in shared memory that does not trust its peer either), a
-//! pipe, and a Unix `SOCK_SEQPACKET` socket. Messages are copied in and copied out, so that the
+//! pipe, and a Unix `SOCK_SEQPACKET` socket. shmem-ipc is driven item by item: its safe batch form
+//! (`recv_foreach`) forgets to tell the sender if the batch goes round the ring's end, and its raw
+//! form takes `unsafe`. Left out for the like reason, that they cannot be driven across processes
+//! without `unsafe` here: bbqueue, and iceoryx2. Messages are copied in and copied out, so that the
 //! receiver has touched every byte, and their number is checked. A stream ends with one message
 //! back, which says that all have arrived.
 
@@ -10,15 +13,19 @@ use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::process::{Child, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use iohost_event::Packets;
-use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, Ring};
+use iohost_memory::SharedMemory;
+use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, QueueError, Ring, Wait};
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, recv, send};
 use shmem_ipc::sharedring::{Receiver, Sender};
 
-use crate::machine::Cores;
+use crate::machine::{Cores, cache_line_round_trip_ns};
 use crate::rounds::{self, Better, Case, Effort, Metric, Side, percentile, this_program};
 
 /// A case of messages of one size, against all peers.
@@ -58,6 +65,37 @@ pub const CASES: &[Case] = &[
         "round_trip_p50_ns" is better Lower,
         "round_trip_p99_ns" is better Lower
     ),
+    case!("queue-system-calls-64", system_calls::<64>, "stream_64_system_calls" is better Lower),
+    Case {
+        bench: "queue",
+        name: "queue-batches-64",
+        metrics: &[Metric { name: "batched_64_messages_per_s", better: Better::Higher }],
+        ours: |effort| batches("queue-batches-64", effort),
+        peers: &[rounds::Peer { name: "plain copy between two cores", run: plain_copy }],
+    },
+    Case {
+        bench: "queue",
+        name: "queue-polled-64",
+        metrics: &[Metric { name: "polled_round_trip_ns", better: Better::Lower }],
+        ours: |effort| polled("queue-polled-64", effort),
+        peers: &[rounds::Peer {
+            name: "cache line there and back",
+            run: |_| Ok(vec![cache_line_round_trip_ns()?]),
+        }],
+    },
+    Case {
+        bench: "queue",
+        name: "queue-sleeping-64",
+        metrics: &[
+            Metric { name: "sleeping_round_trip_p50_ns", better: Better::Lower },
+            Metric { name: "sleeping_round_trip_p99_ns", better: Better::Lower },
+        ],
+        ours: |effort| round_trip::<64, Sleepers>("queue-sleeping-64", Side::Ours, effort),
+        peers: &[rounds::Peer {
+            name: "eventfd ping-pong",
+            run: |effort| round_trip::<64, Eventfds>("queue-sleeping-64", Side::Peer(0), effort),
+        }],
+    },
 ];
 
 /// Bytes of each ring: about 960 messages.
@@ -100,9 +138,179 @@ fn round_trip<const SIZE: usize, L: Line<SIZE>>(
     Ok(vec![percentile(samples.clone(), 50), percentile(samples, 99)])
 }
 
+/// System calls per message of both processes together, counted by `ptrace(2)`.
+fn system_calls<const SIZE: usize, L: Line<SIZE>>(
+    case: &str,
+    side: Side,
+    effort: Effort,
+) -> Result<Vec<f64>> {
+    let counted = this_program("--other-end", case, side, effort)?;
+    let calls = crate::system_calls::count(counted, "stream")?;
+    let messages: u64 = stream_counts::<SIZE>(side, effort).iter().sum();
+    Ok(vec![calls as f64 / messages as f64])
+}
+
+/// The counted one, which sends to a process of its own.
+fn counted<const SIZE: usize, L: Line<SIZE>>(side: Side, effort: Effort) -> Result<()> {
+    crate::system_calls::wait_to_be_counted()?;
+    stream::<SIZE, L>("queue-stream-64", side, effort).map(drop)
+}
+
+/// Messages that become the consumer's together.
+const BATCH: usize = 32;
+
+/// As [`stream`], in batches at both ends.
+fn batches(case: &str, effort: Effort) -> Result<Vec<f64>> {
+    let mut session = Session::<Queues>::open::<64>(case, Side::Ours, effort)?;
+    let mut rate = 0.0;
+    for count in batched_counts(effort) {
+        let start = Instant::now();
+        let mut number = 0;
+        while number < count {
+            // Where this entry has room so does each of the batch, or the batch ends at it.
+            let Queues { producer, serviced, .. } = &mut session.line;
+            producer.wait_for_room(BATCH * 68, serviced, Duration::MAX)?;
+            let end = count.min(number + BATCH as u64);
+            producer.enqueue_batch(|batch| {
+                while number < end && batch.enqueue(&message::<64>(number)).is_ok() {
+                    number += 1;
+                }
+            })?;
+        }
+        Line::<64>::receive(&mut session.line, count)?;
+        rate = count as f64 / start.elapsed().as_secs_f64();
+    }
+    session.close()?;
+    Ok(vec![rate])
+}
+
+fn answer_batches(effort: Effort) -> Result<()> {
+    Cores::choose()?.pin_consumer()?;
+    let mut line = <Queues as Line<64>>::join(standard_input()?)?;
+    for count in batched_counts(effort) {
+        let mut number = 0;
+        let mut message = [0; 64];
+        let mut checked = Ok(());
+        while number < count {
+            line.consumer.wait(&line.available, Duration::MAX)?;
+            line.consumer.dequeue_batch(BATCH, |entry| {
+                let is_it = entry.size() == 64 && entry.read_at(0, &mut message).is_ok();
+                if checked.is_ok() {
+                    checked = check::<64>(if is_it { &message } else { &[] }, number);
+                }
+                number += 1;
+            })?;
+        }
+        checked?;
+        Line::<64>::send(&mut line, count)?;
+    }
+    Ok(())
+}
+
+/// Messages to warm up with, and messages to measure.
+fn batched_counts(effort: Effort) -> [u64; 2] {
+    let count = effort.of(8_000_000, 5_000);
+    [count / 10, count]
+}
+
+/// What a batch costs at least: the copies, and one word per batch that says how far. Nothing is
+/// checked but the messages, and nobody sleeps. Between two threads, which have the same memory and
+/// the same cores.
+fn plain_copy(effort: Effort) -> Result<Vec<f64>> {
+    const BATCH_BYTES: u64 = (BATCH * 64) as u64;
+    let cores = Cores::choose()?;
+    let memory = SharedMemory::create(c"plain-copy", QUEUE_BYTE_COUNT as usize)?;
+    let place = |number: u64| (number * 64 % QUEUE_BYTE_COUNT) as usize;
+    let (written, read) = (Line64::default(), Line64::default());
+    let wait_until = |word: &AtomicU64, least: u64| {
+        while word.load(Acquire) < least {
+            std::hint::spin_loop();
+        }
+    };
+    let counts = batched_counts(effort).map(|count| count.next_multiple_of(BATCH as u64));
+    let mut rate = 0.0;
+    thread::scope(|threads| {
+        let reader = threads.spawn(|| {
+            let pinned = cores.pin_consumer();
+            let mut checked = Ok(());
+            let mut message = [0; 64];
+            for number in 0..counts.iter().sum() {
+                if number % BATCH as u64 == 0 {
+                    read.0.store(number, Release);
+                    wait_until(&written.0, number + BATCH as u64);
+                }
+                memory.read_at(place(number), &mut message);
+                if checked.is_ok() {
+                    checked = check::<64>(&message, number);
+                }
+            }
+            read.0.store(counts.iter().sum(), Release);
+            pinned.and(checked)
+        });
+        cores.pin_producer()?;
+        let (mut number, mut known) = (0, 0);
+        for count in counts {
+            let start = Instant::now();
+            let end = number + count;
+            while number < end {
+                let oldest = (number * 64 + BATCH_BYTES).saturating_sub(QUEUE_BYTE_COUNT) / 64;
+                if known < oldest {
+                    wait_until(&read.0, oldest);
+                    known = read.0.load(Acquire);
+                }
+                for _ in 0..BATCH {
+                    memory.write_at(place(number), &message::<64>(number));
+                    number += 1;
+                }
+                written.0.store(number, Release);
+            }
+            wait_until(&read.0, end);
+            rate = count as f64 / start.elapsed().as_secs_f64();
+        }
+        reader.join().expect("the thread does not panic")
+    })?;
+    Ok(vec![rate])
+}
+
+/// A word on a line of memory for itself.
+#[derive(Default)]
+#[repr(align(64))]
+struct Line64(AtomicU64);
+
+/// Round trips with neither end asleep, as mean of a block of them; the median of the blocks.
+fn polled(case: &str, effort: Effort) -> Result<Vec<f64>> {
+    let mut session = Session::<Polled>::open::<64>(case, Side::Ours, effort)?;
+    let mut blocks = Vec::new();
+    for block in 0..POLLED_BLOCKS {
+        let start = Instant::now();
+        for number in block * POLLED_BLOCK..(block + 1) * POLLED_BLOCK {
+            session.line.send(number)?;
+            session.line.receive(number)?;
+        }
+        blocks.push(start.elapsed().as_nanos() as f64 / POLLED_BLOCK as f64);
+    }
+    session.close()?;
+    Ok(vec![percentile(blocks, 50)])
+}
+
+const POLLED_BLOCKS: u64 = 9;
+const POLLED_BLOCK: u64 = 400;
+
 /// The process at the other end; its socket is its standard input.
 pub fn other_end(case: &str, side: Side, effort: Effort) -> Result<()> {
     match case {
+        "queue-system-calls-64" => match side {
+            Side::Ours => counted::<64, Queues>(side, effort),
+            Side::Peer(0) => counted::<64, SharedRings<64>>(side, effort),
+            Side::Peer(1) => counted::<64, Pipes>(side, effort),
+            Side::Peer(_) => counted::<64, Socket>(side, effort),
+        },
+        "queue-batches-64" => answer_batches(effort),
+        "queue-polled-64" => answer_round_trips::<Polled>(POLLED_BLOCKS * POLLED_BLOCK),
+        "queue-sleeping-64" => match side {
+            Side::Ours => answer_round_trips::<Sleepers>(round_trips(effort)),
+            Side::Peer(_) => answer_round_trips::<Eventfds>(round_trips(effort)),
+        },
         "queue-stream-8" => answer::<8>(case, side, effort),
         "queue-stream-64" | "queue-round-trip-64" => answer::<64>(case, side, effort),
         "queue-stream-512" => answer::<512>(case, side, effort),
@@ -129,7 +337,7 @@ fn answer_over<const SIZE: usize, L: Line<SIZE>>(
     effort: Effort,
 ) -> Result<()> {
     Cores::choose()?.pin_consumer()?;
-    let mut line = L::join(Packets::from(std::io::stdin().as_fd().try_clone_to_owned()?))?;
+    let mut line = L::join(standard_input()?)?;
     if case.starts_with("queue-round-trip") {
         for number in 0..round_trips(effort) {
             line.receive(number)?;
@@ -144,6 +352,21 @@ fn answer_over<const SIZE: usize, L: Line<SIZE>>(
         line.send(count)?;
     }
     Ok(())
+}
+
+fn answer_round_trips<L: Line<64>>(count: u64) -> Result<()> {
+    Cores::choose()?.pin_consumer()?;
+    let mut line = L::join(standard_input()?)?;
+    for number in 0..count {
+        line.receive(number)?;
+        line.send(number)?;
+    }
+    Ok(())
+}
+
+/// The socket to the process that measures.
+fn standard_input() -> Result<Packets> {
+    Ok(Packets::from(std::io::stdin().as_fd().try_clone_to_owned()?))
 }
 
 /// Messages to warm up with, and messages to measure.
@@ -244,6 +467,12 @@ impl Parts {
         Some(ring.map(parts).map_err(Into::into))
     }
 
+    fn two(fds: Vec<OwnedFd>) -> Result<[Self; 2]> {
+        let mut fds = fds.into_iter();
+        let mut parts = || Self::attach([fds.next()?, fds.next()?, fds.next()?]);
+        Ok([parts().context("a queue")??, parts().context("another queue")??])
+    }
+
     fn fds(&self) -> [BorrowedFd<'_>; 3] {
         [self.ring.memory().as_fd(), self.available.as_fd(), self.serviced.as_fd()]
     }
@@ -261,9 +490,7 @@ impl<const SIZE: usize> Line<SIZE> for Queues {
     }
 
     fn join(socket: Packets) -> Result<Self> {
-        let mut fds = socket.receive(&mut [0; 16], 6)?.fds.into_iter();
-        let mut parts = || Parts::attach([fds.next()?, fds.next()?, fds.next()?]);
-        let (from, to) = (parts().context("a queue")??, parts().context("another queue")??);
+        let [from, to] = Parts::two(socket.receive(&mut [0; 16], 6)?.fds)?;
         Self::new(to, from, socket)
     }
 
@@ -278,6 +505,109 @@ impl<const SIZE: usize> Line<SIZE> for Queues {
         self.consumer.wait(&self.available, Duration::MAX)?;
         self.consumer.dequeue(&mut self.entry)?;
         check::<SIZE>(&self.entry, number)
+    }
+}
+
+/// Data queues whose ends never sleep, so that nobody has to be told.
+struct Polled {
+    producer: Producer<Option<Bell>>,
+    consumer: Consumer<Option<Bell>>,
+    entry: Vec<u8>,
+}
+
+impl Line<64> for Polled {
+    fn make(socket: Packets) -> Result<Self> {
+        let [to, from] = [Parts::new()?, Parts::new()?];
+        let fds: Vec<BorrowedFd<'_>> = [&to, &from].into_iter().flat_map(Parts::fds).collect();
+        socket.send(b"queues", &fds)?;
+        drop(fds);
+        Ok(Self {
+            producer: Producer::new(to.ring, None)?,
+            consumer: Consumer::new(from.ring, None)?,
+            entry: Vec::new(),
+        })
+    }
+
+    fn join(socket: Packets) -> Result<Self> {
+        let [from, to] = Parts::two(socket.receive(&mut [0; 16], 6)?.fds)?;
+        Ok(Self {
+            producer: Producer::new(to.ring, None)?,
+            consumer: Consumer::new(from.ring, None)?,
+            entry: Vec::new(),
+        })
+    }
+
+    #[inline]
+    fn send(&mut self, number: u64) -> Result<()> {
+        Ok(self.producer.enqueue(&message::<64>(number))?)
+    }
+
+    #[inline]
+    fn receive(&mut self, number: u64) -> Result<()> {
+        while !self.consumer.is_data_available() {
+            std::hint::spin_loop();
+        }
+        self.consumer.dequeue(&mut self.entry)?;
+        check::<64>(&self.entry, number)
+    }
+}
+
+/// Data queues whose ends sleep at once, as those do that are in an event loop.
+struct Sleepers(Queues);
+
+impl Line<64> for Sleepers {
+    fn make(socket: Packets) -> Result<Self> {
+        Line::<64>::make(socket).map(Self)
+    }
+
+    fn join(socket: Packets) -> Result<Self> {
+        Line::<64>::join(socket).map(Self)
+    }
+
+    #[inline]
+    fn send(&mut self, number: u64) -> Result<()> {
+        Ok(self.0.producer.enqueue(&message::<64>(number))?)
+    }
+
+    #[inline]
+    fn receive(&mut self, number: u64) -> Result<()> {
+        while let Err(err) = self.0.consumer.dequeue(&mut self.0.entry) {
+            ensure!(err == QueueError::Underrun, err);
+            self.0.available.wait(None)?;
+        }
+        check::<64>(&self.0.entry, number)
+    }
+}
+
+/// Two eventfds and no message: what a round trip with two sleeps costs at least. They block, so
+/// that a sleep is one `read(2)`; nobody would see that the other end is gone.
+struct Eventfds {
+    to: Bell,
+    from: Bell,
+}
+
+impl Line<64> for Eventfds {
+    fn make(socket: Packets) -> Result<Self> {
+        let blocking = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map(OwnedFd::from);
+        let (to, from) = (Bell::from(blocking()?), Bell::from(blocking()?));
+        socket.send(b"eventfds", &[to.as_fd(), from.as_fd()])?;
+        Ok(Self { to, from })
+    }
+
+    fn join(socket: Packets) -> Result<Self> {
+        let mut fds = socket.receive(&mut [0; 16], 2)?.fds.into_iter();
+        let (from, to) = (fds.next().context("a bell")?, fds.next().context("another")?);
+        Ok(Self { to: to.into(), from: from.into() })
+    }
+
+    fn send(&mut self, _: u64) -> Result<()> {
+        Ok(self.to.ring()?)
+    }
+
+    fn receive(&mut self, _: u64) -> Result<()> {
+        let mut count = [0; 8];
+        nix::unistd::read(&self.from, &mut count)?;
+        Ok(())
     }
 }
 

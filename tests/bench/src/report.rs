@@ -64,7 +64,7 @@ fn row(figure: &Figure) -> [String; 5] {
     } else if let Some(what) = metric.strip_suffix("_ns") {
         (what, duration)
     } else {
-        (*metric, |value| format!("{value:.2}"))
+        (*metric, |value| if value < 0.01 { format!("{value:.5}") } else { format!("{value:.2}") })
     };
     let peers: Vec<_> =
         peers.iter().map(|(name, value)| format!("{name} {}", show(*value))).collect();

@@ -1,4 +1,4 @@
-//! How many system calls a process makes, all of its threads together.
+//! How many system calls a process makes, all of its threads and children together.
 //!
 //! Counted by `ptrace(2)`, which slows the process down and needs no rights and no tool.
 
@@ -18,8 +18,11 @@ pub fn count(mut program: Command, line: &str) -> Result<u64> {
     let mut output = BufReader::new(child.stdout.take().context("it has a pipe")?);
     output.read_line(&mut String::new())?;
     let main = Pid::from_raw(child.id().try_into()?);
-    let options =
-        Options::PTRACE_O_TRACESYSGOOD | Options::PTRACE_O_TRACECLONE | Options::PTRACE_O_EXITKILL;
+    let options = Options::PTRACE_O_TRACESYSGOOD
+        | Options::PTRACE_O_TRACECLONE
+        | Options::PTRACE_O_TRACEFORK
+        | Options::PTRACE_O_TRACEVFORK
+        | Options::PTRACE_O_EXITKILL;
     ptrace::seize(main, options).context("ptrace(2), which counts system calls")?;
     // From this stop on it is let go from system call to system call.
     ptrace::interrupt(main)?;

@@ -214,10 +214,6 @@ impl Wait for Doorway {
     fn wait(&self, deadline: Option<Instant>) -> io::Result<Wake> {
         loop {
             let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            // A notification comes before a hang-up: what was sent before the end still counts.
-            if self.bell.clear()? {
-                return Ok(if left == Some(Duration::ZERO) { Wake::TimedOut } else { Wake::Rung });
-            }
             let bell = PollFd::new(self.bell.as_fd(), PollFlags::POLLIN);
             let peer = self.peer.as_ref().map(Peer::poll_fd);
             let count = if peer.is_some() { 2 } else { 1 };
@@ -229,6 +225,10 @@ impl Wait for Doorway {
             }
             // `None` is an event that the `nix` crate has no name for, POLLRDHUP for one.
             let [is_rung, is_gone] = watched.map(|fd| fd.any().unwrap_or(true));
+            // A notification comes before a hang-up: what was sent before the end still counts.
+            if is_rung && self.bell.clear()? {
+                return Ok(if left == Some(Duration::ZERO) { Wake::TimedOut } else { Wake::Rung });
+            }
             if !is_rung && count == 2 && is_gone {
                 return Ok(Wake::HungUp);
             }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 #[cfg(loom)]
 use loom::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
+use super::handling::{ASLEEP, AWAKE};
 use super::layout::{self, Found, Impossible, KEPT};
 use super::producer::{check_range, read_to};
 use super::spin::Spin;
@@ -45,7 +46,7 @@ impl<N: Notify> Consumer<N> {
         let published = ring.check_index(Index::Head, ring.cells.head().load(Relaxed))?;
         let head = read_to(&ring)?.unwrap_or(published);
         // A previous owner may have been awake, and is not any more.
-        ring.cells.consumer_awake().store(0, Relaxed);
+        ring.cells.consumer_awake().store(ASLEEP, Relaxed);
         ring.cells.read_to().store(head + KEPT, Release);
         ring.cells.head().store(head, Release);
         // [bell], [awake]: an entry is seen by the look, or announced.
@@ -175,8 +176,8 @@ impl<N: Notify> Consumer<N> {
 
     /// Sends DataServiced, as owed after a coalesced batch, and takes the producer's request for
     /// it back. No effect if nothing is installed; the request then stays. Not sent while the
-    /// producer is in or after a [`Producer::wait_for_room`](super::Producer::wait_for_room): it
-    /// looks again by itself.
+    /// producer is in or after a [`Producer::wait_for_room`](super::Producer::wait_for_room), as it
+    /// looks again by itself, or while its handler runs, which is called once more then.
     pub fn send_data_serviced(&self) {
         if !self.data_serviced.is_installed() {
             return;
@@ -188,7 +189,7 @@ impl<N: Notify> Consumer<N> {
             self.clear_request();
         }
         // [sleep] A producer that sleeps had said so before it made the request that was cleared.
-        if self.ring.cells.producer_awake().load(Relaxed) == 0 {
+        if self.ring.must_send(self.ring.cells.producer_awake()) {
             self.data_serviced.notify();
         }
         if !clear_before {
@@ -362,7 +363,7 @@ impl<N: Notify> Consumer<N> {
     fn be_awake(&mut self) {
         if !self.awake {
             self.awake = true;
-            self.ring.cells.consumer_awake().store(1, Relaxed);
+            self.ring.cells.consumer_awake().store(AWAKE, Relaxed);
         }
     }
 
@@ -371,7 +372,7 @@ impl<N: Notify> Consumer<N> {
     fn stop_being_awake(&mut self) {
         if self.awake && self.ring.takes(Step::ConsumerSaysItSleeps) {
             self.awake = false;
-            self.ring.cells.consumer_awake().store(0, Relaxed);
+            self.ring.cells.consumer_awake().store(ASLEEP, Relaxed);
         }
     }
 }

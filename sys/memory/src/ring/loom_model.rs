@@ -133,6 +133,66 @@ fn drain_by_handler(mut consumer: Consumer<Arc<Bell>>, available: &Bell, count: 
     }
 }
 
+/// As an engine that says while its handler runs, and calls it again if it is told that a
+/// notification was left out. The handler drains.
+fn handle(mut consumer: Consumer<Arc<Bell>>, available: &Bell, count: u32) {
+    let handling = consumer.handling();
+    let mut value = 0;
+    let mut is_owed = false;
+    while value < count {
+        if !is_owed {
+            available.wait(None).unwrap();
+        }
+        handling.begin();
+        while let Ok(taken) = consumer.dequeue_with(|entry| entry.to_vec()) {
+            value += 1;
+            assert_eq!(taken, value.to_ne_bytes(), "payload of entry {value}");
+        }
+        is_owed = handling.end();
+    }
+}
+
+/// The same for a producer: the handler fills the ring.
+fn fill_by_handler(mut producer: Producer<Arc<Bell>>, serviced: &Bell, count: u32) {
+    let handling = producer.handling();
+    let mut value = 1;
+    loop {
+        handling.begin();
+        while value <= count && producer.enqueue(&value.to_ne_bytes()).is_ok() {
+            value += 1;
+        }
+        let is_owed = handling.end();
+        if value > count {
+            return;
+        }
+        if !is_owed {
+            serviced.wait(None).unwrap();
+        }
+    }
+}
+
+#[test]
+fn loom_every_entry_reaches_a_handler_that_says_when_it_runs() {
+    explore(None, 64, 3, by_handler, handle);
+}
+
+#[test]
+fn loom_a_full_ring_keeps_two_handlers_going_that_say_when_they_run() {
+    explore_within(2, None, 16, 3, fill_by_handler, handle);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_saying_that_a_notification_was_left_out_a_handler_is_not_called() {
+    explore(Some(Step::SayLeftOut), 64, 3, by_handler, handle);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_saying_that_a_notification_was_left_out_a_producers_handler_is_not_called() {
+    explore_within(2, Some(Step::SayLeftOut), 16, 3, fill_by_handler, drain_by_handler);
+}
+
 #[test]
 fn loom_every_entry_wakes_a_consumer_that_sleeps() {
     explore(None, 64, 3, one_by_one, wait_for_each);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 #[cfg(loom)]
 use loom::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
+use super::handling::{ASLEEP, AWAKE};
 use super::layout::{self, ALIGNMENT, KEPT, Place};
 use super::spin::Spin;
 use super::{
@@ -49,7 +50,7 @@ impl<N: Notify> Producer<N> {
         let head = read_to(&ring)?.unwrap_or(published);
         let head_is_ahead = head != published;
         // A previous owner may have been awake, and is not any more.
-        ring.cells.producer_awake().store(0, Relaxed);
+        ring.cells.producer_awake().store(ASLEEP, Relaxed);
         let life = Life::Working;
         Ok(Self { ring, tail, head, head_is_ahead, awake: false, life, data_available })
     }
@@ -160,15 +161,15 @@ impl<N: Notify> Producer<N> {
     }
 
     /// Sends DataAvailable, as owed after a coalesced batch. No effect if nothing is installed, or
-    /// while the consumer is in or after a [`Consumer::wait`](super::Consumer::wait): it looks again
-    /// by itself.
+    /// while the consumer is in or after a [`Consumer::wait`](super::Consumer::wait), as it looks
+    /// again by itself, or while its handler runs, which is called once more then.
     pub fn send_data_available(&self) {
         if !self.data_available.is_installed() {
             return;
         }
         // [awake] pairs with `Consumer::stop_being_awake`: one of us must see the other.
         self.ring.fence_before_look(Step::FenceBeforeConsumerAwake);
-        if self.ring.cells.consumer_awake().load(Relaxed) == 0 {
+        if self.ring.must_send(self.ring.cells.consumer_awake()) {
             self.data_available.notify();
         }
     }
@@ -423,7 +424,7 @@ impl<N: Notify> Producer<N> {
     fn be_awake(&mut self) {
         if !self.awake {
             self.awake = true;
-            self.ring.cells.producer_awake().store(1, Relaxed);
+            self.ring.cells.producer_awake().store(AWAKE, Relaxed);
         }
     }
 
@@ -433,7 +434,7 @@ impl<N: Notify> Producer<N> {
         if self.awake && self.ring.takes(Step::ProducerSaysItSleeps) {
             self.awake = false;
             // [sleep] published by `ask_for_service`, and read by `Consumer::send_data_serviced`
-            self.ring.cells.producer_awake().store(0, Relaxed);
+            self.ring.cells.producer_awake().store(ASLEEP, Relaxed);
         }
     }
 }
