@@ -51,7 +51,7 @@ fn kill_process(pid: u32) {
 }
 
 /// What a process holds that a session brings with it: descriptors, and mappings of memory files.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 struct Held {
     descriptors: usize,
     mappings: usize,
@@ -64,6 +64,10 @@ impl Held {
         let mappings = maps.lines().filter(|line| line.contains("memfd:")).count();
         Self { descriptors: descriptors.count(), mappings }
     }
+
+    fn is_no_more_than(&self, other: &Self) -> bool {
+        self.descriptors <= other.descriptors && self.mappings <= other.mappings
+    }
 }
 
 /// Kilobytes of private memory.
@@ -74,7 +78,7 @@ fn private_memory(pid: u32) -> usize {
     number.expect("a number of kB").trim().parse().expect("a number")
 }
 
-/// What processes hold while nothing is open, and whether it is the same later.
+/// What processes hold while nothing is open, and whether it is no more later.
 struct Before(Vec<(u32, Held, usize)>);
 
 impl Before {
@@ -82,14 +86,15 @@ impl Before {
         Self(pids.iter().map(|pid| (*pid, Held::by(*pid), private_memory(*pid))).collect())
     }
 
-    /// Waits for the counts, since descriptors are closed a little after a session is forgotten.
-    fn assert_same_after(&self, deaths: usize) {
+    /// Waits for the counts, since descriptors are closed a little after a session is forgotten. For
+    /// that reason there may have been more of them before, too.
+    fn assert_no_more_after(&self, deaths: usize) {
         for (pid, held, memory) in &self.0 {
-            eventually(&format!("{held:?} in {pid}, has {:?}", Held::by(*pid)), || {
-                Held::by(*pid) == *held
+            eventually(&format!("at most {held:?} in {pid}, has {:?}", Held::by(*pid)), || {
+                Held::by(*pid).is_no_more_than(held)
             });
             let grown = private_memory(*pid).saturating_sub(*memory);
-            println!("{pid} after {deaths} deaths: {held:?} as before, {grown} kB more memory");
+            println!("{pid} after {deaths} deaths: no more than {held:?}, {grown} kB more memory");
             // Two queues of a session are two megabytes; allocators keep a little of their own.
             assert!(grown < 16 * 1024, "{pid} has {grown} kB more after {deaths} deaths");
         }
@@ -132,7 +137,7 @@ fn clients_killed_at_random_moments_leave_nothing_in_the_daemon_and_the_driver_h
     }
     none_left();
     assert_eq!(system.service("edu0").pid, Some(host), "the driver host lives on");
-    before.assert_same_after(count);
+    before.assert_no_more_after(count);
     let session = system.connect().open("edu0").unwrap();
     assert_eq!(session.client::<edu_api::Client>().unwrap().factorial(5).wait(), Ok(120));
 }
@@ -234,5 +239,5 @@ fn a_driver_host_killed_at_random_moments_takes_its_clients_queues_offline_and_l
     }
     println!("told within {slowest:?}, {late} of {count} later than {PROMPT:?}");
     system.await_ready("edu0");
-    before.assert_same_after(count);
+    before.assert_no_more_after(count);
 }

@@ -2,10 +2,9 @@
 //!
 //! Ours is a data queue in each direction, waited for as its documentation advises. The peers are
 //! shmem-ipc (a ring of fixed-size items in shared memory that does not trust its peer either), a
-//! pipe, and a Unix `SOCK_SEQPACKET` socket. shmem-ipc is driven item by item: its safe batch form
-//! (`recv_foreach`) forgets to tell the sender if the batch goes round the ring's end, and its raw
-//! form takes `unsafe`. Left out for the like reason, that they cannot be driven across processes
-//! without `unsafe` here: bbqueue, and iceoryx2. Messages are copied in and copied out, so that the
+//! pipe, and a Unix `SOCK_SEQPACKET` socket. shmem-ipc is driven item by item: with its safe batch form
+//! (`recv_foreach`) streams of ours did not end, and its raw form takes `unsafe`. bbqueue, which would
+//! need `unsafe` for a shared mapping, and iceoryx2 are not measured. Messages are copied in and copied out, so that the
 //! receiver has touched every byte, and their number is checked. A stream ends with one message
 //! back, which says that all have arrived.
 
