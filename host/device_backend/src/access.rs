@@ -39,20 +39,28 @@ pub(crate) fn region_name(index: u32) -> String {
     }
 }
 
+/// What a BAR is, by its register in configuration space, which `read` reads at an offset. BAR 6,
+/// the ROM, has none like it.
+pub(crate) fn bar_kind<E>(
+    index: u8,
+    read: impl FnOnce(u16, &mut [u8]) -> Result<(), E>,
+) -> Result<u8, E> {
+    let mut register = [0; 4];
+    if index < 6 {
+        read(0x10 + 4 * u16::from(index), &mut register)?;
+    }
+    Ok(kind_of(u32::from_le_bytes(register)))
+}
+
 /// The low bits of a base address register, which say what the BAR is.
 ///
 /// Source: PCI Local Bus Specification 3.0, 6.2.5.1.
-pub(crate) fn bar_kind(register: u32) -> u8 {
+fn kind_of(register: u32) -> u8 {
     const IO_PORTS: u32 = 0x1;
     match register & IO_PORTS {
         0 => (register & 0xf) as u8,
         _ => IO_PORTS as u8,
     }
-}
-
-/// Where the register of a BAR is in configuration space. BAR 6, the ROM, has none like it.
-pub(crate) fn bar_register(index: u8) -> Option<u16> {
-    (index < 6).then(|| 0x10 + 4 * u16::from(index))
 }
 
 /// Sets and clears bits of the command register.
@@ -89,9 +97,9 @@ mod tests {
 
     #[test]
     fn a_bar_is_what_its_low_bits_say_without_its_address() {
-        assert_eq!(bar_kind(0xfebf_0000), 0x00);
-        assert_eq!(bar_kind(0xfebf_000c), 0x0c);
-        assert_eq!(bar_kind(0x0000_c041), 0x01);
-        assert_eq!(bar_kind(0x0000_c00d), 0x01);
+        assert_eq!(kind_of(0xfebf_0000), 0x00);
+        assert_eq!(kind_of(0xfebf_000c), 0x0c);
+        assert_eq!(kind_of(0x0000_c041), 0x01);
+        assert_eq!(kind_of(0x0000_c00d), 0x01);
     }
 }

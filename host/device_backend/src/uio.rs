@@ -42,11 +42,7 @@ impl UioBackend {
 
 fn bar(device: &UioDevice, index: u8) -> Result<Option<BarInfo>, UioError> {
     let Some(bar) = device.bar(index) else { return Ok(None) };
-    let mut register = [0; 4];
-    if let Some(offset) = access::bar_register(index) {
-        device.config_read(offset, &mut register)?;
-    }
-    let kind = access::bar_kind(u32::from_le_bytes(register));
+    let kind = access::bar_kind(index, |offset, register| device.config_read(offset, register))?;
     Ok(Some(BarInfo { size: bar.size, kind, mappable: bar.mappable().into_iter().collect() }))
 }
 

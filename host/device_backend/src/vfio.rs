@@ -91,11 +91,9 @@ impl Bar {
         let Some(region) = device.region(index.into()) else {
             return Ok(Self { info: None, mapped: Vec::new() });
         };
-        let mut register = [0; 4];
-        if let Some(offset) = access::bar_register(index) {
-            device.read(CONFIG_REGION, offset.into(), &mut register)?;
-        }
-        let kind = access::bar_kind(u32::from_le_bytes(register));
+        let kind = access::bar_kind(index, |offset, register| {
+            device.read(CONFIG_REGION, offset.into(), register)
+        })?;
         let mappable = region.mappable.clone();
         let mapped = mappable.iter().map(|_| OnceLock::new()).collect();
         Ok(Self { info: Some(BarInfo { size: region.size, kind, mappable }), mapped })

@@ -55,11 +55,7 @@ impl VfioUserBackend {
 
 fn bar(client: &Client, index: u8) -> Result<Option<BarInfo>, VfioUserError> {
     let Some(region) = client.region(index.into()) else { return Ok(None) };
-    let mut register = [0; 4];
-    if let Some(offset) = access::bar_register(index) {
-        client.config_read(offset, &mut register)?;
-    }
-    let kind = access::bar_kind(u32::from_le_bytes(register));
+    let kind = access::bar_kind(index, |offset, register| client.config_read(offset, register))?;
     Ok(Some(BarInfo { size: region.size(), kind, mappable: region.mappable().to_vec() }))
 }
 
