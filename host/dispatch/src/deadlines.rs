@@ -100,9 +100,14 @@ struct Note {
 #[derive(Clone, Copy)]
 pub(crate) struct NoteOf {
     heap: Heap,
-    place: u32,
+    spot: Spot,
     stamp: NonZeroU32,
 }
+
+/// A place in one of the tables: four times the place, plus the table. The tables count their
+/// places and stamps each for itself, so a place alone names no timer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Spot(u32);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Heap {
@@ -113,8 +118,7 @@ enum Heap {
 /// Where an armed timer stands, and what its notes say.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Armed {
-    /// Four times the place, plus the table: a timer's state has to fit into a cache line.
-    spot: u32,
+    spot: Spot,
     stamp: NonZeroU32,
     /// In `by_latest`.
     latest: u64,
@@ -165,13 +169,13 @@ impl Deadlines {
     /// Has a timer that is armed asked for another deadline. `None`, and not armed any more, when
     /// that is on another clock.
     pub(crate) fn rearm(&self, armed: Armed, deadline: Deadline) -> Option<Armed> {
-        if armed.table() != table_of(deadline.clock) {
+        if armed.spot.table() != table_of(deadline.clock) {
             self.disarm(armed);
             return None;
         }
-        let table = &self.tables[armed.table()];
+        let table = &self.tables[armed.spot.table()];
         let mut waiting = table.waiting.lock().expect(NO_PANIC);
-        let armed = waiting.write_notes(armed.place(), deadline);
+        let armed = waiting.write_notes(armed.spot.place(), deadline);
         waiting.sort_out();
         self.set_timer(table, &mut waiting, armed.latest);
         Some(armed)
@@ -180,8 +184,8 @@ impl Deadlines {
     /// Forgets a timer. The kernel's timer stays set: one wake-up for nothing is cheaper than
     /// setting it anew.
     pub(crate) fn disarm(&self, armed: Armed) {
-        let mut waiting = self.tables[armed.table()].waiting.lock().expect(NO_PANIC);
-        waiting.leave_place(armed.place(), armed.stamp);
+        let mut waiting = self.tables[armed.spot.table()].waiting.lock().expect(NO_PANIC);
+        waiting.leave_place(armed.spot.place(), armed.stamp);
         waiting.sort_out();
     }
 
@@ -215,7 +219,8 @@ impl Deadlines {
             let timer = waiting.places[note.place as usize].timer.clone();
             drop(waiting);
             let timer = timer.and_then(|timer| timer.upgrade());
-            let of = NoteOf { heap, place: note.place, stamp: note.stamp };
+            let spot = Spot::new(table.clock, note.place);
+            let of = NoteOf { heap, spot, stamp: note.stamp };
             let answer = timer.as_ref().map_or(Answer::Nothing, |timer| timer.ask(of, now));
             if let (Answer::Due { deadline, generation }, Some(timer)) = (&answer, timer) {
                 due.push((*deadline, *generation, timer));
@@ -288,23 +293,29 @@ impl Deadline {
     }
 }
 
+impl Spot {
+    fn new(clock: Clock, place: u32) -> Self {
+        Self(4 * place + table_of(clock) as u32)
+    }
+
+    fn table(self) -> usize {
+        (self.0 % 4) as usize
+    }
+
+    fn place(self) -> u32 {
+        self.0 / 4
+    }
+}
+
 impl Armed {
-    fn table(&self) -> usize {
-        (self.spot % 4) as usize
-    }
-
-    fn place(&self) -> u32 {
-        self.spot / 4
-    }
-
     /// Whether this is one of the notes of the last arming.
     pub(crate) fn has(&self, note: NoteOf) -> bool {
-        (self.place(), self.stamp) == (note.place, note.stamp)
+        (self.spot, self.stamp) == (note.spot, note.stamp)
     }
 
     /// Whether the notes there are will do for a deadline.
     pub(crate) fn is_asked_in_time_for(&self, deadline: Deadline) -> bool {
-        self.table() == table_of(deadline.clock)
+        self.spot.table() == table_of(deadline.clock)
             && self.latest <= deadline.latest()
             && (deadline.leeway == 0 || self.deadline <= deadline.at)
     }
@@ -340,7 +351,7 @@ impl Waiting {
         if latest > deadline.at {
             self.by_deadline.push(Reverse(Note { time: deadline.at, place, stamp }));
         }
-        let spot = 4 * place + table_of(deadline.clock) as u32;
+        let spot = Spot::new(deadline.clock, place);
         let noted = if latest > deadline.at { deadline.at } else { u64::MAX };
         Armed { spot, stamp, latest, deadline: noted }
     }
@@ -564,6 +575,22 @@ mod tests {
             }
             assert_eq!(expirations, 1, "{clock:?}");
         }
+    }
+
+    #[test]
+    fn a_timer_that_moves_to_another_clock_while_it_is_asked_is_not_taken_for_due_by_the_first() {
+        let deadlines = Deadlines::new(EngineClock::Real).unwrap();
+        let on = |clock, at| Deadline { clock, at, leeway: 0 };
+        let armed = deadlines.arm(on(Clock::Wall, 1), Weak::<Shot>::new());
+        // The engine has taken this note out, to ask the timer whether it is due by the wall clock.
+        let note = NoteOf { heap: Heap::ByLatest, spot: armed.spot, stamp: armed.stamp };
+        assert!(armed.has(note));
+        // Another thread is faster, and its timer stands in the same place of the other table.
+        let later = on(Clock::Uptime, deadlines.now(Clock::Uptime) + 3_600_000_000_000);
+        assert!(deadlines.rearm(armed, later).is_none());
+        let moved = deadlines.arm(later, Weak::<Shot>::new());
+        assert_eq!((moved.spot.place(), moved.stamp), (armed.spot.place(), armed.stamp));
+        assert!(!moved.has(note));
     }
 
     #[test]
