@@ -171,7 +171,12 @@ impl<N: Notify> Consumer<N> {
     /// without the look that comes before an `Underrun`.
     #[inline]
     pub fn is_data_available(&self) -> bool {
-        self.ring.cells.tail().load(Relaxed) != self.head
+        let available = self.ring.cells.tail().load(Relaxed) != self.head;
+        if !available {
+            // So that it comes together with the tail at the next look.
+            self.ring.cells.will_read(self.head);
+        }
+        available
     }
 
     /// Sends DataServiced, as owed after a coalesced batch, and takes the producer's request for
