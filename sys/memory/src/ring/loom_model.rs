@@ -66,7 +66,8 @@ fn explore_within(
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(bound);
     builder.check(move || {
-        let ring = Ring { cells: Cells::new(capacity), capacity, left_out };
+        let hang_up = HangUp::default();
+        let ring = Ring { cells: Cells::new(capacity), capacity, hang_up, left_out };
         let (available, serviced) = (Arc::new(Bell::default()), Arc::new(Bell::default()));
         let producer = Producer::new(ring.clone(), available.clone()).unwrap();
         let consumer = Consumer::new(ring, serviced.clone()).unwrap();

@@ -291,6 +291,9 @@ impl<N: Notify> Producer<N> {
 
     #[cold]
     fn refuse(&mut self, size: usize, send: &mut bool) -> QueueError {
+        if self.ring.hang_up.is_set() {
+            return self.life.end(QueueError::Offline);
+        }
         self.stop_being_awake();
         self.ask_for_service();
         *send |= self.ring.takes(Step::WakeWhenRefused);
