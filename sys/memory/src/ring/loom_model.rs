@@ -15,7 +15,7 @@ use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
 use super::cells::Cells;
-use super::{Consumer, Notify, Producer, QueueError, Ring, Step, Wait, Wake};
+use super::{Consumer, HangUp, Notify, Producer, QueueError, Ring, Step, Wait, Wake};
 
 const ENDLESS: Duration = Duration::MAX;
 
