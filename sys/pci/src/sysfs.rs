@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use crate::in_use::is_held;
 use crate::{PciAddress, PciError};
 
 /// Bits 23–8 of the class code of a PCI-to-PCI bridge.
@@ -15,8 +16,12 @@ const BRIDGE_CLASS: u32 = 0x0604;
 #[derive(Clone, Debug)]
 pub struct Sysfs {
     root: PathBuf,
+    /// Where proc is, which knows what is mounted.
+    proc: PathBuf,
     /// How an attribute is written; tests put a kernel that answers in its place.
     pub(crate) write: fn(&Path, &str) -> io::Result<()>,
+    /// Whether a block device is held; tests answer in the kernel's place.
+    pub(crate) is_held: fn(&Path) -> bool,
 }
 
 /// One PCI function.
@@ -73,7 +78,12 @@ impl Default for Sysfs {
 impl Sysfs {
     /// The sysfs mounted at `root`.
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), write: write_attribute }
+        Self { root: root.into(), proc: "/proc".into(), write: write_attribute, is_held }
+    }
+
+    /// The same, with the proc mounted at `proc` instead of `/proc`.
+    pub fn with_proc(self, proc: impl Into<PathBuf>) -> Self {
+        Self { proc: proc.into(), ..self }
     }
 
     /// Every PCI function there is, by address. A function that goes away meanwhile is left out.
@@ -130,6 +140,11 @@ impl Sysfs {
     /// Where sysfs is mounted.
     pub(crate) fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Where proc is mounted.
+    pub(crate) fn proc(&self) -> &Path {
+        &self.proc
     }
 
     /// The folder of a PCI driver; it exists while the driver is loaded.

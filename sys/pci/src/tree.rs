@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
@@ -19,12 +19,15 @@ impl Tree {
         fs::create_dir_all(root.path().join("bus/pci/devices")).unwrap();
         fs::create_dir_all(root.path().join("bus/pci/drivers")).unwrap();
         fs::create_dir_all(root.path().join("kernel/iommu_groups")).unwrap();
+        fs::create_dir_all(root.path().join("proc/self")).unwrap();
+        fs::write(root.path().join("proc/self/mountinfo"), "").unwrap();
         Self { root }
     }
 
     pub(crate) fn sysfs(&self) -> Sysfs {
-        let mut sysfs = Sysfs::at(self.root.path());
+        let mut sysfs = Sysfs::at(self.root.path()).with_proc(self.root.path().join("proc"));
         sysfs.write = kernel;
+        sysfs.is_held = |_| false;
         sysfs
     }
 
@@ -78,6 +81,87 @@ impl Tree {
     pub(crate) fn set(&self, address: &str, attribute: &str, text: &str) {
         let path = self.root.path().join("bus/pci/devices").join(address).join(attribute);
         fs::write(path, text).unwrap();
+    }
+}
+
+/// Disks and network interfaces.
+impl Tree {
+    /// A block device in a folder under a function.
+    pub(crate) fn add_disk(&self, address: &str, folder: &str, number: &str) {
+        self.make_disk(&self.device(address).join(folder), number);
+    }
+
+    /// A block device that no function has: one made of others.
+    pub(crate) fn add_made_disk(&self, folder: &str, number: &str) {
+        self.make_disk(&self.root.path().join("devices/virtual").join(folder), number);
+    }
+
+    fn make_disk(&self, folder: &Path, number: &str) {
+        fs::create_dir_all(folder.join("holders")).unwrap();
+        fs::write(folder.join("dev"), format!("{number}\n")).unwrap();
+        self.link("class/block", folder);
+    }
+
+    pub(crate) fn name_mapped(&self, disk: &str, name: &str) {
+        let folder = self.root.path().join("class/block").join(disk).join("dm");
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("name"), format!("{name}\n")).unwrap();
+    }
+
+    pub(crate) fn add_holder(&self, disk: &str, holder: &str) {
+        let disks = self.root.path().join("class/block");
+        let holder_folder = fs::canonicalize(disks.join(holder)).unwrap();
+        symlink(holder_folder, disks.join(disk).join("holders").join(holder)).unwrap();
+    }
+
+    /// An NVMe controller in a folder under a function, in the one subsystem.
+    pub(crate) fn add_to_nvme_subsystem(&self, address: &str, controller: &str) {
+        let controller = self.device(address).join(controller);
+        fs::create_dir_all(&controller).unwrap();
+        let subsystem = self.root.path().join("devices/virtual/nvme-subsystem/nvme-subsys0");
+        fs::create_dir_all(&subsystem).unwrap();
+        symlink(&controller, subsystem.join(controller.file_name().unwrap())).unwrap();
+        let class = self.root.path().join("class/nvme-subsystem");
+        if !class.exists() {
+            self.link("class/nvme-subsystem", &subsystem);
+        }
+    }
+
+    pub(crate) fn mount(&self, number: &str, source: &str, on: &str) {
+        let path = self.root.path().join("proc/self/mountinfo");
+        let line = format!("36 35 {number} / {on} rw,noatime shared:1 - ext4 {source} rw\n");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(path, text + &line).unwrap();
+    }
+
+    pub(crate) fn set_swaps(&self, files: &[&str]) {
+        let head = "Filename                Type        Size    Used    Priority\n".to_owned();
+        let lines: String =
+            files.iter().map(|file| format!("{file} partition\t999420\t0\t-2\n")).collect();
+        fs::write(self.root.path().join("proc/swaps"), head + &lines).unwrap();
+    }
+
+    /// A network interface in a folder under a function.
+    pub(crate) fn add_interface(&self, address: &str, folder: &str, flags: u32) {
+        let folder = self.device(address).join(folder);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("flags"), format!("{flags:#x}\n")).unwrap();
+        self.link("class/net", &folder);
+    }
+
+    pub(crate) fn enslave(&self, address: &str, interface: &str, to: &str) {
+        let master = self.device(address).join(interface).join("master");
+        symlink(self.root.path().join("class/net").join(to), master).unwrap();
+    }
+
+    fn device(&self, address: &str) -> PathBuf {
+        self.root.path().join("bus/pci/devices").join(address)
+    }
+
+    fn link(&self, class: &str, folder: &Path) {
+        let class = self.root.path().join(class);
+        fs::create_dir_all(&class).unwrap();
+        symlink(folder, class.join(folder.file_name().unwrap())).unwrap();
     }
 }
 
