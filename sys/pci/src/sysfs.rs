@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 use crate::in_use::is_held;
 use crate::{PciAddress, PciError};
 
+/// Bits 23–16 of the class code of every bridge.
+const BRIDGE_BASE_CLASS: u32 = 0x06;
+
 /// Bits 23–8 of the class code of a PCI-to-PCI bridge.
 const BRIDGE_CLASS: u32 = 0x0604;
 
@@ -213,6 +216,17 @@ impl IommuGroup {
         self.members.iter().filter(|member| member.blocks()).cloned().collect()
     }
 
+    /// Whether VFIO can use the group once it has `functions`.
+    pub(crate) fn check_without(&self, functions: &[PciAddress]) -> Result<(), PciError> {
+        let mut blockers = self.blockers();
+        // Their drivers are about to let go.
+        blockers.retain(|member| !functions.contains(&member.address));
+        match blockers.is_empty() {
+            true => Ok(()),
+            false => Err(PciError::GroupNotViable { group: self.number, blockers }),
+        }
+    }
+
     /// Whether VFIO can use the group.
     pub fn is_viable(&self) -> bool {
         !self.members.iter().any(GroupMember::blocks)
@@ -220,6 +234,12 @@ impl IommuGroup {
 }
 
 impl GroupMember {
+    /// Whether this member is taken when its whole group is: it is in the way, or nobody has it.
+    /// A bridge that nobody has is the machine's.
+    pub(crate) fn goes_with_its_group(&self) -> bool {
+        self.blocks() || (self.driver.is_none() && self.class >> 16 != BRIDGE_BASE_CLASS)
+    }
+
     /// Whether this member keeps VFIO from using the group: its driver does DMA on its own.
     ///
     /// Source: Linux sets `driver_managed_dma` for the drivers that do not: `vfio-pci` and its

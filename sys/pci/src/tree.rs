@@ -1,5 +1,6 @@
 //! A fabricated sysfs, with a kernel that answers writes as Linux does.
 
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
@@ -8,6 +9,26 @@ use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
 use crate::Sysfs;
+
+const BOOT_ID: &str = "proc/sys/kernel/random/boot_id";
+
+thread_local! {
+    /// After how many more changes this thread stops.
+    static CHANGES_LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Makes this thread panic instead of making its change of this number from here on, as if the
+/// program had ended there.
+pub(crate) fn stop_at_change(number: Option<usize>) {
+    CHANGES_LEFT.set(number);
+}
+
+/// Counts a change that is about to be made.
+pub(crate) fn count_changes() {
+    if let Some(left) = CHANGES_LEFT.get() {
+        CHANGES_LEFT.set(Some(left.checked_sub(1).expect("this is where the program ends")));
+    }
+}
 
 pub(crate) struct Tree {
     root: TempDir,
@@ -21,6 +42,8 @@ impl Tree {
         fs::create_dir_all(root.path().join("kernel/iommu_groups")).unwrap();
         fs::create_dir_all(root.path().join("proc/self")).unwrap();
         fs::write(root.path().join("proc/self/mountinfo"), "").unwrap();
+        fs::create_dir_all(root.path().join("proc/sys/kernel/random")).unwrap();
+        fs::write(root.path().join(BOOT_ID), "the first\n").unwrap();
         Self { root }
     }
 
@@ -76,6 +99,31 @@ impl Tree {
         self.load(driver);
         self.set(address, "preferred", driver);
         attach(self.root.path(), address, driver);
+    }
+
+    /// Takes a function from its driver and gives it to another one, by somebody else's hand.
+    pub(crate) fn rebind(&self, address: &str, driver: &str) {
+        self.load(driver);
+        fs::remove_file(self.device(address).join("driver")).unwrap();
+        self.set(address, "driver_override", &format!("{driver}\n"));
+        attach(self.root.path(), address, driver);
+    }
+
+    /// Boots the machine again: every function has the driver that the kernel prefers.
+    pub(crate) fn boot(&self, id: &str) {
+        fs::write(self.root.path().join(BOOT_ID), format!("{id}\n")).unwrap();
+        for function in self.sysfs().functions().unwrap() {
+            let address = function.address.to_string();
+            let _ = fs::remove_file(self.device(&address).join("driver"));
+            self.set(&address, "driver_override", "(null)\n");
+            let preferred = fs::read_to_string(self.device(&address).join("preferred"));
+            attach(self.root.path(), &address, &preferred.unwrap());
+        }
+    }
+
+    /// A state directory, which is not there yet.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.root.path().join("state")
     }
 
     pub(crate) fn set(&self, address: &str, attribute: &str, text: &str) {
@@ -168,6 +216,7 @@ impl Tree {
 /// What Linux does at a write to these four attributes (`drivers/base/bus.c`,
 /// `drivers/pci/pci-driver.c`).
 fn kernel(path: &Path, value: &str) -> io::Result<()> {
+    count_changes();
     let name = path.file_name().unwrap().to_str().unwrap();
     let root = path.ancestors().find(|folder| folder.join("bus/pci").exists()).unwrap();
     let device = |address: &str| root.join("bus/pci/devices").join(address);
