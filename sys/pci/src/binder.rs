@@ -723,6 +723,49 @@ mod tests {
     }
 
     #[test]
+    fn what_was_half_taken_is_undone_before_another_function_of_the_group_is_taken() {
+        let tree = group();
+        let uio = |address| Order { binding: Binding::Uio, ..order(address) };
+        let before = tree.sysfs().function(at(NVME)).unwrap();
+        let first = binder(&tree);
+        stop_at_change(Some(4)); // the note, the override, unbound, and not yet bound
+        catch_unwind(AssertUnwindSafe(|| first.take(&uio(NVME)))).unwrap_err();
+        stop_at_change(None);
+        drop(first);
+        assert_eq!(driver(&tree, NVME), None);
+
+        binder(&tree).take(&uio(EDU)).unwrap();
+        assert_eq!(tree.sysfs().function(at(NVME)).unwrap(), before);
+        assert_eq!(records(&tree), 1);
+    }
+
+    #[test]
+    fn what_was_wholly_taken_stays_so_when_another_function_of_the_group_is_taken() {
+        let tree = group();
+        let uio = |address| Order { binding: Binding::Uio, ..order(address) };
+        binder(&tree).take(&uio(NVME)).unwrap();
+        binder(&tree).take(&uio(EDU)).unwrap();
+        assert_eq!(driver(&tree, NVME).as_deref(), Some("uio_pci_generic"));
+        assert_eq!(records(&tree), 2);
+    }
+
+    #[test]
+    fn what_could_not_be_given_back_is_when_another_function_of_the_group_was() {
+        let tree = group();
+        let before = bindings(&tree);
+        let binder = binder(&tree);
+        for address in [EDU, NVME] {
+            binder.take(&Order { binding: Binding::Uio, ..order(address) }).unwrap();
+        }
+        tree.set(NVME, "refused_by", "nvme");
+        binder.give_back(at(NVME), true).unwrap_err();
+        tree.set(NVME, "refused_by", "");
+        binder.give_back(at(EDU), true).unwrap();
+        assert_eq!(bindings(&tree), before);
+        assert_eq!(records(&tree), 0);
+    }
+
+    #[test]
     fn what_persists_is_left_until_it_is_given_back_for_good() {
         let tree = alone();
         let before = bindings(&tree);
