@@ -81,6 +81,9 @@ impl Binder {
             return Err(PciError::NotForGroups { address, driver });
         }
         let is_bound = self.sysfs.function(address)?.driver.as_deref() == Some(driver);
+        if !is_bound {
+            self.sysfs.check_permission(address)?;
+        }
         let known = match self.journal.read(address) {
             // An ordinary user may use what somebody bound for them, and has nothing to note.
             Err(PciError::State { .. }) if is_bound => None,
@@ -88,9 +91,6 @@ impl Binder {
         };
         if is_bound && known.is_none() && !order.group && !order.persist {
             return Ok(());
-        }
-        if !is_bound {
-            self.sysfs.check_permission(address)?;
         }
 
         let _busy = self.lock_group_of(address)?;
