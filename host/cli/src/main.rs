@@ -53,7 +53,7 @@ fn main() -> ExitCode {
     let result = match &options.command {
         Command::Daemon(daemon) => daemon::run(&options, daemon),
         Command::Devices => devices::run(&options, output),
-        Command::Bind { device } => services::bind(&options, output, device),
+        Command::Bind(binding) => services::bind(&options, output, binding),
         Command::Unbind { device } => services::unbind(&options, output, device),
         Command::Status { service: None } => services::status(&options, output),
         Command::Status { service: Some(service) } => {

@@ -64,13 +64,16 @@ Examples:
     #[command(after_help = "\
 Examples:
   iohost bind 0000:01:00.0
-  iohost bind edu0            start a configured device again that is down or quarantined")]
-    Bind {
-        /// Address of a PCI function, or name of a service.
-        device: String,
-    },
+  iohost bind edu0                        start a configured device again that is down or quarantined
+  iohost bind --group 0000:01:00.0        with the rest of its IOMMU group, all or nothing
+  iohost bind --persist 0000:01:00.0      again at every start of the daemon, until it is unbound
 
-    /// Stop a device's driver, reset the device, and give it back.
+A device that the machine uses is refused: one with a disk that is mounted, swapped to or part of
+another one, or with a network interface that is up or belongs to a bridge. How to give back what
+is taken is noted on disk first: after a crash the next daemon undoes it.")]
+    Bind(BindingOptions),
+
+    /// Stop a device's driver, reset the device, and give it back with what was taken of its group.
     #[command(after_help = "\
 Example:
   iohost unbind 0000:01:00.0")]
@@ -123,6 +126,24 @@ pub(crate) struct DaemonOptions {
     /// The program that runs a driver [default: iohost-driver-host beside this one].
     #[arg(long, value_name = "FILE")]
     pub(crate) driver_host: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BindingOptions {
+    /// Address of a PCI function, or name of a service.
+    pub(crate) device: String,
+
+    /// Take every function of its IOMMU group that VFIO can take, or none.
+    #[arg(long)]
+    pub(crate) group: bool,
+
+    /// Take it again at every start of the daemon, until it is unbound.
+    #[arg(long)]
+    pub(crate) persist: bool,
+
+    /// Take it although the machine uses it, which breaks whatever does.
+    #[arg(long)]
+    pub(crate) force: bool,
 }
 
 #[derive(Debug, Args)]

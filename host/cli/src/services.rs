@@ -1,9 +1,9 @@
 //! `iohost status`, `bind` and `unbind`.
 
-use iohost_control::varlink::Status;
+use iohost_control::varlink::{BindOptions, Status};
 
 use crate::CommandError;
-use crate::options::Options;
+use crate::options::{BindingOptions, Options};
 use crate::output::{Output, backend, table};
 
 pub(crate) fn status(options: &Options, output: Output) -> Result<(), CommandError> {
@@ -82,8 +82,13 @@ fn describe(status: &Status) -> String {
     text
 }
 
-pub(crate) fn bind(options: &Options, output: Output, device: &str) -> Result<(), CommandError> {
-    let bound = options.connect()?.bind(device)?;
+pub(crate) fn bind(
+    options: &Options,
+    output: Output,
+    binding: &BindingOptions,
+) -> Result<(), CommandError> {
+    let BindingOptions { ref device, group, persist, force } = *binding;
+    let bound = options.connect()?.bind_with(device, BindOptions { group, force, persist })?;
     output.result(&bound, format_args!("{} runs driver {}", bound.service, bound.driver));
     Ok(())
 }

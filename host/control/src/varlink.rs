@@ -135,6 +135,18 @@ pub struct Reason {
     pub next: String,
 }
 
+/// How a device is to be taken. [`Default`] is no to each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BindOptions {
+    /// With every function of its IOMMU group that VFIO can take, all of them or none.
+    pub group: bool,
+    /// Also when the machine uses it: a disk that is mounted, a network interface that is up.
+    pub force: bool,
+    /// The next daemon takes it again, also after the machine was started anew, until it is
+    /// unbound.
+    pub persist: bool,
+}
+
 /// The reply to `Bind`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
 pub struct Bound {
@@ -254,8 +266,15 @@ pub trait Daemon {
     async fn status(&mut self) -> zlink::Result<Result<Status, Error>>;
 
     /// Takes a device and starts its driver. `address` is that of a PCI function, or the name of
-    /// a service that is down or quarantined. Answered once the driver runs.
-    async fn bind(&mut self, address: &str) -> zlink::Result<Result<Bound, Error>>;
+    /// a service that is down or quarantined. Answered once the driver runs. The rest is what
+    /// [`BindOptions`] has, absent for no.
+    async fn bind(
+        &mut self,
+        address: &str,
+        group: Option<bool>,
+        force: Option<bool>,
+        persist: Option<bool>,
+    ) -> zlink::Result<Result<Bound, Error>>;
 
     /// Stops a device's driver, resets the device, and gives it back to the kernel driver it came
     /// from. Answered once that is done.

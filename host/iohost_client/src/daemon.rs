@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use iohost_control::host::Statistics;
 use iohost_control::socket::{GuardedSocket, Limits};
-use iohost_control::varlink::{Bound, Daemon as _, Description, Device, Error, Status, Unbound};
+use iohost_control::varlink::{
+    BindOptions, Bound, Daemon as _, Description, Device, Error, Status, Unbound,
+};
 use smol::{Timer, block_on, future};
 use zlink::Connection;
 
@@ -54,6 +56,13 @@ impl Daemon {
     /// Takes a device, by its address or its service's name, and waits until its driver runs.
     pub fn bind(&mut self, device: &str) -> Result<Bound, ClientError> {
         block_on(self.0.bind(device))
+    }
+
+    /// As [`bind`](Self::bind), with more to say: the whole IOMMU group, by force, or persistently.
+    ///
+    /// Errors: `Refused`, among others with `in-use` for what the machine uses, unless by force.
+    pub fn bind_with(&mut self, device: &str, options: BindOptions) -> Result<Bound, ClientError> {
+        block_on(self.0.bind_with(device, options))
     }
 
     /// Stops a device's driver and gives the device back.
@@ -136,7 +145,18 @@ impl AsyncDaemon {
 
     /// As [`Daemon::bind`].
     pub async fn bind(&mut self, device: &str) -> Result<Bound, ClientError> {
-        answer(self.connection.bind(device)).await
+        self.bind_with(device, BindOptions::default()).await
+    }
+
+    /// As [`Daemon::bind_with`].
+    pub async fn bind_with(
+        &mut self,
+        device: &str,
+        options: BindOptions,
+    ) -> Result<Bound, ClientError> {
+        let BindOptions { group, force, persist } = options;
+        let [group, force, persist] = [group, force, persist].map(|is_set| is_set.then_some(true));
+        answer(self.connection.bind(device, group, force, persist)).await
     }
 
     /// As [`Daemon::unbind`].

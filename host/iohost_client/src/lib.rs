@@ -54,7 +54,7 @@ pub use daemon::{AsyncDaemon, DEFAULT_SOCKET, Daemon};
 pub use error::ClientError;
 pub use iohost_control::host::Failure;
 pub use iohost_control::varlink;
-pub use iohost_control::varlink::{EventKind, ServiceEvent};
+pub use iohost_control::varlink::{BindOptions, EventKind, ServiceEvent};
 pub use iohost_interface::Action;
 pub use iohost_memory::ring::{Entry, QueueError, WaitError};
 pub use matching::ServiceMatch;

@@ -1,8 +1,8 @@
 //! The daemon's one owner of state.
 //!
 //! It sleeps until a request, a signal, a message from a driver host, the end of one, or a
-//! deadline, and deals with each as a whole before the next. Nothing here blocks but sysfs, whose
-//! writes wait for a kernel driver to let go of its device.
+//! deadline, and deals with each as a whole before the next. Nothing here blocks: what waits for a
+//! kernel driver to let go of its device has threads of its own (`Bindings`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
@@ -17,29 +17,32 @@ use iohost_control::host::{
 };
 use iohost_control::plugin::PciIds;
 use iohost_control::varlink::{
-    Bound, Description as Described, Device, DeviceList, Opened, Queue, Status, Unbound,
+    BindOptions, Bound, Description as Described, Device, DeviceList, Opened, Queue, Status,
+    Unbound,
 };
 use iohost_event::{PacketError, Packets, Poller, Ready as Found};
 use iohost_interface::Description;
-use iohost_pci::{PciAddress, PciError, PciFunction};
+use iohost_pci::{Order, PciAddress, PciFunction, Persist};
 use log::{debug, error, info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
 use crate::Options;
+use crate::bindings::{Bindings, Done, from_pci};
 use crate::config::{Config, DeviceConfig, Location};
 use crate::driver_process::{DriverProcess, Heard};
 use crate::plugins::{Plugin, Plugins};
 use crate::request::{Answer, Inbox, Request, stopping};
 use crate::restart::Decision;
-use crate::service::{Host, LastWords, Opening, Service, Session, State};
+use crate::service::{Cause, Host, LastWords, Opening, Service, Session, State, Then};
 use crate::session::SessionMemory;
 use crate::watchers::Watchers;
 
 const REQUESTS: u64 = 0;
 const SIGNALS: u64 = 1;
+const BINDINGS: u64 = 3;
 /// Each driver host has two tokens from here on: its messages, then its end.
-const HOSTS: u64 = 2;
+const HOSTS: u64 = 4;
 
 /// Messages of one driver host that are dealt with before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
@@ -56,6 +59,7 @@ pub(crate) struct Actor {
     inbox: Inbox,
     signals: UnixStream,
     poller: Poller,
+    bindings: Bindings,
     /// A driver host has not read what it was told of services, so that it has to be told later.
     is_behind: bool,
     /// Clients that want to hear of services.
@@ -67,6 +71,8 @@ pub(crate) struct Actor {
     next_session: u64,
     /// Whether the daemon is on its way out, and what went wrong on that way.
     stopping: bool,
+    /// Whether it goes without waiting for devices that are being given back.
+    is_hasty: bool,
     trouble: Option<Failure>,
 }
 
@@ -85,6 +91,8 @@ impl Actor {
         let poller = Poller::new()?;
         poller.watch(&*inbox.wake, REQUESTS)?;
         poller.watch(&signals, SIGNALS)?;
+        let bindings = Bindings::new(options.sysfs.clone(), &config.state_directory)?;
+        poller.watch(bindings.wake(), BINDINGS)?;
         let services =
             config.devices.iter().map(|device| Service::new(device.clone(), false)).collect();
         Ok(Self {
@@ -95,6 +103,7 @@ impl Actor {
             inbox,
             signals,
             poller,
+            bindings,
             is_behind: false,
             watchers: Watchers::default(),
             talkative: BTreeSet::new(),
@@ -102,14 +111,18 @@ impl Actor {
             next_host: 0,
             next_session: 1,
             stopping: false,
+            is_hasty: false,
             trouble: None,
         })
     }
 
     /// Starts every service, then deals with events until all have stopped after a signal.
     pub(crate) fn run(&mut self) -> Result<(), Failure> {
+        self.take_up_what_was_left();
         for at in 0..self.services.len() {
-            self.start(at, Cause::Asked);
+            if !self.services[at].is_between() {
+                self.start(at, Cause::Asked);
+            }
         }
         let mut found = Found::new(64);
         while !self.is_finished() {
@@ -122,6 +135,7 @@ impl Actor {
                 match token {
                     REQUESTS => self.answer_requests(),
                     SIGNALS => self.take_signals(),
+                    BINDINGS => self.hear_of_bindings(),
                     _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
                     _ => self.bury((token - HOSTS) / 2),
                 }
@@ -133,7 +147,8 @@ impl Actor {
     }
 
     fn is_finished(&self) -> bool {
-        self.stopping && self.services.iter().all(|service| service.host().is_none())
+        let hosts_are_gone = self.services.iter().all(|service| service.host().is_none());
+        self.stopping && hosts_are_gone && (self.is_hasty || self.bindings.are_idle())
     }
 
     fn until_next_deadline(&self) -> Option<Duration> {
@@ -150,6 +165,20 @@ impl Actor {
         let mut bytes = [0; 64];
         while matches!(self.signals.read(&mut bytes), Ok(1..)) {}
         if self.stopping {
+            let hosts_are_gone = self.services.iter().all(|service| service.host().is_none());
+            if hosts_are_gone && !self.bindings.are_idle() {
+                warn!("another signal: not waiting for kernel drivers; the next daemon goes on");
+                self.is_hasty = true;
+                self.trouble.get_or_insert_with(|| {
+                    Failure::new(
+                        "not-given-back",
+                        "devices are still being taken or given back",
+                        "read the kernel log (dmesg) for what its drivers do; the next daemon \
+                         gives the devices back",
+                    )
+                });
+                return;
+            }
             warn!("second signal: killing the driver hosts that have not stopped");
             for at in 0..self.services.len() {
                 self.condemn(at, Failure::new("killed", "a second signal came", "start again"));
@@ -178,7 +207,7 @@ impl Actor {
                 Request::Status(answer) => answer.give(Ok(self.status())),
                 Request::Statistics { service, answer } => self.statistics(&service, answer),
                 Request::Describe { service, answer } => answer.give(self.describe(&service)),
-                Request::Bind { device, answer } => self.bind(&device, answer),
+                Request::Bind { device, options, answer } => self.bind(&device, options, answer),
                 Request::Unbind { device, answer } => self.unbind(&device, answer),
                 Request::Watch(answer) => answer.give(Ok(self.watchers.add())),
                 Request::Open { service, queue_bytes, answer } => {
@@ -267,7 +296,7 @@ impl Actor {
         }
     }
 
-    fn bind(&mut self, word: &str, answer: Answer<Bound>) {
+    fn bind(&mut self, word: &str, options: BindOptions, answer: Answer<Bound>) {
         if self.stopping {
             return answer.give(Err(stopping()));
         }
@@ -283,18 +312,45 @@ impl Actor {
             },
         };
         let service = &mut self.services[at];
+        if let Location::Socket(_) = service.device.location
+            && (options.group || options.persist)
+        {
+            return answer.give(Err(Failure::new(
+                "not-pci",
+                format!("service {:?} is behind a socket: it has no group to bind", word),
+                "bind it without --group and --persist; what the configuration has is there again \
+                 at every start",
+            )));
+        }
         match &service.state {
-            State::Running { ready, .. } => {
+            State::Running { ready, .. } if !options.group && !options.persist => {
                 let (service, driver) = (service.device.name.clone(), ready.driver.clone());
                 answer.give(Ok(Bound { service, driver }));
             }
-            State::Starting(_) => service.binds.push(answer),
-            State::Stopping(_) => answer.give(Err(not_running(service))),
+            // What is added to it is done beside it.
+            State::Running { .. } => {
+                service.wants(options);
+                if let Some(order) = service.next_order() {
+                    service.binds.push(answer);
+                    self.bindings.take(order);
+                }
+            }
+            State::Starting(_) | State::Taking { is_unwanted: false, .. }
+                if !options.group && !options.persist =>
+            {
+                service.binds.push(answer);
+            }
+            State::Starting(_)
+            | State::Taking { .. }
+            | State::Stopping(_)
+            | State::GivingBack { .. } => answer.give(Err(not_running(service))),
             State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => {
                 // A person who asks has looked: the past does not count, and the device is theirs
                 // to take.
                 service.deaths.forget();
                 service.device.bind = true;
+                service.is_lost = false;
+                service.wants(options);
                 service.binds.push(answer);
                 self.start(at, Cause::Asked);
             }
@@ -302,8 +358,11 @@ impl Actor {
     }
 
     fn unbind(&mut self, word: &str, answer: Answer<Unbound>) {
-        let Some(at) = self.position_called(word) else {
-            return answer.give(Err(self.no_such_service(word)));
+        let at = match (self.position_called(word), word.parse::<PciAddress>()) {
+            (Some(at), _) => at,
+            // No service any more, but it could not be given back when it was one.
+            (None, Ok(address)) if self.is_left(address) => self.add(address),
+            (None, _) => return answer.give(Err(self.no_such_service(word))),
         };
         self.services[at].unbinds.push(answer);
         self.stop(at);
@@ -432,6 +491,11 @@ impl Actor {
         self.services.iter().position(|service| service.is_called(word) || service.is_called(full))
     }
 
+    /// Whether an earlier daemon, or this one, has something of a function to give back.
+    fn is_left(&self, address: PciAddress) -> bool {
+        self.bindings.left().iter().any(|left| left.address == address)
+    }
+
     fn no_such_service(&self, word: &str) -> Failure {
         let names: Vec<&str> =
             self.services.iter().map(|service| service.device.name.as_str()).collect();
@@ -458,19 +522,48 @@ impl Actor {
     }
 }
 
-/// Why a driver host is started.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cause {
-    /// The daemon starts, or somebody asked.
-    Asked,
-    /// The one before it died.
-    Death,
-}
-
 /// The life of a service; the numbers are those of the picture at [`State`].
 impl Actor {
-    /// 1 and 5: chooses a plugin, takes the device, starts a driver host.
+    /// What earlier daemons left: persistent devices are services, and what nobody wants goes back.
+    fn take_up_what_was_left(&mut self) {
+        for left in self.bindings.left() {
+            let known = self.position_called(&left.address.to_string());
+            let (at, is_new) = match known {
+                Some(at) => (at, false),
+                None => (self.add(left.address), true),
+            };
+            let service = &mut self.services[at];
+            if let Some(persist) = left.persist {
+                service.device.bind = true;
+                service.persists = true;
+                service.group = persist == Persist::Group;
+            } else if is_new {
+                self.stop(at);
+            } else if !service.device.bind {
+                // Nobody allowed us to have it; but somebody else may have bound it for us.
+                service.state = State::GivingBack { then: Then::Start };
+                self.bindings.give_back(left.address, false);
+            }
+        }
+    }
+
+    /// 1 and 5: chooses a plugin and takes the device.
     fn start(&mut self, at: usize, cause: Cause) {
+        match self.is_to_be_taken(at) {
+            Ok(false) => self.start_taken(at, cause),
+            Ok(true) => {
+                let service = &mut self.services[at];
+                if let Some(order) = service.next_order() {
+                    self.bindings.take(order);
+                    service.state = State::Taking { cause, is_unwanted: false };
+                }
+            }
+            Err(failure) => self.go_down(at, failure),
+        }
+    }
+
+    /// 8: starts a driver host for a device that is ours.
+    fn start_taken(&mut self, at: usize, cause: Cause) {
         match self.start_host(at, cause) {
             Ok(host) => self.services[at].state = State::Starting(host),
             Err(failure) => self.go_down(at, failure),
@@ -479,7 +572,6 @@ impl Actor {
 
     fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
         let plugin = self.choose_plugin(&self.services[at].device)?.clone();
-        self.take_device(at)?;
         let service = &mut self.services[at];
         service.driver = Some(plugin.info.name.clone());
         service.incarnation += 1;
@@ -546,28 +638,64 @@ impl Actor {
         })
     }
 
-    /// Makes sure that a PCI function is bound to the kernel driver that its backend needs.
-    fn take_device(&mut self, at: usize) -> Result<(), Failure> {
+    /// Whether a device has to be taken first: a PCI function, where iohost may. Refused is what no
+    /// plugin is for, and what would have to be bound and may not be.
+    fn is_to_be_taken(&self, at: usize) -> Result<bool, Failure> {
+        let device = &self.services[at].device;
+        self.choose_plugin(device)?;
+        let Location::Pci(address) = device.location else { return Ok(false) };
+        if device.bind {
+            return Ok(true);
+        }
+        let has = self.options.sysfs.function(address).map_err(from_pci)?.driver;
+        let wanted = device.binding().driver();
+        if has.as_deref() == Some(wanted) {
+            return Ok(false);
+        }
+        let has = has.unwrap_or_else(|| "no driver".into());
+        Err(Failure::new(
+            "not-bound",
+            format!("device {address} is bound to {has}, not to {wanted}"),
+            format!(
+                "take it with `iohost bind {address}`, or set `bind = true` for it in the \
+                 configuration"
+            ),
+        ))
+    }
+
+    /// Devices were taken, or given back, or not.
+    fn hear_of_bindings(&mut self) {
+        for (address, done) in self.bindings.finished() {
+            let at = self.position_called(&address.to_string());
+            match (at, done) {
+                (Some(at), Done::Taken(order, result)) => self.taken(at, &order, result),
+                (Some(at), Done::GivenBack(result)) => self.given_back(at, result),
+                // A service is kept while something is done for it.
+                (None, done) => debug!(device:% = address, done:? = done; "for no service"),
+            }
+        }
+    }
+
+    fn taken(&mut self, at: usize, order: &Order, result: Result<(), Failure>) {
         let service = &mut self.services[at];
-        let Location::Pci(address) = service.device.location else { return Ok(()) };
-        let function = self.options.sysfs.function(address).map_err(from_pci)?;
-        let binding = service.device.binding();
-        if function.driver.as_deref() == Some(binding.driver()) {
-            return Ok(());
+        service.persists |= order.persist && result.is_ok();
+        match (&service.state, result) {
+            (State::Taking { is_unwanted: true, .. }, _) => self.stopped(at),
+            (State::Taking { cause, .. }, Ok(())) => {
+                let cause = *cause;
+                self.start_taken(at, cause);
+            }
+            (State::Taking { .. }, Err(failure)) => self.go_down(at, failure),
+            // What was added to a service that runs; one that ended meanwhile has said so.
+            (State::Running { ready, .. }, result) => {
+                let (service_name, driver) = (service.device.name.clone(), ready.driver.clone());
+                let bound = result.map(|()| Bound { service: service_name, driver });
+                for answer in service.binds.drain(..) {
+                    answer.give(bound.clone());
+                }
+            }
+            _ => {}
         }
-        if !service.device.bind {
-            let has = function.driver.unwrap_or_else(|| "no driver".into());
-            return Err(Failure::new(
-                "not-bound",
-                format!("device {address} is bound to {has}, not to {}", binding.driver()),
-                format!(
-                    "take it with `iohost bind {address}`, or set `bind = true` for it in the \
-                     configuration"
-                ),
-            ));
-        }
-        service.former = Some(self.options.sysfs.bind(address, binding).map_err(from_pci)?);
-        Ok(())
     }
 
     /// 2: the driver runs.
@@ -610,6 +738,15 @@ impl Actor {
                 service.state = State::Stopping(host);
                 return;
             }
+            State::Taking { cause, .. } => {
+                service.state = State::Taking { cause, is_unwanted: true };
+                return service.refuse_binds(&given_back());
+            }
+            State::GivingBack { then } => {
+                let then = if let Then::Start = then { Then::Stop } else { then };
+                service.state = State::GivingBack { then };
+                return;
+            }
             State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => {
                 return self.stopped(at);
             }
@@ -619,39 +756,15 @@ impl Actor {
             host.deadline = Some(Instant::now() + self.options.patience.stop);
         }
         service.state = State::Stopping(host);
-        for answer in service.binds.drain(..) {
-            answer.give(Err(Failure::new("stopped", "the device was given back", "bind it again")));
-        }
+        service.refuse_binds(&given_back());
         if let Err(PacketError::WouldBlock) = sent {
             self.condemn(at, protocol("it does not read its messages"));
         }
     }
 
-    /// 7: the driver host is gone, as was wanted; gives the device back.
+    /// 7: the driver host is gone, as was wanted.
     fn stopped(&mut self, at: usize) {
-        let service = &mut self.services[at];
-        let given_back = match service.former.take() {
-            Some(former) => {
-                let restored = self.options.sysfs.restore(&former).map_err(from_pci);
-                restored.map(|()| Unbound { kernel_driver: former.driver })
-            }
-            None => Ok(Unbound { kernel_driver: None }),
-        };
-        if let Err(failure) = &given_back {
-            error!(
-                device = service.device.name, next = failure.next;
-                "device not given back: {}", failure.message
-            );
-            self.trouble.get_or_insert_with(|| failure.clone());
-        }
-        for answer in service.unbinds.drain(..) {
-            answer.give(given_back.clone());
-        }
-        let next = format!("start it again: iohost bind {}", service.device.name);
-        service.state = State::Down(Failure::new("stopped", "it was stopped on request", next));
-        if service.on_request && !self.stopping {
-            self.services.remove(at);
-        }
+        self.put_away(at, Then::Stop);
     }
 
     /// 3: it cannot run, and only a request tries again.
@@ -661,13 +774,62 @@ impl Actor {
             device = service.device.name, code = failure.code, next = failure.next;
             "driver not started: {}", failure.message
         );
-        for answer in service.binds.drain(..) {
-            answer.give(Err(failure.clone()));
-        }
-        service.state = State::Down(failure);
-        if service.on_request {
+        let is_kept = service.persists && service.binds.is_empty();
+        if service.on_request && !is_kept {
             // Nobody asked for it by configuration; what was taken for it goes back.
-            self.stopped(at);
+            self.put_away(at, Then::GoDown(failure));
+        } else {
+            service.refuse_binds(&failure);
+            service.state = State::Down(failure);
+        }
+    }
+
+    /// 9: gives the device back, if it is ours.
+    fn put_away(&mut self, at: usize, then: Then) {
+        let service = &mut self.services[at];
+        service.state = State::GivingBack { then };
+        match service.device.location {
+            Location::Pci(address) if !service.is_lost => {
+                // At its end the daemon keeps in mind what persists.
+                let for_good = !self.stopping || !service.unbinds.is_empty();
+                self.bindings.give_back(address, for_good);
+            }
+            _ => self.given_back(at, Ok(None)),
+        }
+    }
+
+    /// 10: the device is given back, as far as that was possible.
+    fn given_back(&mut self, at: usize, result: Result<Option<String>, Failure>) {
+        let service = &mut self.services[at];
+        if let Err(failure) = &result {
+            error!(
+                device = service.device.name, next = failure.next;
+                "device not given back: {}", failure.message
+            );
+            self.trouble.get_or_insert_with(|| failure.clone());
+        }
+        let next = format!("start it again: iohost bind {}", service.device.name);
+        let stopped = Failure::new("stopped", "it was stopped on request", next);
+        let State::GivingBack { then } =
+            mem::replace(&mut service.state, State::Down(stopped.clone()))
+        else {
+            unreachable!("a device is given back in that state alone, and it waits for this");
+        };
+        if let (Then::Start, false) = (&then, self.stopping) {
+            return self.start(at, Cause::Asked);
+        }
+        let why = match then {
+            Then::GoDown(failure) => failure,
+            Then::Stop | Then::Start => stopped,
+        };
+        service.refuse_binds(&why);
+        for answer in service.unbinds.drain(..) {
+            answer.give(result.clone().map(|kernel_driver| Unbound { kernel_driver }));
+        }
+        (service.group, service.persists) = (false, false);
+        service.state = State::Down(why);
+        if service.on_request && !self.stopping {
+            self.services.remove(at);
         }
     }
 
@@ -730,9 +892,7 @@ impl Actor {
     fn died(&mut self, at: usize, why: Failure) {
         let now = Instant::now();
         let service = &mut self.services[at];
-        for answer in service.binds.drain(..) {
-            answer.give(Err(why.clone()));
-        }
+        service.refuse_binds(&why);
         service.last_death = Some(why.clone());
         match service.deaths.add(now, &self.options.restart) {
             Decision::RestartAfter(pause) => {
@@ -838,10 +998,8 @@ impl Actor {
         for answer in service.unbinds.drain(..) {
             answer.give(Err(failure.clone()));
         }
-        for answer in service.binds.drain(..) {
-            answer.give(Err(failure.clone()));
-        }
-        service.former = None;
+        service.refuse_binds(&failure);
+        service.is_lost = true;
         service.state = State::Down(failure);
     }
 }
@@ -999,6 +1157,10 @@ fn protocol(words: &str) -> Failure {
     )
 }
 
+fn given_back() -> Failure {
+    Failure::new("stopped", "the device was given back", "bind it again")
+}
+
 fn not_running(service: &Service) -> Failure {
     let shown = service.shown();
     let why = match shown.reason {
@@ -1022,20 +1184,4 @@ fn word(service: &Service) -> &str {
 
 fn ids(function: &PciFunction) -> PciIds {
     PciIds { vendor: function.vendor, device: function.device, class: function.class }
-}
-
-fn from_pci(err: PciError) -> Failure {
-    let code = match &err {
-        PciError::NoSuchDevice { .. } => "no-such-device",
-        PciError::NoIommu { .. } => "no-iommu",
-        PciError::HasIommu { .. } => "has-iommu",
-        PciError::NoIommuModeOff { .. } => "no-iommu-mode-off",
-        PciError::DriverNotLoaded { .. } => "driver-not-loaded",
-        PciError::GroupNotViable { .. } => "group-not-viable",
-        PciError::Permission { .. } => "no-permission",
-        PciError::NotBound { .. } => "bind-failed",
-        _ => "sysfs",
-    };
-    let source = std::error::Error::source(&err).map(|source| format!(": {source}"));
-    Failure::new(code, format!("{err}{}", source.unwrap_or_default()), err.next_step())
 }

@@ -3,6 +3,7 @@
 //! ```toml
 //! driver_directory = "/usr/lib/iohost/drivers"
 //! runtime_directory = "/run/iohost"
+//! state_directory = "/var/lib/iohost"  # how to give back what was taken; one for all daemons
 //!
 //! [limits]
 //! sessions_per_service = 16       # at the same time
@@ -39,6 +40,8 @@ pub const DEFAULT_CONFIG: &str = "/etc/iohost/iohost.toml";
 pub const DEFAULT_DRIVER_DIRECTORY: &str = "/usr/lib/iohost/drivers";
 /// Where the control socket is unless flag or configuration say otherwise.
 pub const DEFAULT_RUNTIME_DIRECTORY: &str = "/run/iohost";
+/// Where it is noted how to give back what was taken, unless the configuration says otherwise.
+pub const DEFAULT_STATE_DIRECTORY: &str = "/var/lib/iohost";
 
 /// What the configuration says, checked as far as a file can be.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,6 +50,8 @@ pub struct Config {
     pub driver_directory: PathBuf,
     /// Where the control socket is made.
     pub runtime_directory: PathBuf,
+    /// Where it is noted how to give back what was taken.
+    pub state_directory: PathBuf,
     /// What clients may ask for.
     pub limits: Limits,
     /// The devices, in the order of the file; names and locations are unique.
@@ -206,6 +211,7 @@ impl Config {
         Ok(Self {
             driver_directory: raw.driver_directory,
             runtime_directory: raw.runtime_directory,
+            state_directory: raw.state_directory,
             limits: raw.limits,
             devices,
         })
@@ -219,6 +225,8 @@ struct RawConfig {
     driver_directory: PathBuf,
     #[serde(default = "default_runtime_directory")]
     runtime_directory: PathBuf,
+    #[serde(default = "default_state_directory")]
+    state_directory: PathBuf,
     #[serde(default)]
     limits: Limits,
     #[serde(default)]
@@ -231,6 +239,10 @@ fn default_driver_directory() -> PathBuf {
 
 fn default_runtime_directory() -> PathBuf {
     DEFAULT_RUNTIME_DIRECTORY.into()
+}
+
+fn default_state_directory() -> PathBuf {
+    DEFAULT_STATE_DIRECTORY.into()
 }
 
 #[derive(Deserialize)]

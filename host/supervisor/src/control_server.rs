@@ -13,8 +13,8 @@ use std::time::Duration;
 use iohost_control::host::{QueueStatistics, Statistics};
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{
-    Bound, Description, Device, DeviceList, Error, EventKind, Opened, Queue, Reason, Service,
-    ServiceEvent, State, Status, Unbound,
+    BindOptions, Bound, Description, Device, DeviceList, Error, EventKind, Opened, Queue, Reason,
+    Service, ServiceEvent, State, Status, Unbound,
 };
 use log::{debug, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -145,9 +145,22 @@ impl Control {
     }
 
     /// Takes a device and starts its driver. The address is that of a PCI function, or the name
-    /// of a service that is down or quarantined. Answered once the driver runs.
-    async fn bind(&self, address: String) -> Result<Bound, Error> {
-        Ok(self.0.ask(|answer| Request::Bind { device: address, answer }).await?)
+    /// of a service that is down or quarantined. Answered once the driver runs. With group, the
+    /// whole IOMMU group is taken with it or nothing is; with force, also what the machine uses;
+    /// with persist, the next daemon takes it again. Each absent for no.
+    async fn bind(
+        &self,
+        address: String,
+        group: Option<bool>,
+        force: Option<bool>,
+        persist: Option<bool>,
+    ) -> Result<Bound, Error> {
+        let options = BindOptions {
+            group: group.unwrap_or_default(),
+            force: force.unwrap_or_default(),
+            persist: persist.unwrap_or_default(),
+        };
+        Ok(self.0.ask(|answer| Request::Bind { device: address, options, answer }).await?)
     }
 
     /// Stops a device's driver, resets the device, and gives it back to its kernel driver.

@@ -1,9 +1,9 @@
 //! The daemon: configuration, matching, binding, supervision, the control interface.
 //!
-//! Two threads. The one that called [`run`] is the actor: it owns every service, device binding,
-//! driver host and session, sleeps in one epoll wait, and waits for nothing else without a
-//! deadline. The other serves the control socket and asks the actor; between them is a channel,
-//! and no lock.
+//! The thread that called [`run`] is the actor: it owns every service, driver host and session,
+//! sleeps in one epoll wait, and waits for nothing else without a deadline. Another one serves the
+//! control socket and asks the actor; and each device that is being taken or given back has one
+//! while that lasts, because a kernel driver lets go when it likes. Between them are channels.
 //!
 //! Invariant: what the daemon does is decided on the actor's thread alone, one event at a time.
 //!
@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod actor;
+mod bindings;
 mod config;
 mod control_server;
 mod driver_process;
@@ -35,7 +36,7 @@ use smol::channel;
 
 pub use config::{
     Config, ConfigError, DEFAULT_CONFIG, DEFAULT_DRIVER_DIRECTORY, DEFAULT_RUNTIME_DIRECTORY,
-    DeviceConfig, Limits, Location,
+    DEFAULT_STATE_DIRECTORY, DeviceConfig, Limits, Location,
 };
 pub use plugins::Inspect;
 pub use restart::{Decision, RestartPolicy};

@@ -6,7 +6,7 @@ use std::sync::mpsc;
 
 use iohost_control::host::{Failure, Statistics};
 use iohost_control::varlink::{
-    Bound, Description, DeviceList, Opened, ServiceEvent, Status, Unbound,
+    BindOptions, Bound, Description, DeviceList, Opened, ServiceEvent, Status, Unbound,
 };
 use iohost_event::Signal;
 use smol::channel;
@@ -16,7 +16,7 @@ use smol::channel;
 pub(crate) enum Request {
     Devices(Answer<DeviceList>),
     Status(Answer<Status>),
-    Bind { device: String, answer: Answer<Bound> },
+    Bind { device: String, options: BindOptions, answer: Answer<Bound> },
     Unbind { device: String, answer: Answer<Unbound> },
     Statistics { service: String, answer: Answer<Statistics> },
     Describe { service: String, answer: Answer<Description> },

@@ -1,15 +1,16 @@
 //! One device that the daemon runs a driver for: what it is doing, and what it may do next.
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use iohost_control::host::{Failure, Ready, RunningService, Statistics};
-use iohost_control::varlink::{Bound, Opened, State as Shown, Unbound};
+use iohost_control::varlink::{BindOptions, Bound, Opened, State as Shown, Unbound};
 use iohost_interface::Description;
-use iohost_pci::Former;
+use iohost_pci::Order;
 
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, Location};
 use crate::driver_process::DriverProcess;
 use crate::request::Answer;
 use crate::restart::Deaths;
@@ -30,8 +31,14 @@ pub(crate) struct Service {
     pub(crate) deaths: Deaths,
     /// Why the last driver host died, if one has.
     pub(crate) last_death: Option<Failure>,
-    /// How the device was bound before we took it.
-    pub(crate) former: Option<Former>,
+    /// Whether the whole IOMMU group is taken with it.
+    pub(crate) group: bool,
+    /// Whether the next daemon takes it again.
+    pub(crate) persists: bool,
+    /// Whether its driver host cannot be got rid of, so that the device is not to be touched.
+    pub(crate) is_lost: bool,
+    /// What is wanted of the binding that comes next.
+    asked: BindOptions,
     pub(crate) binds: Vec<Answer<Bound>>,
     pub(crate) unbinds: Vec<Answer<Unbound>>,
 }
@@ -39,25 +46,64 @@ pub(crate) struct Service {
 /// What a service is doing.
 ///
 /// ```text
-///           1            2
-///   Down ──────▶ Starting ──────▶ Running
-///    ▲ ▲ 3          │ │ 4            │ 4
-///    │ └────────────┘ └──▶ Restarting ◀┘ ──5──▶ Starting
-///    │                          │ 4
-///    │ 7                        ▼
-///   Stopping ◀──6── any    Quarantined ──1──▶ Starting
+///           1           8            2
+///   Down ──────▶ Taking ──▶ Starting ──────▶ Running
+///    ▲ ▲ 3          │          │ │ 4            │ 4
+///    │ └────────────┴──────────┘ └──▶ Restarting ◀┘ ──5──▶ Taking
+///    │ 10                                 │ 4
+///    │          7, 9                      ▼
+///   GivingBack ◀──── Stopping ◀──6── any  Quarantined ──1──▶ Taking
 /// ```
-/// 1 `Actor::start`, 2 `Actor::became_ready`, 3 a driver host that says it cannot and never could
-/// (`Actor::died`), 4 any other death (`Actor::died`), 5 `Actor::start` when the pause is over,
-/// 6 `Actor::stop`, 7 `Actor::stopped`.
+/// 1 `Actor::start`, which leaves `Taking` out for what need not be taken, 2 `Actor::became_ready`,
+/// 3 a device that cannot be taken, or a driver host that says it cannot and never could
+/// (`Actor::go_down`, by way of `GivingBack` for what was bound on request), 4 any other death
+/// (`Actor::died`), 5 `Actor::start` when the pause is over, 6 `Actor::stop`, which leaves
+/// `Stopping` out without a driver host, 7 `Actor::stopped`, 8 `Actor::start_taken`,
+/// 9 `Actor::put_away`, 10 `Actor::given_back`.
 #[derive(Debug)]
 pub(crate) enum State {
     Down(Failure),
+    /// Unwanted if it was asked to stop meanwhile.
+    Taking {
+        cause: Cause,
+        is_unwanted: bool,
+    },
     Starting(Host),
-    Running { host: Host, ready: Ready, interface: Description, sessions: BTreeMap<u64, Session> },
-    Restarting { at: Instant, why: Failure },
+    Running {
+        host: Host,
+        ready: Ready,
+        interface: Description,
+        sessions: BTreeMap<u64, Session>,
+    },
+    Restarting {
+        at: Instant,
+        why: Failure,
+    },
     Stopping(Host),
+    GivingBack {
+        then: Then,
+    },
     Quarantined(Failure),
+}
+
+/// Why a driver host is started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cause {
+    /// The daemon starts, or somebody asked.
+    Asked,
+    /// The one before it died.
+    Death,
+}
+
+/// What comes when a device is given back.
+#[derive(Debug)]
+pub(crate) enum Then {
+    /// Nothing: it was asked to stop.
+    Stop,
+    /// Nothing: it cannot run.
+    GoDown(Failure),
+    /// It is started: what was given back was an earlier daemon's.
+    Start,
 }
 
 /// A driver host and what is expected of it.
@@ -123,7 +169,10 @@ impl Service {
             incarnation: 0,
             deaths: Deaths::default(),
             last_death: None,
-            former: None,
+            group: false,
+            persists: false,
+            is_lost: false,
+            asked: BindOptions::default(),
             binds: Vec::new(),
             unbinds: Vec::new(),
         }
@@ -134,12 +183,43 @@ impl Service {
         self.device.name == word || self.device.location.to_string() == word
     }
 
+    /// Whether its device is just being taken or given back.
+    pub(crate) fn is_between(&self) -> bool {
+        matches!(self.state, State::Taking { .. } | State::GivingBack { .. })
+    }
+
+    /// What is wanted of the next binding. A group stays wanted until the device is given back.
+    pub(crate) fn wants(&mut self, options: BindOptions) {
+        self.group |= options.group;
+        self.asked = options;
+    }
+
+    /// The binding that the service needs next, of a PCI function. What was wanted of it is so
+    /// once.
+    pub(crate) fn next_order(&mut self) -> Option<Order> {
+        let Location::Pci(address) = self.device.location else { return None };
+        let BindOptions { force, persist, .. } = mem::take(&mut self.asked);
+        let (binding, group) = (self.device.binding(), self.group);
+        Some(Order { address, binding, group, force, persist })
+    }
+
+    /// Tells those who wait for it to run that it will not.
+    pub(crate) fn refuse_binds(&mut self, why: &Failure) {
+        for answer in self.binds.drain(..) {
+            answer.give(Err(why.clone()));
+        }
+    }
+
     pub(crate) fn host(&self) -> Option<&Host> {
         match &self.state {
             State::Starting(host) | State::Running { host, .. } | State::Stopping(host) => {
                 Some(host)
             }
-            State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => None,
+            State::Down(_)
+            | State::Taking { .. }
+            | State::Restarting { .. }
+            | State::GivingBack { .. }
+            | State::Quarantined(_) => None,
         }
     }
 
@@ -148,7 +228,11 @@ impl Service {
             State::Starting(host) | State::Running { host, .. } | State::Stopping(host) => {
                 Some(host)
             }
-            State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => None,
+            State::Down(_)
+            | State::Taking { .. }
+            | State::Restarting { .. }
+            | State::GivingBack { .. }
+            | State::Quarantined(_) => None,
         }
     }
 
@@ -183,10 +267,10 @@ impl Service {
     pub(crate) fn shown(&self) -> iohost_control::varlink::Service {
         let (state, reason) = match &self.state {
             State::Down(why) => (Shown::Down, Some(why)),
-            State::Starting(_) => (Shown::Starting, None),
+            State::Taking { .. } | State::Starting(_) => (Shown::Starting, None),
             State::Running { .. } => (Shown::Running, None),
             State::Restarting { why, .. } => (Shown::Restarting, Some(why)),
-            State::Stopping(_) => (Shown::Stopping, None),
+            State::Stopping(_) | State::GivingBack { .. } => (Shown::Stopping, None),
             State::Quarantined(why) => (Shown::Quarantined, Some(why)),
         };
         let (backend, sessions) = match &self.state {

@@ -6,7 +6,7 @@ use iohost_control::host::{Failure, RunningService};
 use iohost_control::varlink::{EventKind, ServiceEvent};
 use smol::channel::{self, Receiver, Sender};
 
-use crate::service::{Service, State};
+use crate::service::{Service, State, Then};
 
 /// Events that wait for one client. One that has more is told no more: its stream ends.
 const MOST_WAITING: usize = 1024;
@@ -80,10 +80,13 @@ fn why_ended(ended: &RunningService, services: &[Service]) -> Failure {
         return stopped();
     };
     match &service.state {
-        State::Down(why) | State::Restarting { why, .. } | State::Quarantined(why) => why.clone(),
-        State::Stopping(_) => stopped(),
+        State::Down(why)
+        | State::GivingBack { then: Then::GoDown(why) }
+        | State::Restarting { why, .. }
+        | State::Quarantined(why) => why.clone(),
+        State::Stopping(_) | State::GivingBack { .. } => stopped(),
         // The next one was started in the same turn.
-        State::Starting(_) | State::Running { .. } => {
+        State::Taking { .. } | State::Starting(_) | State::Running { .. } => {
             service.last_death.clone().unwrap_or_else(stopped)
         }
     }

@@ -244,7 +244,7 @@ fn a_pci_device_is_matched_by_the_plugins_table_and_says_what_it_lacks() {
 #[test]
 fn a_config_that_names_a_missing_plugin_stops_the_daemon_before_anything_starts() {
     let mut rig = Rig::with_config("[[device]]\nsocket = \"/run/x\"\ndriver = \"nvme\"\n");
-    rig.wait_for("iohost.toml:3: device \"/run/x\": no plugin in");
+    rig.wait_for("iohost.toml:4: device \"/run/x\": no plugin in");
     assert_eq!(rig.exit_code(), 2);
     assert!(!rig.socket().exists());
 }

@@ -1,13 +1,14 @@
 //! Moving a function to a kernel driver that hands it out, and back.
 
-use std::io::ErrorKind;
-use std::path::Path;
+use std::fs::OpenOptions;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
 
 use log::info;
 use serde::{Deserialize, Serialize};
 
 use crate::sysfs::link_name;
-use crate::{PciAddress, PciError, Sysfs};
+use crate::{IommuGroup, PciAddress, PciError, Sysfs};
 
 /// The kernel driver that hands a function to VFIO.
 pub const VFIO_PCI: &str = "vfio-pci";
@@ -59,44 +60,29 @@ impl Sysfs {
     ///
     /// A function that is bound already is left as it is. When something goes wrong on the way,
     /// the function is put back as far as the kernel lets us, and the first error is returned.
-    /// Other members of its IOMMU group are never touched.
+    /// Other members of its IOMMU group are never touched. Nothing is written down: who has to be
+    /// able to undo it after a crash uses a [`Binder`](crate::Binder).
     ///
     /// - Blocks while its present driver lets go, which some drivers take seconds for.
     /// - Errors: `NoSuchDevice`, `DriverNotLoaded`, `Permission`, `NotBound` when the driver
-    ///   refused; for VFIO `NoIommu`, and `GroupNotViable` with the members in the way; for VFIO
-    ///   without an IOMMU `HasIommu` and `NoIommuModeOff`; besides reading and writing.
+    ///   refused, `InUse`; for VFIO `NoIommu`, and `GroupNotViable` with the members in the way;
+    ///   for VFIO without an IOMMU `HasIommu` and `NoIommuModeOff`; besides reading and writing.
     pub fn bind(&self, address: PciAddress, binding: Binding) -> Result<Former, PciError> {
         let function = self.function(address)?;
-        let group = match binding {
-            Binding::Vfio => Some(self.group_of(address)?),
-            Binding::VfioNoIommu | Binding::Uio => None,
-        };
+        let group = self.check(address, binding)?;
         let former =
             Former { address, driver: function.driver, driver_override: function.driver_override };
         let driver = binding.driver();
         if former.driver.as_deref() == Some(driver) {
             return Ok(former);
         }
-        if !self.driver_directory(driver).exists() {
-            return Err(PciError::DriverNotLoaded { driver: driver.to_owned() });
-        }
         if let Some(group) = group {
-            let mut blockers = group.blockers();
-            // Its own driver is about to let go.
-            blockers.retain(|member| member.address != address);
-            if !blockers.is_empty() {
-                return Err(PciError::GroupNotViable { group: group.number, blockers });
-            }
+            group.check_without(&[address])?;
         }
-        if binding == Binding::VfioNoIommu {
-            if let Some(group) = function.iommu_group {
-                return Err(PciError::HasIommu { address, group });
-            }
-            if !self.is_no_iommu_mode_on() {
-                return Err(PciError::NoIommuModeOff { address });
-            }
+        let uses = self.uses_of(address)?;
+        if !uses.is_empty() {
+            return Err(PciError::InUse { functions: vec![(address, uses)] });
         }
-
         if let Err(err) = self.move_to(address, driver) {
             // The first error is the one that explains; a second one adds nothing to it.
             let _ = self.restore(&former);
@@ -145,7 +131,43 @@ impl Sysfs {
         Ok(())
     }
 
-    fn move_to(&self, address: PciAddress, driver: &str) -> Result<(), PciError> {
+    /// Whether the machine has what a binding needs; the function's group where VFIO uses it.
+    pub(crate) fn check(
+        &self,
+        address: PciAddress,
+        binding: Binding,
+    ) -> Result<Option<IommuGroup>, PciError> {
+        let function = self.function(address)?;
+        let group = match binding {
+            Binding::Vfio => Some(self.group_of(address)?),
+            Binding::VfioNoIommu | Binding::Uio => None,
+        };
+        let driver = binding.driver();
+        if function.driver.as_deref() == Some(driver) {
+            return Ok(group);
+        }
+        if !self.driver_directory(driver).exists() {
+            return Err(PciError::DriverNotLoaded { driver: driver.to_owned() });
+        }
+        if binding == Binding::VfioNoIommu {
+            if let Some(group) = function.iommu_group {
+                return Err(PciError::HasIommu { address, group });
+            }
+            if !self.is_no_iommu_mode_on() {
+                return Err(PciError::NoIommuModeOff { address });
+            }
+        }
+        Ok(group)
+    }
+
+    /// Whether this process may change the driver of a function.
+    pub(crate) fn check_permission(&self, address: PciAddress) -> Result<(), PciError> {
+        let path = self.directory(address).join("driver_override");
+        let opened = OpenOptions::new().write(true).open(&path).map(drop);
+        opened.map_err(|source| refused(source, path, "", || set_the_driver_of(address)))
+    }
+
+    pub(crate) fn move_to(&self, address: PciAddress, driver: &str) -> Result<(), PciError> {
         self.set_override(address, driver)?;
         self.let_go(address)?;
         self.probe(address)?;
@@ -163,7 +185,7 @@ impl Sysfs {
 
     fn set_override(&self, address: PciAddress, value: &str) -> Result<(), PciError> {
         let path = self.directory(address).join("driver_override");
-        self.write_to(&path, value, || format!("set the driver of {address}"))
+        self.write_to(&path, value, || set_the_driver_of(address))
     }
 
     /// Takes the function from its driver, if it has one.
@@ -206,13 +228,26 @@ impl Sysfs {
         value: &str,
         action: impl FnOnce() -> String,
     ) -> Result<(), PciError> {
-        (self.write)(path, value).map_err(|source| match source.kind() {
-            ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
-                PciError::Permission { action: action(), path: path.to_owned(), source }
-            }
-            _ => PciError::Write { path: path.to_owned(), value: value.to_owned(), source },
-        })
+        (self.write)(path, value).map_err(|source| refused(source, path.into(), value, action))
     }
+}
+
+fn refused(
+    source: io::Error,
+    path: PathBuf,
+    value: &str,
+    action: impl FnOnce() -> String,
+) -> PciError {
+    match source.kind() {
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            PciError::Permission { action: action(), path, source }
+        }
+        _ => PciError::Write { path, value: value.to_owned(), source },
+    }
+}
+
+fn set_the_driver_of(address: PciAddress) -> String {
+    format!("set the driver of {address}")
 }
 
 #[cfg(test)]

@@ -3,7 +3,10 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::{GroupMember, PciAddress};
+use crate::{GroupMember, PciAddress, Use};
+
+/// The most uses or commands in one message; a machine can mount a disk a thousand times.
+const MOST: usize = 8;
 
 /// Why sysfs does not say or do what was asked, with the values that matter.
 ///
@@ -50,6 +53,55 @@ pub enum PciError {
         group: u32,
         /// The functions in the way, each with its driver.
         blockers: Vec<GroupMember>,
+    },
+    /// The machine uses the functions.
+    #[error("{}", in_use(functions))]
+    InUse {
+        /// Each function in use, with what for.
+        functions: Vec<(PciAddress, Vec<Use>)>,
+    },
+    /// Another process has taken the function.
+    #[error(
+        "PCI device {address} is taken by another iohost, {}",
+        pid.map_or("which is not known".to_owned(), |pid| format!("process {pid}"))
+    )]
+    TakenElsewhere {
+        /// The function.
+        address: PciAddress,
+        /// The process.
+        pid: Option<u32>,
+    },
+    /// The function was taken together with another one of its group.
+    #[error("PCI device {address} was taken together with {taken_for}, for that one's sake")]
+    TakenWith {
+        /// The function.
+        address: PciAddress,
+        /// The other one.
+        taken_for: PciAddress,
+    },
+    /// A whole group was asked for where groups do not matter.
+    #[error("PCI device {address} is for {driver}, which takes no IOMMU group")]
+    NotForGroups {
+        /// The function.
+        address: PciAddress,
+        /// The driver it is to have.
+        driver: &'static str,
+    },
+    /// The state directory does not work.
+    #[error("the state {} cannot be read or written", path.display())]
+    State {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A file of the state directory was not written by this iohost.
+    #[error("the state file {} makes no sense: {why}", path.display())]
+    StateMalformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
     },
     /// This process may not do that.
     #[error("no permission to {action} ({})", path.display())]
@@ -128,10 +180,37 @@ impl PciError {
             PciError::GroupNotViable { blockers, .. } => {
                 let commands: Vec<String> = blockers.iter().map(unbind_command).collect();
                 format!(
-                    "take these from their drivers, or bind them to vfio-pci too: {}",
+                    "take the whole group with --group, or take these from their drivers: {}",
                     commands.join("; ")
                 )
             }
+            PciError::InUse { functions } => {
+                // What rests on others comes first.
+                let uses = functions.iter().flat_map(|(_, uses)| uses.iter().rev());
+                let commands: Vec<String> = uses.filter_map(Use::command).collect();
+                let force = "take it all the same with --force, which breaks whatever uses it";
+                match commands.is_empty() {
+                    true => format!("end that first, or {force}"),
+                    false => format!("end that first: {}; or {force}", shortened(&commands, "; ")),
+                }
+            }
+            PciError::TakenElsewhere { .. } => {
+                "unbind it there (iohost --runtime-dir DIR unbind), or stop that daemon".to_owned()
+            }
+            PciError::TakenWith { taken_for, .. } => {
+                format!("give both back first: iohost unbind {taken_for}")
+            }
+            PciError::NotForGroups { .. } => "bind it without --group".to_owned(),
+            PciError::State { .. } => {
+                "run the iohost daemon as root, or name another `state_directory` in the \
+                 configuration"
+                    .to_owned()
+            }
+            PciError::StateMalformed { path, .. } => format!(
+                "it says what driver the device had; bind it to that one by hand, then remove the \
+                 file: rm {}",
+                path.display()
+            ),
             PciError::Permission { .. } => "run the iohost daemon as root".to_owned(),
             PciError::NotBound { .. } => {
                 "read the kernel log (dmesg) for why the driver refused".to_owned()
@@ -159,4 +238,20 @@ fn list(members: &[GroupMember]) -> String {
         })
         .collect();
     texts.join(", ")
+}
+
+fn in_use(functions: &[(PciAddress, Vec<Use>)]) -> String {
+    let one = |(address, uses): &(PciAddress, Vec<Use>)| {
+        let uses: Vec<String> = uses.iter().map(Use::to_string).collect();
+        format!("PCI device {address} is in use: {}", shortened(&uses, ", "))
+    };
+    functions.iter().map(one).collect::<Vec<_>>().join("; ")
+}
+
+fn shortened(texts: &[String], between: &str) -> String {
+    let shown = texts[..texts.len().min(MOST)].join(between);
+    match texts.len().saturating_sub(MOST) {
+        0 => shown,
+        more => format!("{shown}{between}and {more} more"),
+    }
 }

@@ -4,7 +4,11 @@ use std::fs;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
+use crate::in_use::is_held;
 use crate::{PciAddress, PciError};
+
+/// Bits 23–16 of the class code of every bridge.
+const BRIDGE_BASE_CLASS: u32 = 0x06;
 
 /// Bits 23–8 of the class code of a PCI-to-PCI bridge.
 const BRIDGE_CLASS: u32 = 0x0604;
@@ -15,8 +19,12 @@ const BRIDGE_CLASS: u32 = 0x0604;
 #[derive(Clone, Debug)]
 pub struct Sysfs {
     root: PathBuf,
+    /// Where proc is, which knows what is mounted.
+    proc: PathBuf,
     /// How an attribute is written; tests put a kernel that answers in its place.
     pub(crate) write: fn(&Path, &str) -> io::Result<()>,
+    /// Whether a block device is held; tests answer in the kernel's place.
+    pub(crate) is_held: fn(&Path) -> bool,
 }
 
 /// One PCI function.
@@ -73,7 +81,12 @@ impl Default for Sysfs {
 impl Sysfs {
     /// The sysfs mounted at `root`.
     pub fn at(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into(), write: write_attribute }
+        Self { root: root.into(), proc: "/proc".into(), write: write_attribute, is_held }
+    }
+
+    /// The same, with the proc mounted at `proc` instead of `/proc`.
+    pub fn with_proc(self, proc: impl Into<PathBuf>) -> Self {
+        Self { proc: proc.into(), ..self }
     }
 
     /// Every PCI function there is, by address. A function that goes away meanwhile is left out.
@@ -130,6 +143,11 @@ impl Sysfs {
     /// Where sysfs is mounted.
     pub(crate) fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Where proc is mounted.
+    pub(crate) fn proc(&self) -> &Path {
+        &self.proc
     }
 
     /// The folder of a PCI driver; it exists while the driver is loaded.
@@ -198,6 +216,17 @@ impl IommuGroup {
         self.members.iter().filter(|member| member.blocks()).cloned().collect()
     }
 
+    /// Whether VFIO can use the group once it has `functions`.
+    pub(crate) fn check_without(&self, functions: &[PciAddress]) -> Result<(), PciError> {
+        let mut blockers = self.blockers();
+        // Their drivers are about to let go.
+        blockers.retain(|member| !functions.contains(&member.address));
+        match blockers.is_empty() {
+            true => Ok(()),
+            false => Err(PciError::GroupNotViable { group: self.number, blockers }),
+        }
+    }
+
     /// Whether VFIO can use the group.
     pub fn is_viable(&self) -> bool {
         !self.members.iter().any(GroupMember::blocks)
@@ -205,6 +234,12 @@ impl IommuGroup {
 }
 
 impl GroupMember {
+    /// Whether this member is taken when its whole group is: it is in the way, or nobody has it.
+    /// A bridge that nobody has is the machine's.
+    pub(crate) fn goes_with_its_group(&self) -> bool {
+        self.blocks() || (self.driver.is_none() && self.class >> 16 != BRIDGE_BASE_CLASS)
+    }
+
     /// Whether this member keeps VFIO from using the group: its driver does DMA on its own.
     ///
     /// Source: Linux sets `driver_managed_dma` for the drivers that do not: `vfio-pci` and its

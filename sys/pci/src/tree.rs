@@ -1,13 +1,34 @@
 //! A fabricated sysfs, with a kernel that answers writes as Linux does.
 
+use std::cell::Cell;
 use std::fs;
 use std::io;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
 use crate::Sysfs;
+
+const BOOT_ID: &str = "proc/sys/kernel/random/boot_id";
+
+thread_local! {
+    /// After how many more changes this thread stops.
+    static CHANGES_LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// Makes this thread panic instead of making its change of this number from here on, as if the
+/// program had ended there.
+pub(crate) fn stop_at_change(number: Option<usize>) {
+    CHANGES_LEFT.set(number);
+}
+
+/// Counts a change that is about to be made.
+pub(crate) fn count_changes() {
+    if let Some(left) = CHANGES_LEFT.get() {
+        CHANGES_LEFT.set(Some(left.checked_sub(1).expect("this is where the program ends")));
+    }
+}
 
 pub(crate) struct Tree {
     root: TempDir,
@@ -19,12 +40,17 @@ impl Tree {
         fs::create_dir_all(root.path().join("bus/pci/devices")).unwrap();
         fs::create_dir_all(root.path().join("bus/pci/drivers")).unwrap();
         fs::create_dir_all(root.path().join("kernel/iommu_groups")).unwrap();
+        fs::create_dir_all(root.path().join("proc/self")).unwrap();
+        fs::write(root.path().join("proc/self/mountinfo"), "").unwrap();
+        fs::create_dir_all(root.path().join("proc/sys/kernel/random")).unwrap();
+        fs::write(root.path().join(BOOT_ID), "the first\n").unwrap();
         Self { root }
     }
 
     pub(crate) fn sysfs(&self) -> Sysfs {
-        let mut sysfs = Sysfs::at(self.root.path());
+        let mut sysfs = Sysfs::at(self.root.path()).with_proc(self.root.path().join("proc"));
         sysfs.write = kernel;
+        sysfs.is_held = |_| false;
         sysfs
     }
 
@@ -75,15 +101,122 @@ impl Tree {
         attach(self.root.path(), address, driver);
     }
 
+    /// Takes a function from its driver and gives it to another one, by somebody else's hand.
+    pub(crate) fn rebind(&self, address: &str, driver: &str) {
+        self.load(driver);
+        fs::remove_file(self.device(address).join("driver")).unwrap();
+        self.set(address, "driver_override", &format!("{driver}\n"));
+        attach(self.root.path(), address, driver);
+    }
+
+    /// Boots the machine again: every function has the driver that the kernel prefers.
+    pub(crate) fn boot(&self, id: &str) {
+        fs::write(self.root.path().join(BOOT_ID), format!("{id}\n")).unwrap();
+        for function in self.sysfs().functions().unwrap() {
+            let address = function.address.to_string();
+            let _ = fs::remove_file(self.device(&address).join("driver"));
+            self.set(&address, "driver_override", "(null)\n");
+            let preferred = fs::read_to_string(self.device(&address).join("preferred"));
+            attach(self.root.path(), &address, &preferred.unwrap());
+        }
+    }
+
+    /// A state directory, which is not there yet.
+    pub(crate) fn state(&self) -> PathBuf {
+        self.root.path().join("state")
+    }
+
     pub(crate) fn set(&self, address: &str, attribute: &str, text: &str) {
         let path = self.root.path().join("bus/pci/devices").join(address).join(attribute);
         fs::write(path, text).unwrap();
     }
 }
 
+/// Disks and network interfaces.
+impl Tree {
+    /// A block device in a folder under a function.
+    pub(crate) fn add_disk(&self, address: &str, folder: &str, number: &str) {
+        self.make_disk(&self.device(address).join(folder), number);
+    }
+
+    /// A block device that no function has: one made of others.
+    pub(crate) fn add_made_disk(&self, folder: &str, number: &str) {
+        self.make_disk(&self.root.path().join("devices/virtual").join(folder), number);
+    }
+
+    fn make_disk(&self, folder: &Path, number: &str) {
+        fs::create_dir_all(folder.join("holders")).unwrap();
+        fs::write(folder.join("dev"), format!("{number}\n")).unwrap();
+        self.link("class/block", folder);
+    }
+
+    pub(crate) fn name_mapped(&self, disk: &str, name: &str) {
+        let folder = self.root.path().join("class/block").join(disk).join("dm");
+        fs::create_dir(&folder).unwrap();
+        fs::write(folder.join("name"), format!("{name}\n")).unwrap();
+    }
+
+    pub(crate) fn add_holder(&self, disk: &str, holder: &str) {
+        let disks = self.root.path().join("class/block");
+        let holder_folder = fs::canonicalize(disks.join(holder)).unwrap();
+        symlink(holder_folder, disks.join(disk).join("holders").join(holder)).unwrap();
+    }
+
+    /// An NVMe controller in a folder under a function, in the one subsystem.
+    pub(crate) fn add_to_nvme_subsystem(&self, address: &str, controller: &str) {
+        let controller = self.device(address).join(controller);
+        fs::create_dir_all(&controller).unwrap();
+        let subsystem = self.root.path().join("devices/virtual/nvme-subsystem/nvme-subsys0");
+        fs::create_dir_all(&subsystem).unwrap();
+        symlink(&controller, subsystem.join(controller.file_name().unwrap())).unwrap();
+        let class = self.root.path().join("class/nvme-subsystem");
+        if !class.exists() {
+            self.link("class/nvme-subsystem", &subsystem);
+        }
+    }
+
+    pub(crate) fn mount(&self, number: &str, source: &str, on: &str) {
+        let path = self.root.path().join("proc/self/mountinfo");
+        let line = format!("36 35 {number} / {on} rw,noatime shared:1 - ext4 {source} rw\n");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(path, text + &line).unwrap();
+    }
+
+    pub(crate) fn set_swaps(&self, files: &[&str]) {
+        let head = "Filename                Type        Size    Used    Priority\n".to_owned();
+        let lines: String =
+            files.iter().map(|file| format!("{file} partition\t999420\t0\t-2\n")).collect();
+        fs::write(self.root.path().join("proc/swaps"), head + &lines).unwrap();
+    }
+
+    /// A network interface in a folder under a function.
+    pub(crate) fn add_interface(&self, address: &str, folder: &str, flags: u32) {
+        let folder = self.device(address).join(folder);
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join("flags"), format!("{flags:#x}\n")).unwrap();
+        self.link("class/net", &folder);
+    }
+
+    pub(crate) fn enslave(&self, address: &str, interface: &str, to: &str) {
+        let master = self.device(address).join(interface).join("master");
+        symlink(self.root.path().join("class/net").join(to), master).unwrap();
+    }
+
+    fn device(&self, address: &str) -> PathBuf {
+        self.root.path().join("bus/pci/devices").join(address)
+    }
+
+    fn link(&self, class: &str, folder: &Path) {
+        let class = self.root.path().join(class);
+        fs::create_dir_all(&class).unwrap();
+        symlink(folder, class.join(folder.file_name().unwrap())).unwrap();
+    }
+}
+
 /// What Linux does at a write to these four attributes (`drivers/base/bus.c`,
 /// `drivers/pci/pci-driver.c`).
 fn kernel(path: &Path, value: &str) -> io::Result<()> {
+    count_changes();
     let name = path.file_name().unwrap().to_str().unwrap();
     let root = path.ancestors().find(|folder| folder.join("bus/pci").exists()).unwrap();
     let device = |address: &str| root.join("bus/pci/devices").join(address);

@@ -129,7 +129,8 @@ fn directory(config: &str) -> TempDir {
     }
     let path = directory.path().display();
     let text = format!(
-        "driver_directory = \"{path}/drivers\"\nruntime_directory = \"{path}/run\"\n{config}"
+        "driver_directory = \"{path}/drivers\"\nruntime_directory = \"{path}/run\"\n\
+         state_directory = \"{path}/state\"\n{config}"
     );
     std::fs::write(directory.path().join("iohost.toml"), text).unwrap();
     directory
