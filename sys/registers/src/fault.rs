@@ -146,16 +146,19 @@ fn install() -> io::Result<()> {
 
 /// The handler. Async-signal-safe: atomics, bare system calls, and a store to fresh memory.
 extern "C" fn on_sigbus(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
-    // SAFETY: errno is this thread's own, and lives as long as the thread.
-    let errno = unsafe { &mut *libc::__errno_location() };
-    let before = *errno;
+    // SAFETY: the call has no argument.
+    let errno = unsafe { libc::__errno_location() };
+    // SAFETY: it is this thread's own, and lives as long as the thread.
+    let before = unsafe { *errno };
     // SAFETY: the kernel passes a valid structure.
-    let code = unsafe { (*info).si_code };
+    let info = unsafe { &*info };
+    let code = info.si_code;
     // SAFETY: SIGBUS of the kernel has an address; of one that was sent it is not used.
-    let address = unsafe { (*info).si_addr() } as usize;
+    let address = unsafe { info.si_addr() } as usize;
     // 0 and less: somebody sent the signal.
     if code > 0 && answer_with_ones(address) {
-        *errno = before;
+        // SAFETY: as where it was read.
+        unsafe { *errno = before };
         return;
     }
     leave_to_others(code);

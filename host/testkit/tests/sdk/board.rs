@@ -5,7 +5,9 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use iohost_device_backend::{
+    BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, Reset, ResetLevel,
+};
 use iohost_device_models::{BarSpec, Bus, DeviceModel, Function, Identity};
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
@@ -153,6 +155,15 @@ impl DeviceBackend for Unusual {
         self.board.enable_interrupts(kind, triggers)
     }
 
+    fn change_triggers(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        self.board.change_triggers(kind, first, triggers)
+    }
+
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
         self.enable_interrupts(kind, &[])
     }
@@ -178,5 +189,18 @@ impl DeviceBackend for Unusual {
             true => Err(DeviceError::NoReset { reason: "it has none".to_owned() }),
             false => self.board.reset(),
         }
+    }
+
+    fn resets(&self) -> Vec<Reset> {
+        if self.no_reset { Vec::new() } else { self.board.resets() }
+    }
+
+    fn reset_by(&self, level: ResetLevel) -> Result<(), DeviceError> {
+        self.there()?;
+        self.board.reset_by(level)
+    }
+
+    fn watch(&self, event: DeviceEvent, trigger: BorrowedFd<'_>) -> Result<bool, DeviceError> {
+        self.board.watch(event, trigger)
     }
 }
