@@ -4,6 +4,8 @@
 //! deadline, and deals with each as a whole before the next. Nothing here blocks but sysfs, whose
 //! writes wait for a kernel driver to let go of its device.
 
+mod device_events;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::mem;
@@ -12,8 +14,8 @@ use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use iohost_control::host::{
-    Failure, FromHost, MOST_DESCRIPTORS, OpenSession, PciBackend, QueueSize, Ready, RunningService,
-    Start, Statistics, ToHost,
+    DeviceEvent, Failure, FromHost, MOST_DESCRIPTORS, OpenSession, PciBackend, QueueSize, Ready,
+    RunningService, Start, Statistics, ToHost,
 };
 use iohost_control::plugin::PciIds;
 use iohost_control::varlink::{
@@ -21,13 +23,13 @@ use iohost_control::varlink::{
 };
 use iohost_event::{PacketError, Packets, Poller, Ready as Found};
 use iohost_interface::Description;
-use iohost_pci::{PciAddress, PciError, PciFunction};
+use iohost_pci::{HotplugSocket, PciAddress, PciError, PciFunction};
 use log::{debug, error, info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
 use crate::Options;
-use crate::config::{Config, DeviceConfig, Location};
+use crate::config::{Config, DeviceConfig, ErrorPolicy, Location};
 use crate::driver_process::{DriverProcess, Heard};
 use crate::plugins::{Plugin, Plugins};
 use crate::request::{Answer, Inbox, Request, stopping};
@@ -38,8 +40,9 @@ use crate::watchers::Watchers;
 
 const REQUESTS: u64 = 0;
 const SIGNALS: u64 = 1;
+const HOTPLUG: u64 = 2;
 /// Each driver host has two tokens from here on: its messages, then its end.
-const HOSTS: u64 = 2;
+const HOSTS: u64 = 4;
 
 /// Messages of one driver host that are dealt with before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
@@ -56,6 +59,8 @@ pub(crate) struct Actor {
     inbox: Inbox,
     signals: UnixStream,
     poller: Poller,
+    /// Devices that come back; `None` where the kernel does not say.
+    hotplug: Option<HotplugSocket>,
     /// A driver host has not read what it was told of services, so that it has to be told later.
     is_behind: bool,
     /// Clients that want to hear of services.
@@ -85,6 +90,12 @@ impl Actor {
         let poller = Poller::new()?;
         poller.watch(&*inbox.wake, REQUESTS)?;
         poller.watch(&signals, SIGNALS)?;
+        let hotplug = HotplugSocket::open()
+            .inspect_err(|err| warn!(err:%; "a device that comes back will not be noticed"))
+            .ok();
+        if let Some(hotplug) = &hotplug {
+            poller.watch(hotplug, HOTPLUG)?;
+        }
         let services =
             config.devices.iter().map(|device| Service::new(device.clone(), false)).collect();
         Ok(Self {
@@ -95,6 +106,7 @@ impl Actor {
             inbox,
             signals,
             poller,
+            hotplug,
             is_behind: false,
             watchers: Watchers::default(),
             talkative: BTreeSet::new(),
@@ -122,6 +134,7 @@ impl Actor {
                 match token {
                     REQUESTS => self.answer_requests(),
                     SIGNALS => self.take_signals(),
+                    HOTPLUG => self.hear_hotplug(),
                     _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
                     _ => self.bury((token - HOSTS) / 2),
                 }
@@ -451,6 +464,7 @@ impl Actor {
             interrupts: Vec::new(),
             bind: true,
             backend: None,
+            on_error: ErrorPolicy::default(),
             line: 0,
         };
         self.services.push(Service::new(device, true));
@@ -482,6 +496,8 @@ impl Actor {
         self.take_device(at)?;
         let service = &mut self.services[at];
         service.driver = Some(plugin.info.name.clone());
+        service.quiesced = None;
+        service.is_removed = false;
         service.incarnation += 1;
 
         let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
@@ -515,6 +531,7 @@ impl Actor {
             was_ready: false,
             is_retry: cause == Cause::Death,
             killed: false,
+            ending: None,
             told: None,
             asked: Vec::new(),
         })
@@ -681,15 +698,24 @@ impl Actor {
         let Some(how) = host.process.ended() else { return };
         let pid = host.process.pid();
         let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
+        let ending = host.ending.take();
         debug!(device = service.device.name, pid, how = how; "driver host ended");
 
+        let name = service.device.name.clone();
         let unexpected = || {
             Failure::new(
                 "driver-died",
-                format!("the driver host of {:?} (process {pid}) {how}", service.device.name),
+                format!("the driver host of {name:?} (process {pid}) {how}"),
                 "read the log for what it said last; `iohost status` shows when it starts again",
             )
         };
+        if let Some(ending) = ending {
+            return self.ended(at, ending);
+        }
+        if let Some(unfit) = self.is_unfit(at) {
+            return self.quarantine(at, unfit);
+        }
+        let service = &mut self.services[at];
         let old = mem::replace(&mut service.state, State::Down(stopping()));
         match (old, last_words) {
             (State::Stopping(_), Some(LastWords::Stopped)) => self.stopped(at),
@@ -884,6 +910,19 @@ impl Actor {
                 if !host.killed {
                     host.last_words = Some(LastWords::Said(failure));
                     host.deadline = Some(Instant::now() + patience);
+                }
+            }
+            (
+                State::Starting(_) | State::Running { .. } | State::Stopping(_),
+                FromHost::Quiesced(quiesced),
+            ) => self.quiesced(at, quiesced),
+            (State::Starting(_) | State::Running { .. }, FromHost::DeviceEvent(event)) => {
+                self.device_event(at, event);
+            }
+            // Whoever wants the device back does not wait for a stop that takes its time.
+            (State::Stopping(host), FromHost::DeviceEvent(event)) => {
+                if host.ending.is_none() && event == DeviceEvent::RemovalRequested {
+                    self.device_event(at, event);
                 }
             }
             (State::Stopping(host), FromHost::Stopped) => {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, Ready, RunningService, Statistics};
+use iohost_control::host::{Failure, Quiesced, Ready, RunningService, Statistics};
 use iohost_control::varlink::{Bound, Opened, State as Shown, Unbound};
 use iohost_interface::Description;
 use iohost_pci::Former;
@@ -26,6 +26,10 @@ pub(crate) struct Service {
     pub(crate) driver: Option<String>,
     /// The reset that the last driver host reported.
     pub(crate) reset: Option<String>,
+    /// What became of making the device safe, the last time.
+    pub(crate) quiesced: Option<Quiesced>,
+    /// The device was taken away, and is waited for.
+    pub(crate) is_removed: bool,
     pub(crate) incarnation: u64,
     pub(crate) deaths: Deaths,
     /// Why the last driver host died, if one has.
@@ -49,7 +53,9 @@ pub(crate) struct Service {
 /// ```
 /// 1 `Actor::start`, 2 `Actor::became_ready`, 3 a driver host that says it cannot and never could
 /// (`Actor::died`), 4 any other death (`Actor::died`), 5 `Actor::start` when the pause is over,
-/// 6 `Actor::stop`, 7 `Actor::stopped`.
+/// 6 `Actor::stop`, or `Actor::end` for what happened to the device, 7 `Actor::stopped`, or
+/// `Actor::ended`, which may as well lead to Restarting or Quarantined. A device that could not be
+/// made safe is Quarantined whatever else is true (`Actor::is_unfit`).
 #[derive(Debug)]
 pub(crate) enum State {
     Down(Failure),
@@ -76,10 +82,31 @@ pub(crate) struct Host {
     pub(crate) is_retry: bool,
     /// Whether it was killed, so that nothing is left but to wait for its end.
     pub(crate) killed: bool,
+    /// What happened to its device, for which it was told to end.
+    pub(crate) ending: Option<Ending>,
     /// The services it was told to run, with their incarnations; `None` while it has not asked.
     pub(crate) told: Option<BTreeMap<String, u64>>,
     /// Who waits for its numbers. Dropped with it, which tells them.
     pub(crate) asked: Vec<Answer<Statistics>>,
+}
+
+/// What happened to a device, and so what follows the end of its driver host.
+#[derive(Clone, Debug)]
+pub(crate) enum Ending {
+    /// It is taken away: it starts again when it comes back.
+    Removed(Failure),
+    /// As if the driver host had died of it.
+    Died(Failure),
+    /// Nothing but a request starts it again.
+    Isolated(Failure),
+}
+
+impl Ending {
+    pub(crate) fn why(&self) -> &Failure {
+        match self {
+            Ending::Removed(why) | Ending::Died(why) | Ending::Isolated(why) => why,
+        }
+    }
 }
 
 /// Why a driver host ends.
@@ -120,6 +147,8 @@ impl Service {
             state: State::Down(not_yet),
             driver: None,
             reset: None,
+            quiesced: None,
+            is_removed: false,
             incarnation: 0,
             deaths: Deaths::default(),
             last_death: None,
@@ -204,6 +233,7 @@ impl Service {
             backend,
             is_unsafe: self.device.is_unsafe(),
             reset: self.reset.clone(),
+            quiesced: self.quiesced.clone(),
             sessions: sessions as u64,
         }
     }

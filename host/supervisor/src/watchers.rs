@@ -81,7 +81,9 @@ fn why_ended(ended: &RunningService, services: &[Service]) -> Failure {
     };
     match &service.state {
         State::Down(why) | State::Restarting { why, .. } | State::Quarantined(why) => why.clone(),
-        State::Stopping(_) => stopped(),
+        State::Stopping(host) => {
+            host.ending.as_ref().map_or_else(stopped, |ending| ending.why().clone())
+        }
         // The next one was started in the same turn.
         State::Starting(_) | State::Running { .. } => {
             service.last_death.clone().unwrap_or_else(stopped)

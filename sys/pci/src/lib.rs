@@ -9,6 +9,7 @@
 mod address;
 mod bind;
 mod error;
+mod hotplug;
 mod sysfs;
 #[cfg(test)]
 mod tree;
@@ -16,4 +17,5 @@ mod tree;
 pub use address::{AddressError, PciAddress};
 pub use bind::{Binding, Former, UIO_PCI_GENERIC, VFIO_PCI};
 pub use error::PciError;
+pub use hotplug::{Hotplug, HotplugSocket};
 pub use sysfs::{GroupMember, IommuGroup, PciFunction, Sysfs};
