@@ -37,7 +37,7 @@ struct Misfortunes {
 /// What a reset of a [`FakeDevice`] does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResetEffect {
-    /// What it should.
+    /// What it should; a device that did not answer answers again.
     Works,
     /// It fails and says so; the device stays as it was.
     Fails,
@@ -98,6 +98,7 @@ impl<M: DeviceModel> FakeDevice<M> {
     fn reset_as(&self, effect: ResetEffect) -> Result<(), DeviceError> {
         match effect {
             ResetEffect::Works => {
+                self.set_lost(false);
                 let mut enabled = self.enabled();
                 self.function.reset();
                 *enabled = None;

@@ -3,7 +3,7 @@
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 
 use iohost_device_backend::{
     BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, Reset, ResetLevel,
@@ -88,14 +88,22 @@ pub(crate) struct Unusual {
     pub(crate) iova: Vec<RangeInclusive<u64>>,
     /// The device has gone and answers nothing.
     pub(crate) gone: AtomicBool,
+    /// It is a PCI Express device, and says so many times that transactions are pending.
+    pub(crate) pending: Option<AtomicU32>,
 }
+
+/// Where such a device has its capability of PCI Express, and the list of capabilities.
+const EXPRESS: u16 = 0xa0;
+const CAPABILITIES: u16 = 0x34;
+const DEVICE_STATUS: u16 = EXPRESS + 0x0a;
+const TRANSACTIONS_PENDING: u8 = 1 << 5;
 
 impl Unusual {
     pub(crate) fn new(board: Board) -> Self {
         let board = FakeDevice::new(Arc::new(Function::new(board)));
         let bars = (0..7).map(|index| board.bar(index).cloned()).collect();
         let iova = vec![0..=u64::MAX];
-        Self { board, bars, no_reset: false, iova, gone: AtomicBool::new(false) }
+        Self { board, bars, no_reset: false, iova, gone: AtomicBool::new(false), pending: None }
     }
 
     fn there(&self) -> Result<(), DeviceError> {
@@ -117,7 +125,18 @@ impl DeviceBackend for Unusual {
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
         self.there()?;
-        self.board.config_read(offset, data)
+        self.board.config_read(offset, data)?;
+        let Some(pending) = &self.pending else { return Ok(()) };
+        match offset {
+            CAPABILITIES => data[0] = EXPRESS as u8,
+            EXPRESS => data.copy_from_slice(&[0x10, 0, 0, 0][..data.len()]),
+            DEVICE_STATUS => {
+                let still = pending.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
+                data[0] = if still.is_ok() { TRANSACTIONS_PENDING } else { 0 };
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
