@@ -34,7 +34,7 @@ use crate::driver_process::{DriverProcess, Heard};
 use crate::plugins::{Plugin, Plugins};
 use crate::request::{Answer, Inbox, Request, stopping};
 use crate::restart::Decision;
-use crate::service::{Host, LastWords, Opening, Service, Session, State};
+use crate::service::{Ending, Host, LastWords, Opening, Service, Session, State};
 use crate::session::SessionMemory;
 use crate::watchers::Watchers;
 
@@ -496,23 +496,12 @@ impl Actor {
         self.take_device(at)?;
         let service = &mut self.services[at];
         service.driver = Some(plugin.info.name.clone());
-        service.quiesced = None;
         service.is_removed = false;
         service.incarnation += 1;
-
-        let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
-        let number = self.next_host;
-        self.next_host += 1;
-        self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
-        self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
-        let start = ToHost::Start(Start {
-            device: service.device.for_host(),
-            interrupts: service.device.interrupts.clone(),
-            plugin: Some(plugin.file.to_string_lossy().into_owned()),
-            incarnation: service.incarnation,
-        });
+        let host = self.launch(at, Some(&plugin), cause)?;
+        let service = &self.services[at];
         info!(
-            device = service.device.name, driver = plugin.info.name, pid = process.pid(),
+            device = service.device.name, driver = plugin.info.name, pid = host.process.pid(),
             incarnation = service.incarnation; "driver host started"
         );
         if service.device.is_unsafe() {
@@ -521,6 +510,29 @@ impl Actor {
                 "UNSAFE: no IOMMU keeps this device from the machine's memory"
             );
         }
+        Ok(host)
+    }
+
+    /// Starts a driver host that runs a plugin, or none.
+    fn launch(
+        &mut self,
+        at: usize,
+        plugin: Option<&Plugin>,
+        cause: Cause,
+    ) -> Result<Host, Failure> {
+        let service = &mut self.services[at];
+        service.quiesced = None;
+        let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
+        let number = self.next_host;
+        self.next_host += 1;
+        self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
+        self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
+        let start = ToHost::Start(Start {
+            device: service.device.for_host(),
+            interrupts: service.device.interrupts.clone(),
+            plugin: plugin.map(|plugin| plugin.file.to_string_lossy().into_owned()),
+            incarnation: service.incarnation,
+        });
         // A process that is gone already is noticed by its end.
         let _ = process.send(&start, &[]);
         Ok(Host {
@@ -710,7 +722,8 @@ impl Actor {
             )
         };
         if let Some(ending) = ending {
-            return self.ended(at, ending);
+            let in_order = matches!(last_words, Some(LastWords::Stopped));
+            return self.ended(at, ending, in_order);
         }
         if let Some(unfit) = self.is_unfit(at) {
             return self.quarantine(at, unfit);
@@ -730,7 +743,8 @@ impl Actor {
                 };
                 warn!(device = service.device.name; "driver not stopped in order: {}", why.message);
                 self.trouble.get_or_insert(why);
-                self.stopped(at);
+                // It was to make its device safe, and has not: another one does.
+                self.quiesce_then(at, Ending::Stopped);
             }
             (State::Starting(_), Some(LastWords::Said(failure))) if !is_retry => {
                 self.go_down(at, failure);
@@ -771,13 +785,14 @@ impl Actor {
             Decision::Quarantine => {
                 error!(
                     device = service.device.name, reason = why.message;
-                    "driver host died too often, device quarantined"
+                    "driver host died too often"
                 );
                 let next = format!(
                     "correct the cause, then start it again: iohost bind {}",
                     service.device.name
                 );
-                service.state = State::Quarantined(Failure { next, ..why });
+                let ending = Ending::Isolated(Failure { next, ..why });
+                self.quiesce_then(at, ending);
             }
         }
     }

@@ -28,6 +28,8 @@ pub(crate) struct Service {
     pub(crate) reset: Option<String>,
     /// What became of making the device safe, the last time.
     pub(crate) quiesced: Option<Quiesced>,
+    /// A driver host without a driver makes the device safe, or was to.
+    pub(crate) quiescing: bool,
     /// The device was taken away, and is waited for.
     pub(crate) is_removed: bool,
     pub(crate) incarnation: u64,
@@ -90,10 +92,13 @@ pub(crate) struct Host {
     pub(crate) asked: Vec<Answer<Statistics>>,
 }
 
-/// What happened to a device, and so what follows the end of its driver host.
+/// What follows the end of a driver host that was told to end for more than a request, or that only
+/// makes the device safe after another one did not.
 #[derive(Clone, Debug)]
 pub(crate) enum Ending {
-    /// It is taken away: it starts again when it comes back.
+    /// What follows a stop on request.
+    Stopped,
+    /// The device is taken away: it starts again when it comes back.
     Removed(Failure),
     /// As if the driver host had died of it.
     Died(Failure),
@@ -102,9 +107,10 @@ pub(crate) enum Ending {
 }
 
 impl Ending {
-    pub(crate) fn why(&self) -> &Failure {
+    pub(crate) fn why(&self) -> Option<&Failure> {
         match self {
-            Ending::Removed(why) | Ending::Died(why) | Ending::Isolated(why) => why,
+            Ending::Stopped => None,
+            Ending::Removed(why) | Ending::Died(why) | Ending::Isolated(why) => Some(why),
         }
     }
 }
@@ -148,6 +154,7 @@ impl Service {
             driver: None,
             reset: None,
             quiesced: None,
+            quiescing: false,
             is_removed: false,
             incarnation: 0,
             deaths: Deaths::default(),

@@ -6,7 +6,7 @@ use iohost_control::host::{Failure, RunningService};
 use iohost_control::varlink::{EventKind, ServiceEvent};
 use smol::channel::{self, Receiver, Sender};
 
-use crate::service::{Service, State};
+use crate::service::{Ending, Service, State};
 
 /// Events that wait for one client. One that has more is told no more: its stream ends.
 const MOST_WAITING: usize = 1024;
@@ -82,7 +82,7 @@ fn why_ended(ended: &RunningService, services: &[Service]) -> Failure {
     match &service.state {
         State::Down(why) | State::Restarting { why, .. } | State::Quarantined(why) => why.clone(),
         State::Stopping(host) => {
-            host.ending.as_ref().map_or_else(stopped, |ending| ending.why().clone())
+            host.ending.as_ref().and_then(Ending::why).cloned().unwrap_or_else(stopped)
         }
         // The next one was started in the same turn.
         State::Starting(_) | State::Running { .. } => {

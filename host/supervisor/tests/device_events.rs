@@ -155,3 +155,35 @@ fn a_device_whose_server_has_left_is_tried_again() {
     let began = watch.next_event_within(WATCHDOG).unwrap().unwrap();
     assert_eq!((began.kind, began.incarnation), (EventKind::Began, 2));
 }
+
+#[test]
+fn a_device_whose_driver_did_not_make_it_safe_is_made_safe_by_a_driver_host_without_one() {
+    let mut rig = Rig::start(&["stubborn"]);
+    let mut daemon = rig.connect();
+    daemon.bind("stubborn").unwrap();
+    daemon.unbind("stubborn").unwrap();
+    rig.wait_for("killing driver host");
+    rig.wait_for("making the device safe device=stubborn");
+    rig.wait_for("the device is safe device=stubborn outcome=Clean");
+    let service = daemon.status().unwrap().services[0].clone();
+    assert_eq!((service.state, service.incarnation), (State::Down, 1));
+
+    // So is one whose drivers died too often.
+    let mut rig = Rig::start(&["exit"]);
+    rig.wait_for("driver host died too often");
+    rig.wait_for("the device is safe device=exit outcome=Clean");
+    rig.wait_for("device quarantined device=exit");
+}
+
+#[test]
+fn an_isolated_driver_that_does_not_stop_leaves_a_device_that_is_made_safe() {
+    let mut rig = Rig::start(&["isolate-stubborn"]);
+    let (mut daemon, session, mut watch) = running(&rig, "isolate-stubborn");
+    happen(&session, ERROR);
+    assert_eq!(end(&mut watch), "device-error");
+    rig.wait_for("killing driver host");
+    rig.wait_for("the device is safe device=isolate-stubborn outcome=Clean");
+    rig.wait_for("device quarantined device=isolate-stubborn");
+    let service = daemon.status().unwrap().services[0].clone();
+    assert_eq!((service.state, service.incarnation), (State::Quarantined, 1));
+}

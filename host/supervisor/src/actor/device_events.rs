@@ -37,16 +37,16 @@ impl Actor {
         match (event, &device.location) {
             (DeviceEvent::RemovalRequested, _) => {
                 let why = removed(&name, "somebody took the device back");
-                self.end(at, ToHost::LetGo, Ending::Removed(why));
+                self.end(at, ToHost::LetGo, Ending::Removed, why);
             }
             (DeviceEvent::Gone, Location::Pci(_)) => {
                 let why = removed(&name, "the device does not answer any more");
-                self.end(at, ToHost::LetGo, Ending::Removed(why));
+                self.end(at, ToHost::LetGo, Ending::Removed, why);
             }
             // Its server may come back at any moment, and nobody would tell.
             (DeviceEvent::Gone, Location::Socket(_)) => {
                 let why = removed(&name, "the device's server has left");
-                self.end(at, ToHost::LetGo, Ending::Died(why));
+                self.end(at, ToHost::LetGo, Ending::Died, why);
             }
             (DeviceEvent::Error, _) => {
                 let next = format!("read the kernel log (dmesg) for it; then: iohost bind {name}");
@@ -57,8 +57,8 @@ impl Actor {
                 );
                 match device.on_error {
                     ErrorPolicy::Notify => {}
-                    ErrorPolicy::Reset => self.end(at, ToHost::Stop, Ending::Died(why)),
-                    ErrorPolicy::Isolate => self.end(at, ToHost::Stop, Ending::Isolated(why)),
+                    ErrorPolicy::Reset => self.end(at, ToHost::Stop, Ending::Died, why),
+                    ErrorPolicy::Isolate => self.end(at, ToHost::Stop, Ending::Isolated, why),
                 }
             }
         }
@@ -66,10 +66,10 @@ impl Actor {
 
     /// Ends a driver for what happened to its device: clients are told why, and a driver that has
     /// not ended in time is killed.
-    fn end(&mut self, at: usize, message: ToHost, ending: Ending) {
-        let patience = match ending {
-            Ending::Removed(_) => self.options.patience.removal,
-            Ending::Died(_) | Ending::Isolated(_) => self.options.patience.stop,
+    fn end(&mut self, at: usize, message: ToHost, ending: fn(Failure) -> Ending, why: Failure) {
+        let patience = match message {
+            ToHost::LetGo => self.options.patience.removal,
+            _ => self.options.patience.stop,
         };
         let service = &mut self.services[at];
         let old = mem::replace(&mut service.state, State::Down(stopping()));
@@ -85,18 +85,18 @@ impl Actor {
         };
         for session in sessions.into_values() {
             if let Some(opening) = session.opening {
-                opening.answer.give(Err(ending.why().clone()));
+                opening.answer.give(Err(why.clone()));
             }
         }
         for answer in service.binds.drain(..) {
-            answer.give(Err(ending.why().clone()));
+            answer.give(Err(why.clone()));
         }
-        service.last_death = Some(ending.why().clone());
+        service.last_death = Some(why.clone());
         // A process that does not read its messages is killed when its time is over.
         let _ = host.process.send(&message, &[]);
         let limit = Instant::now() + patience;
         host.deadline = Some(host.deadline.map_or(limit, |deadline| deadline.min(limit)));
-        host.ending = Some(ending);
+        host.ending = Some(ending(why));
         service.state = State::Stopping(host);
     }
 
@@ -107,13 +107,46 @@ impl Actor {
         (quiesced.outcome == Outcome::Quarantined).then(|| unfit(service, quiesced))
     }
 
-    /// A driver host has ended for what happened to its device.
-    pub(super) fn ended(&mut self, at: usize, ending: Ending) {
+    /// A driver host has ended that was told to for this; `in_order` when it has closed its device
+    /// as it was told, too.
+    pub(super) fn ended(&mut self, at: usize, ending: Ending, in_order: bool) {
+        if let Ending::Removed(why) = ending {
+            return self.was_removed(at, why);
+        }
+        if let Some(unfit) = self.is_unfit(at) {
+            return self.quarantine(at, unfit);
+        }
+        let was_safe = in_order || self.services[at].quiescing;
+        self.services[at].quiescing = false;
         match ending {
-            Ending::Removed(why) => self.was_removed(at, why),
+            Ending::Removed(_) => unreachable!("dealt with above"),
+            Ending::Stopped => self.stopped(at),
             Ending::Died(_) if self.stopping => self.stopped(at),
+            // The next driver host begins with making the device safe.
             Ending::Died(why) => self.died(at, why),
+            Ending::Isolated(_) if !was_safe => self.quiesce_then(at, ending),
+            // Somebody has asked for the device meanwhile, and it is safe.
+            Ending::Isolated(_) if !self.services[at].unbinds.is_empty() => self.stopped(at),
             Ending::Isolated(why) => self.quarantine(at, why),
+        }
+    }
+
+    /// Has a driver host without a driver make the device safe, which the one before it did not,
+    /// and goes on then.
+    pub(super) fn quiesce_then(&mut self, at: usize, ending: Ending) {
+        self.services[at].quiescing = true;
+        match self.launch(at, None, Cause::Asked) {
+            Ok(mut host) => {
+                let service = &mut self.services[at];
+                info!(device = service.device.name, pid = host.process.pid(); "making the device safe");
+                let _ = host.process.send(&ToHost::Stop, &[]);
+                host.ending = Some(ending);
+                service.state = State::Stopping(host);
+            }
+            Err(failure) => {
+                warn!(reason = failure.message; "nobody makes the device safe");
+                self.ended(at, ending, false);
+            }
         }
     }
 

@@ -29,7 +29,15 @@ fn main() {
     let daemon = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     let daemon = Arc::new(Packets::from(daemon));
     let Some((ToHost::Start(start), _)) = receive(&daemon) else { panic!("no Start") };
-    let plugin = start.plugin.expect("a plugin");
+    let Some(plugin) = start.plugin else {
+        quiesced(&daemon, Outcome::Clean);
+        while let Some((message, _)) = receive(&daemon) {
+            if message == ToHost::Stop {
+                return send(&daemon, &FromHost::Stopped);
+            }
+        }
+        return;
+    };
     let script = std::path::Path::new(&plugin).file_stem().unwrap().to_str().unwrap().to_owned();
     let later = start.incarnation > 1;
     match script.as_str() {
