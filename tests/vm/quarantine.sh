@@ -1,16 +1,13 @@
 # A device whose reset fails is left alone until somebody asks, and a failed reset of the function is followed by one of
 # its bus where that is ours.
-# device: e1000e,romfile=,id=below
+# device: edu
 # qemu: -device e1000e,romfile=,addr=1d.0
 # deadline: 300
 . /share/tests/guest/daemon.sh
 . /share/tests/guest/pci.sh
 
 alone=0000:00:1d.0 # on the root bus, which nobody can reset
-below=$(for function in /sys/bus/pci/devices/*; do
-    [ "$(cat "$function/device")" != 0x10d3 ] || [ "${function##*/}" = $alone ] || echo "${function##*/}"
-done)
-[ -n "$below" ] || fail "no e1000e below a port"
+below=$(pci_address 1234 11e8)
 
 # start ADDRESS: a driver on a device that is reset by itself, which then cannot be any more: VFIO does not know.
 start() {
