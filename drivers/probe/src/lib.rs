@@ -7,12 +7,32 @@
 
 use iohost_driver::prelude::*;
 use iohost_driver::{
-    ClientMemory, IOServiceNotificationDispatchSource, ServiceMatching, ServiceNotification,
+    ClientMemory, DeviceEvent, DeviceEventSource, IOServiceNotificationDispatchSource,
+    ServiceMatching, ServiceNotification,
 };
+
+mod regs {
+    use iohost_driver::register_map;
+
+    register_map! {
+        /// The start of BAR 0.
+        pub struct First[0x4] {
+            0x00 Ro FIRST: u32,
+        }
+    }
+}
+
+/// The command register of configuration space, and its bit that has the device decode memory.
+const COMMAND: u64 = 0x04;
+const MEMORY_SPACE: u16 = 0x0002;
 
 /// The probe. Everything here runs on its default queue.
 pub struct Probe {
     queue: IODispatchQueue<Self>,
+    device: IOPCIDevice,
+    _device_events: DeviceEventSource,
+    events: Vec<DeviceEvent>,
+    bar: Option<Bar<regs::First>>,
     /// Actions of clients.
     kept: Vec<Action<(u32, Vec<u8>)>>,
     /// Actions of ours that clients were given.
@@ -30,9 +50,14 @@ pub struct Probe {
 impl IOService for Probe {
     const PERSONALITIES: &'static [Personality] = &[Personality::pci(0x1234, 0x11e8)];
 
-    fn start(_device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> Result<Self> {
+    fn start(device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> Result<Self> {
+        let note = |probe: &mut Self, event| probe.events.push(event);
         Ok(Self {
             queue: queue.clone(),
+            _device_events: DeviceEventSource::create(&device, queue, note)?,
+            device,
+            events: Vec::new(),
+            bar: None,
             kept: Vec::new(),
             offered: Vec::new(),
             noted: Vec::new(),
@@ -131,6 +156,34 @@ impl probe_api::Server for Probe {
         reply.finish(
             memory.and_then(|it| it.write_at(offset as usize, &data).map_err(|err| err.code())),
         );
+    }
+
+    fn hang(&mut self, reply: Reply<()>) {
+        reply.complete(());
+        loop {
+            std::thread::park();
+        }
+    }
+
+    fn events(&mut self, reply: Reply<String>) {
+        let events: Vec<String> = self.events.iter().map(|event| format!("{event:?}")).collect();
+        reply.complete(events.join(" "));
+    }
+
+    fn register(&mut self, reply: Reply<u32>) {
+        let bar = match self.bar.take() {
+            Some(bar) => Ok(bar),
+            None => self.device.map_bar(0),
+        };
+        let read = bar.map(|bar| self.bar.insert(bar).read(regs::FIRST));
+        reply.finish(read.map_err(|err| err.code()));
+    }
+
+    fn decode(&mut self, on: u32, reply: Reply<()>) {
+        let command = self.device.configuration_read16(COMMAND);
+        let command = if on == 0 { command & !MEMORY_SPACE } else { command | MEMORY_SPACE };
+        self.device.configuration_write16(COMMAND, command);
+        reply.complete(());
     }
 }
 

@@ -1,5 +1,6 @@
 //! `iohost status`, `bind` and `unbind`.
 
+use iohost_control::host::Outcome;
 use iohost_control::varlink::{BindOptions, Status};
 
 use crate::CommandError;
@@ -57,6 +58,7 @@ fn describe(status: &Status) -> String {
         "BACKEND",
         "DRIVER",
         "STATE",
+        "DEVICE",
         "PROCESS",
         "INCARNATION",
         "SESSIONS",
@@ -68,6 +70,10 @@ fn describe(status: &Status) -> String {
             backend(service.backend.as_deref().unwrap_or("-"), service.is_unsafe),
             service.driver.clone().unwrap_or_else(|| "-".into()),
             format!("{:?}", service.state).to_lowercase(),
+            service
+                .quiesced
+                .as_ref()
+                .map_or("-".into(), |quiesced| format!("{:?}", quiesced.outcome).to_lowercase()),
             service.pid.map_or("-".into(), |pid| pid.to_string()),
             service.incarnation.to_string(),
             service.sessions.to_string(),
@@ -75,6 +81,11 @@ fn describe(status: &Status) -> String {
     }
     text = format!("{text}\n{}", shown.trim_fmt());
     for service in services {
+        if let Some(quiesced) = &service.quiesced
+            && quiesced.outcome != Outcome::Reset
+        {
+            text += &format!("\n{}: the device is not reset: {}", service.name, quiesced.how);
+        }
         if let Some(reason) = &service.reason {
             text += &format!("\n{}: {}\n  next: {}", service.name, reason.message, reason.next);
         }

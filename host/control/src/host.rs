@@ -40,6 +40,9 @@ pub enum ToHost {
     },
     /// Stop the driver, reset the device, exit. Answered by `Stopped`.
     Stop,
+    /// The device goes away or is gone: stop the driver, close the device as it is, exit. Answered
+    /// by `Stopped`.
+    LetGo,
 }
 
 /// What a driver host is to run.
@@ -160,8 +163,47 @@ pub enum FromHost {
     Statistics(Statistics),
     /// The driver wants to hear which services run, from now on.
     WatchServices,
-    /// The driver has stopped and the device is reset; the process exits after this.
+    /// What became of making the device safe; before `Ready`, and before `Failed` and `Stopped`
+    /// where it came to that.
+    Quiesced(Quiesced),
+    /// Something happened to the device.
+    DeviceEvent(DeviceEvent),
+    /// The driver has stopped and the device is closed; the process exits after this.
     Stopped,
+}
+
+/// What happens to a device that its driver did not cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceEvent {
+    /// An error that it did not correct itself, or an access to it that nobody answered.
+    Error,
+    /// Somebody wants it back, and waits until it is closed.
+    RemovalRequested,
+    /// It does not answer any more.
+    Gone,
+}
+
+/// What became of a device between one driver and the next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, introspect::CustomType)]
+#[serde(deny_unknown_fields)]
+pub struct Quiesced {
+    /// What is left of it.
+    pub outcome: Outcome,
+    /// How it was reset, or why it was not, or what is wrong with it.
+    pub how: String,
+}
+
+/// What is left of a device once it was made safe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, introspect::CustomType)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It is quiet and answers, but has no reset.
+    Clean,
+    /// It is quiet, was reset, and answers.
+    Reset,
+    /// It may do harm or does not answer, and is left alone.
+    Quarantined,
 }
 
 /// A service that runs, as other drivers see it.

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use zlink::connection::Socket;
 use zlink::{Call, Connection, introspect};
 
-use crate::host::{Failure, Statistics};
+use crate::host::{Failure, Quiesced, Statistics};
 
 /// The interface's name, and the name of the socket in the runtime directory.
 pub const INTERFACE: &str = "io.iohost";
@@ -102,6 +102,9 @@ pub struct Service {
     pub is_unsafe: bool,
     /// What the reset before the last start did.
     pub reset: Option<String>,
+    /// What became of the device when it was made safe the last time: before its driver's start, or
+    /// after its end.
+    pub quiesced: Option<Quiesced>,
     /// Sessions open now.
     pub sessions: u64,
 }

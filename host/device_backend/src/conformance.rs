@@ -17,7 +17,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use crate::access::{BUS_MASTER, COMMAND, MEMORY_SPACE, change_command};
-use crate::{DeviceBackend, DeviceError, InterruptKind, IovaSpace};
+use crate::quiesce::{Outcome, Quiesced, SavedBars, quiesce};
+use crate::{DeviceBackend, DeviceError, DeviceEvent, InterruptKind, IovaSpace};
 
 /// One test. Panics when the backend does not pass it.
 pub type Test = fn(&dyn DeviceBackend);
@@ -38,6 +39,10 @@ pub const TESTS: &[(&str, Test)] = &[
     ("a_bad_dma_mapping_is_refused", a_bad_dma_mapping_is_refused),
     ("what_is_not_mapped_is_not_reached", what_is_not_mapped_is_not_reached),
     ("a_reset_leaves_the_device_quiet", a_reset_leaves_the_device_quiet),
+    (
+        "a_device_in_the_middle_of_its_work_is_made_safe",
+        a_device_in_the_middle_of_its_work_is_made_safe,
+    ),
     ("the_documentation_says_what_there_is", the_documentation_says_what_there_is),
 ];
 
@@ -52,7 +57,7 @@ pub const BACKENDS: [&str; 6] =
     ["vfio-cdev", "vfio-group", "vfio-no-iommu", "uio", "vfio-user", "fake"];
 
 /// What a backend has of all that one can have, with the name of each.
-pub fn offers(device: &dyn DeviceBackend) -> [(&'static str, bool); 6] {
+pub fn offers(device: &dyn DeviceBackend) -> [(&'static str, bool); 7] {
     let bars_can_be_mapped = device.bar(0).is_some_and(|bar| !bar.mappable.is_empty());
     [
         ("BARs can be mapped", bars_can_be_mapped),
@@ -61,6 +66,7 @@ pub fn offers(device: &dyn DeviceBackend) -> [(&'static str, bool); 6] {
         ("DMA", has_dma(device)),
         ("reaches mapped memory only", device.is_isolated()),
         ("reset", !matches!(device.reset(), Err(DeviceError::NoReset { .. }))),
+        ("tells of removal", tells_of_removal(device)),
     ]
 }
 
@@ -89,6 +95,11 @@ fn cells(cells: impl Iterator<Item = String>) -> String {
 
 fn has_msi(device: &dyn DeviceBackend) -> bool {
     device.interrupt_count(InterruptKind::Msi) > 0
+}
+
+/// Whether somebody who wants the device back is heard of before it is gone.
+fn tells_of_removal(device: &dyn DeviceBackend) -> bool {
+    device.watch(DeviceEvent::RemovalRequested, Trigger::new().fd()).unwrap()
 }
 
 fn has_dma(device: &dyn DeviceBackend) -> bool {
@@ -408,6 +419,31 @@ pub fn a_reset_leaves_the_device_quiet(device: &dyn DeviceBackend) {
     if let Some(iova) = iova {
         device.dma_unmap(iova, len).unwrap();
     }
+}
+
+/// Whatever its last driver did, and without its help: no interrupt and no transfer any more, its
+/// base addresses as they were, and it answers.
+pub fn a_device_in_the_middle_of_its_work_is_made_safe(device: &dyn DeviceBackend) {
+    let saved = SavedBars::of(device).unwrap();
+    wake(device);
+    let kind = if has_msi(device) { InterruptKind::Msi } else { InterruptKind::IntX };
+    let trigger = Trigger::new();
+    device.enable_interrupts(kind, &[trigger.fd()]).unwrap();
+    write32(device, IRQ_RAISE, 0x1);
+    trigger.wait("an interrupt");
+
+    let Quiesced { outcome, how } = quiesce(device, &saved);
+
+    assert_eq!(outcome, Outcome::Reset, "{how}");
+    assert_eq!(SavedBars::of(device).unwrap(), saved);
+    let mut command = [0; 2];
+    device.config_read(COMMAND, &mut command).unwrap();
+    let command = u16::from_le_bytes(command);
+    assert_eq!(command & (BUS_MASTER | MEMORY_SPACE), 0, "its command register is {command:#x}");
+    wake(device);
+    write32(device, IRQ_RAISE, 0x1);
+    assert!(!trigger.is_signalled_after_a_round_trip(device), "signalled though disarmed");
+    acknowledge(device);
 }
 
 /// The table in the documentation has the row that this backend has earned.

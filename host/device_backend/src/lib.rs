@@ -9,6 +9,7 @@
 mod access;
 pub mod conformance;
 mod iova;
+pub mod quiesce;
 mod uio;
 mod vfio;
 mod vfio_user;
@@ -17,6 +18,7 @@ use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use iohost_interface::IOReturn;
 use iohost_memory::SharedMemory;
@@ -73,6 +75,15 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
         triggers: &[BorrowedFd<'_>],
     ) -> Result<(), DeviceError>;
 
+    /// Has vectors `first..` of the kind that is enabled signal `triggers` instead of what they
+    /// signalled, without disturbing the other vectors. The range was enabled before.
+    fn change_triggers(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError>;
+
     /// Stops all interrupts of this kind. Nothing is signalled after it returns.
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError>;
 
@@ -92,7 +103,87 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
     /// Stops interrupts and transfers and brings the device back to its state at power-on, as
     /// far as its own reset does that. Interrupts and bus mastering are off afterwards; memory
     /// that is mapped stays mapped.
+    ///
+    /// This is the first of [`resets`](Self::resets), without looking whether it worked;
+    /// [`quiesce`](mod@quiesce) looks.
     fn reset(&self) -> Result<(), DeviceError>;
+
+    /// The ways in which the device can be reset, the gentlest first; none where it cannot.
+    fn resets(&self) -> Vec<Reset>;
+
+    /// As [`reset`](Self::reset), in one of the ways of [`resets`](Self::resets). Never touches a
+    /// device that is not ours.
+    fn reset_by(&self, level: ResetLevel) -> Result<(), DeviceError>;
+
+    /// How long a write that the device has posted may be on its way to memory once the device
+    /// was forbidden to make more.
+    fn posted_writes_take(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    /// Has an event of the device signal `trigger`, an eventfd, in place of what it signalled
+    /// before; `false` where the backend never hears of it.
+    fn watch(&self, event: DeviceEvent, trigger: BorrowedFd<'_>) -> Result<bool, DeviceError> {
+        let _ = (event, trigger);
+        Ok(false)
+    }
+}
+
+/// What happens to a device that its driver did not cause.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DeviceEvent {
+    /// An error that the device did not correct itself: an uncorrectable error of PCI Express.
+    Error,
+    /// Somebody wants the device back, and waits until it is closed.
+    RemovalRequested,
+    /// It does not answer any more: it was pulled out, or its server has left.
+    Gone,
+}
+
+/// A way to reset a device, and whom else it resets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reset {
+    /// What is reset.
+    pub level: ResetLevel,
+    /// How, in the words of whoever does it (`flr`, `pm`, `bus`, `hot`), in the order in which it
+    /// tries them; empty where it does not say.
+    pub methods: Vec<String>,
+    /// Every device that is reset, with whether it is ours; empty for the function alone.
+    pub affected: Vec<(String, bool)>,
+}
+
+impl Reset {
+    /// Of the function alone, by whatever means the other side has.
+    pub fn of_function() -> Self {
+        Self { level: ResetLevel::Function, methods: Vec::new(), affected: Vec::new() }
+    }
+}
+
+/// What a reset resets. From the gentlest on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ResetLevel {
+    /// The function alone.
+    Function,
+    /// Everything on its bus.
+    Bus,
+}
+
+impl fmt::Display for Reset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.level {
+            ResetLevel::Function => "function reset",
+            ResetLevel::Bus => "bus reset",
+        })?;
+        if !self.methods.is_empty() {
+            write!(f, " ({})", self.methods.join(", "))?;
+        }
+        for (place, (address, is_ours)) in self.affected.iter().enumerate() {
+            let before = if place == 0 { " with" } else { "," };
+            let whose = if *is_ours { "" } else { " (not ours)" };
+            write!(f, "{before} {address}{whose}")?;
+        }
+        Ok(())
+    }
 }
 
 /// What a base address register covers.
@@ -214,6 +305,9 @@ pub enum DeviceError {
     /// The device, its server or its slot is gone.
     #[error("the device is gone: {0}")]
     Gone(String),
+    /// The device could not be brought into a state in which it can do no harm.
+    #[error("the device is not fit to be used: {0}")]
+    Quarantined(String),
 }
 
 impl DeviceError {
@@ -235,7 +329,7 @@ impl DeviceError {
                 io::ErrorKind::InvalidInput => IOReturn::BAD_ARGUMENT,
                 _ => IOReturn::IO_ERROR,
             },
-            DeviceError::Gone(_) => IOReturn::OFFLINE,
+            DeviceError::Gone(_) | DeviceError::Quarantined(_) => IOReturn::OFFLINE,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
+use std::time::Duration;
 
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
@@ -10,7 +11,7 @@ use iohost_uio::{UioDevice, UioError};
 use iohost_vfio::CONFIG_REGION;
 
 use crate::access::{self, WIDEST_BAR, WIDEST_CONFIG};
-use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind, Reset, ResetLevel};
 
 /// The BARs; the expansion ROM is not offered, as its decoder may share the BARs'.
 const BARS: u8 = 6;
@@ -105,6 +106,15 @@ impl DeviceBackend for UioBackend {
         }
     }
 
+    fn change_triggers(
+        &self,
+        kind: InterruptKind,
+        _first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        self.enable_interrupts(kind, triggers)
+    }
+
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
         match kind {
             InterruptKind::IntX => Ok(self.device.disable_line()?),
@@ -130,6 +140,27 @@ impl DeviceBackend for UioBackend {
 
     fn reset(&self) -> Result<(), DeviceError> {
         Ok(self.device.reset()?)
+    }
+
+    fn resets(&self) -> Vec<Reset> {
+        match self.device.reset_methods() {
+            Some(methods) => vec![Reset { methods, ..Reset::of_function() }],
+            None => Vec::new(),
+        }
+    }
+
+    fn reset_by(&self, level: ResetLevel) -> Result<(), DeviceError> {
+        match level {
+            ResetLevel::Function => self.reset(),
+            ResetLevel::Bus => {
+                let reason = "UIO resets no bus".to_owned();
+                Err(DeviceError::NoReset { reason })
+            }
+        }
+    }
+
+    fn posted_writes_take(&self) -> Duration {
+        Duration::from_millis(100)
     }
 }
 

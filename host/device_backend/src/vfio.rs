@@ -5,13 +5,16 @@ use std::ops::{Range, RangeInclusive};
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
-use iohost_vfio::{Access, CONFIG_REGION, Interrupt, ROM_REGION, VfioDevice, VfioError};
+use iohost_vfio::{
+    Access, CONFIG_REGION, Event, Interrupt, ROM_REGION, ResetKind, VfioDevice, VfioError,
+};
 
 use crate::access::{self, COMMAND, MEMORY_SPACE, WIDEST_BAR, WIDEST_CONFIG};
-use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use crate::{BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, Reset, ResetLevel};
 
 /// A PCI function that is bound to `vfio-pci`, open.
 #[derive(Debug)]
@@ -169,6 +172,15 @@ impl DeviceBackend for VfioBackend {
         Ok(self.device.enable_interrupts(kind.into(), triggers)?)
     }
 
+    fn change_triggers(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        Ok(self.device.change_triggers(kind.into(), first, triggers)?)
+    }
+
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
         Ok(self.device.disable_interrupts(kind.into())?)
     }
@@ -195,6 +207,43 @@ impl DeviceBackend for VfioBackend {
     fn reset(&self) -> Result<(), DeviceError> {
         self.device.reset()?;
         Ok(())
+    }
+
+    fn resets(&self) -> Vec<Reset> {
+        let resets = self.device.resets().into_iter().map(|reset| Reset {
+            level: match reset.kind {
+                ResetKind::Function => ResetLevel::Function,
+                ResetKind::Bus => ResetLevel::Bus,
+            },
+            methods: reset.methods,
+            affected: reset
+                .affected
+                .into_iter()
+                .map(|device| (device.address, device.is_ours))
+                .collect(),
+        });
+        resets.collect()
+    }
+
+    fn reset_by(&self, level: ResetLevel) -> Result<(), DeviceError> {
+        Ok(self.device.reset_by(match level {
+            ResetLevel::Function => ResetKind::Function,
+            ResetLevel::Bus => ResetKind::Bus,
+        })?)
+    }
+
+    /// What the kernel waits for a function's transfers at a reset that has no better sign of
+    /// their end (Linux, `drivers/pci/pci.c`, `pcie_flr` and `pci_af_flr`).
+    fn posted_writes_take(&self) -> Duration {
+        Duration::from_millis(100)
+    }
+
+    fn watch(&self, event: DeviceEvent, trigger: BorrowedFd<'_>) -> Result<bool, DeviceError> {
+        match event {
+            DeviceEvent::Error => Ok(self.device.watch(Event::Error, trigger)?),
+            DeviceEvent::RemovalRequested => Ok(self.device.watch(Event::Request, trigger)?),
+            DeviceEvent::Gone => Ok(false),
+        }
     }
 }
 

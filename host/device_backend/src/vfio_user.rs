@@ -10,7 +10,7 @@ use iohost_registers::MappedRegion;
 use iohost_vfio_user::{CONFIG_REGION, Client, IrqKind, Options, ROM_REGION, VfioUserError};
 
 use crate::access::{self, BUS_MASTER};
-use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind, Reset, ResetLevel};
 
 /// The protocol has no word for the addresses that a server takes. These are what a process has
 /// for its own memory, so every server that maps by address has them too.
@@ -118,6 +118,15 @@ impl DeviceBackend for VfioUserBackend {
         Ok(())
     }
 
+    fn change_triggers(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        Ok(self.client.change_irqs(kind.into(), first, triggers)?)
+    }
+
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
         let mut enabled = self.enabled();
         if *enabled == Some(kind) { self.disable(&mut enabled) } else { Ok(()) }
@@ -144,6 +153,20 @@ impl DeviceBackend for VfioUserBackend {
         self.disable(&mut enabled)?;
         access::change_command(self, 0, BUS_MASTER)?;
         Ok(self.client.reset()?)
+    }
+
+    fn resets(&self) -> Vec<Reset> {
+        if self.client.resettable() { vec![Reset::of_function()] } else { Vec::new() }
+    }
+
+    fn reset_by(&self, level: ResetLevel) -> Result<(), DeviceError> {
+        match level {
+            ResetLevel::Function => self.reset(),
+            ResetLevel::Bus => {
+                let reason = "vfio-user has no reset of a bus".to_owned();
+                Err(DeviceError::NoReset { reason })
+            }
+        }
     }
 }
 

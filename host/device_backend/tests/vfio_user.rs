@@ -79,6 +79,7 @@ conformance! {
     a_bad_dma_mapping_is_refused
     what_is_not_mapped_is_not_reached
     a_reset_leaves_the_device_quiet
+    a_device_in_the_middle_of_its_work_is_made_safe
     the_documentation_says_what_there_is
 }
 

@@ -201,6 +201,21 @@ impl<M: DeviceModel> Function<M> {
         Ok(())
     }
 
+    /// Lets vectors `first..` of a kind signal `triggers` instead of what they signalled; the
+    /// others stay.
+    pub fn change_irqs(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), FunctionError> {
+        let mut owned = Vec::with_capacity(triggers.len());
+        for trigger in triggers {
+            owned.push(Some(File::from(trigger.try_clone_to_owned()?)));
+        }
+        self.set_some_irqs(kind, first, owned)
+    }
+
     /// Sets some triggers and leaves the others, as a vfio-user message does.
     pub(crate) fn set_some_irqs(
         &self,

@@ -4,12 +4,17 @@ use std::collections::{BTreeMap, HashSet};
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 
-use iohost_device_backend::{DeviceBackend, DeviceError, InterruptKind, IovaError, IovaSpace};
+use iohost_device_backend::quiesce::{Outcome, Quiesced, SavedBars, answers, quiesce};
+use iohost_device_backend::{
+    DeviceBackend, DeviceError, DeviceEvent, InterruptKind, IovaError, IovaSpace, ResetLevel,
+};
 use iohost_dispatch::{InterruptLine, Signal};
 use iohost_interface::IOReturn;
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 use log::warn;
+
+use crate::device_events::Events;
 
 /// Why the device's locks are never poisoned.
 const NO_PANIC: &str = "no foreign code runs under a device lock";
@@ -28,6 +33,9 @@ const BUS_MASTER: u16 = 0x004;
 pub struct Device {
     backend: Arc<dyn DeviceBackend>,
     allowed: Vec<InterruptKind>,
+    /// What it is to be brought back to.
+    saved: SavedBars,
+    events: Events,
     interrupts: Mutex<Interrupts>,
     dma: Mutex<Dma>,
     /// BARs that are mapped, for as long as the device is there: a driver may hold addresses.
@@ -45,6 +53,20 @@ struct Interrupts {
     enabled: Option<InterruptKind>,
     /// Vectors that have a source.
     taken: HashSet<u32>,
+    /// The vectors from here on are disabled: what they signal goes to `late`.
+    active: u32,
+    late: Option<Arc<Signal>>,
+    /// Interrupts that came to nobody: of disabled vectors, or before a vector had its source.
+    dropped: u64,
+}
+
+impl Interrupts {
+    /// Throws away what a vector has signalled, and counts it.
+    fn drop_undelivered(&mut self, vectors: std::ops::Range<u32>) {
+        let vectors = vectors.start as usize..vectors.end as usize;
+        let signals = self.signals.get(vectors).unwrap_or_default();
+        self.dropped += signals.iter().map(|signal| signal.take()).sum::<u64>();
+    }
 }
 
 #[derive(Debug)]
@@ -64,32 +86,35 @@ pub(crate) struct TakenInterrupt {
 }
 
 impl Device {
-    /// Takes a device over from whoever had it last: stops its DMA and resets it. Returns with
-    /// it what became of the reset, in words.
+    /// Takes a device over from whoever had it last: makes it safe, resets it. Returns with it what
+    /// became of that.
+    ///
+    /// Errors: `Quarantined` for a device that is not fit to be used.
     pub fn take_over(
         backend: Arc<dyn DeviceBackend>,
         allowed: Vec<InterruptKind>,
-    ) -> Result<(Arc<Self>, String), DeviceError> {
-        let quieted = change_command(&*backend, 0, BUS_MASTER);
-        let reset = match backend.reset() {
-            Ok(()) => "done".to_owned(),
-            Err(err) => {
-                // Only a device that could not even be quieted is not fit to be used.
-                quieted?;
-                warn!(reason = with_sources(&err); "the device was not reset");
-                with_sources(&err)
-            }
-        };
+    ) -> Result<(Arc<Self>, Quiesced), DeviceError> {
+        let saved = SavedBars::of(&*backend)?;
+        let quiesced = quiesce(&*backend, &saved);
+        if quiesced.outcome == Outcome::Quarantined {
+            return Err(DeviceError::Quarantined(quiesced.how));
+        }
         change_command(&*backend, MEMORY_SPACE, BUS_MASTER)?;
+        let events = Events::arm(&*backend).map_err(|source| DeviceError::Refused {
+            operation: "watching for the device's events".to_owned(),
+            source,
+        })?;
         let space = IovaSpace::new(backend.iova_ranges());
         let device = Self {
             allowed,
+            saved,
+            events,
             interrupts: Mutex::default(),
             dma: Mutex::new(Dma { space, prepared: BTreeMap::new(), last_refusal: None }),
             mapped: Mutex::default(),
             backend,
         };
-        Ok((Arc::new(device), reset))
+        Ok((Arc::new(device), quiesced))
     }
 
     /// How the device is reached.
@@ -97,13 +122,73 @@ impl Device {
         &*self.backend
     }
 
-    /// Leaves the device as quiet as it was found: no interrupts, no DMA, reset.
-    pub fn give_back(&self) -> Result<(), DeviceError> {
+    pub(crate) fn events(&self) -> &Events {
+        &self.events
+    }
+
+    /// Leaves the device safe for whoever has it next. Memory that it could reach is taken back
+    /// last, and stays where the device may still reach it.
+    pub fn give_back(&self) -> Quiesced {
         self.disable_interrupts();
-        let quieted = change_command(&*self.backend, 0, BUS_MASTER);
-        let reset = self.backend.reset();
+        let quiesced = quiesce(&*self.backend, &self.saved);
+        match quiesced.outcome {
+            Outcome::Clean | Outcome::Reset => self.unmap_all(),
+            // The kernel takes the mappings away when the device is closed.
+            Outcome::Quarantined => self.keep_all(),
+        }
+        quiesced
+    }
+
+    /// Lets go of a device that is going away or is gone: no interrupts, no transfers, no reset,
+    /// which would only take time.
+    pub fn let_go(&self) {
+        self.disable_interrupts();
+        // One that is gone has nothing left to stop.
+        let _ = change_command(&*self.backend, 0, BUS_MASTER);
         self.unmap_all();
-        quieted.and(reset)
+    }
+
+    /// Reads configuration space for the driver.
+    pub(crate) fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
+        let read = self.backend.config_read(offset, data);
+        // The vendor id of nobody.
+        if offset < 2 && data.iter().all(|byte| *byte == 0xff) {
+            self.events.tell(DeviceEvent::Gone);
+        }
+        self.noticed(read)
+    }
+
+    /// Writes configuration space for the driver.
+    pub(crate) fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
+        self.noticed(self.backend.config_write(offset, data))
+    }
+
+    /// Reads a BAR for the driver.
+    pub(crate) fn bar_read(
+        &self,
+        bar: u8,
+        offset: u64,
+        data: &mut [u8],
+    ) -> Result<(), DeviceError> {
+        let read = self.backend.bar_read(bar, offset, data);
+        // Ones can be what a register has; the vendor id tells.
+        if read.is_ok() && data.iter().all(|byte| *byte == 0xff) && !answers(&*self.backend) {
+            self.events.tell(DeviceEvent::Gone);
+        }
+        self.noticed(read)
+    }
+
+    /// Writes a BAR for the driver.
+    pub(crate) fn bar_write(&self, bar: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
+        self.noticed(self.backend.bar_write(bar, offset, data))
+    }
+
+    /// An access that found nobody is news.
+    fn noticed(&self, done: Result<(), DeviceError>) -> Result<(), DeviceError> {
+        if let Err(DeviceError::Gone(_)) = &done {
+            self.events.tell(DeviceEvent::Gone);
+        }
+        done
     }
 
     /// Maps the start of a BAR; `UNSUPPORTED` unless the backend offers those bytes.
@@ -151,7 +236,58 @@ impl Device {
             InterruptKind::IntX | InterruptKind::MsiX => requested,
         };
         interrupts.chosen = Some((kind, granted.min(available)));
+        interrupts.active = granted.min(available);
         Ok(())
+    }
+
+    /// Changes how many vectors are enabled. See `IOPCIDevice::resize_interrupts` for the rules.
+    pub(crate) fn resize_interrupts(&self, count: u32) -> Result<(), IOReturn> {
+        let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
+        let Some((kind, _)) = interrupts.chosen else { return Err(IOReturn::NOT_READY) };
+        if kind == InterruptKind::IntX {
+            return Err(IOReturn::UNSUPPORTED);
+        }
+        if count > self.count(kind) {
+            return Err(IOReturn::NO_SPACE);
+        }
+        let room = interrupts.signals.len() as u32;
+        if interrupts.enabled.is_none() || count > room {
+            let chosen = interrupts.chosen.map_or(count, |(_, chosen)| chosen.max(count));
+            interrupts.chosen = Some((kind, chosen));
+            interrupts.active = count;
+            return match interrupts.enabled.take() {
+                Some(kind) => self.enable(&mut interrupts, kind),
+                None => Ok(()),
+            };
+        }
+        let active = interrupts.active;
+        let changed = if count < active { count..active } else { active..count };
+        let late = late(&mut interrupts)?;
+        let triggers: Vec<_> = changed
+            .clone()
+            .map(|vector| match vector < count {
+                true => interrupts.signals[vector as usize].as_fd(),
+                false => late.as_fd(),
+            })
+            .collect();
+        if !triggers.is_empty() {
+            let done = self.backend.change_triggers(kind, changed.start, &triggers);
+            done.map_err(|err| refused(&err))?;
+        }
+        interrupts.active = count;
+        if count < active {
+            // The kernel has let go of these: what they still hold came too late.
+            interrupts.drop_undelivered(changed);
+        }
+        Ok(())
+    }
+
+    /// Interrupts that came to nobody so far.
+    pub(crate) fn dropped_interrupts(&self) -> u64 {
+        let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
+        let late = interrupts.late.as_ref().map_or(0, |late| late.take());
+        interrupts.dropped += late;
+        interrupts.dropped
     }
 
     /// The answer to a driver that asks for a kind of interrupt that is not there: it may have
@@ -180,8 +316,10 @@ impl Device {
         {
             return Err(IOReturn::NO_RESOURCES);
         }
-        if interrupts.enabled.is_none() {
-            self.enable(&mut interrupts, kind)?;
+        match interrupts.enabled {
+            None => self.enable(&mut interrupts, kind)?,
+            // What came while the vector had no source is not for this one.
+            Some(_) => interrupts.drop_undelivered(vector..vector + 1),
         }
         interrupts.taken.insert(vector);
         let device = Arc::downgrade(self);
@@ -201,10 +339,8 @@ impl Device {
     pub(crate) fn give_back_interrupt(&self, vector: u32) {
         let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
         interrupts.taken.remove(&vector);
-        if let Some(signal) = interrupts.signals.get(vector as usize) {
-            // What came and was not delivered is not for the next source.
-            signal.take();
-        }
+        // What came and was not delivered is not for the next source.
+        interrupts.drop_undelivered(vector..vector + 1);
         if interrupts.taken.is_empty() {
             drop(interrupts);
             self.disable_interrupts();
@@ -212,15 +348,41 @@ impl Device {
     }
 
     /// Resets the device for its driver, which has to set it up anew; interrupts that are in use
-    /// work again afterwards.
-    pub(crate) fn reset(&self) -> Result<(), IOReturn> {
+    /// work again afterwards. `None` is the gentlest way that there is.
+    pub(crate) fn reset(&self, level: Option<ResetLevel>) -> Result<(), IOReturn> {
         let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
-        self.backend.reset().map_err(|err| refused(&err))?;
-        change_command(&*self.backend, MEMORY_SPACE, 0).map_err(|err| refused(&err))?;
+        let kept = self.header().map_err(|err| refused(&err))?;
+        let done = match level {
+            None => self.backend.reset(),
+            Some(level) => self.backend.reset_by(level),
+        };
+        done.map_err(|err| refused(&err))?;
+        self.restore_header(&kept).map_err(|err| refused(&err))?;
         if let Some(kind) = interrupts.enabled.take() {
             self.enable(&mut interrupts, kind)?;
         }
         Ok(())
+    }
+
+    /// What a reset has to leave as it was, but for the command register: base addresses, cache
+    /// line and latency, the interrupt line.
+    fn header(&self) -> Result<Vec<(u16, u32)>, DeviceError> {
+        let registers = std::iter::once(0x0c).chain((0x10..0x28).step_by(4)).chain([0x30, 0x3c]);
+        registers.map(|register| Ok((register, read32(&*self.backend, register)?))).collect()
+    }
+
+    /// Puts it back where it differs, and has the device decode memory again.
+    fn restore_header(&self, kept: &[(u16, u32)]) -> Result<(), DeviceError> {
+        if !answers(&*self.backend) {
+            self.events.tell(DeviceEvent::Gone);
+            return Err(DeviceError::Gone("it does not answer after its reset".to_owned()));
+        }
+        for &(register, value) in kept {
+            if read32(&*self.backend, register)? != value {
+                self.backend.config_write(register, &value.to_le_bytes())?;
+            }
+        }
+        change_command(&*self.backend, MEMORY_SPACE, 0)
     }
 
     /// Lets the device reach memory, at an address below `2^bits`.
@@ -282,7 +444,7 @@ impl Device {
     ) -> Result<(InterruptKind, u32), IOReturn> {
         interrupts.resolved = true;
         let found = match interrupts.chosen {
-            Some((kind, count)) => (index < count).then_some((kind, index)),
+            Some((kind, _)) => (index < interrupts.active).then_some((kind, index)),
             // Not configured: the line first, then one MSI vector.
             None => {
                 let lines = self.count_by_default(InterruptKind::IntX);
@@ -302,12 +464,19 @@ impl Device {
             Some((_, count)) => count,
             None => 1,
         };
-        if interrupts.signals.is_empty() {
-            let signals = (0..count).map(|_| Signal::new().map(Arc::new));
-            interrupts.signals =
-                signals.collect::<Result<_, _>>().map_err(|_| IOReturn::NO_RESOURCES)?;
+        while interrupts.signals.len() < count as usize {
+            let signal = Signal::new().map_err(|_| IOReturn::NO_RESOURCES)?;
+            interrupts.signals.push(Arc::new(signal));
         }
-        let triggers: Vec<_> = interrupts.signals.iter().map(|signal| signal.as_fd()).collect();
+        if interrupts.chosen.is_none() {
+            interrupts.active = count;
+        }
+        let late = late(interrupts)?;
+        let active = interrupts.active as usize;
+        let triggers: Vec<_> = (0..)
+            .zip(&interrupts.signals)
+            .map(|(vector, signal)| if vector < active { signal.as_fd() } else { late.as_fd() })
+            .collect();
         if kind != InterruptKind::IntX {
             // A message is a write of the device: it needs to be bus master for it.
             change_command(&*self.backend, BUS_MASTER, 0).map_err(|err| refused(&err))?;
@@ -337,6 +506,12 @@ impl Device {
             }
         }
     }
+
+    /// Keeps what the device may still reach from being used for something else.
+    fn keep_all(&self) {
+        let mut dma = self.dma.lock().expect(NO_PANIC);
+        std::mem::take(&mut dma.prepared).into_values().for_each(std::mem::forget);
+    }
 }
 
 impl Drop for Device {
@@ -345,6 +520,21 @@ impl Drop for Device {
         let _ = change_command(&*self.backend, 0, BUS_MASTER);
         self.unmap_all();
     }
+}
+
+/// Where disabled vectors signal.
+fn late(interrupts: &mut Interrupts) -> Result<Arc<Signal>, IOReturn> {
+    if let Some(late) = &interrupts.late {
+        return Ok(late.clone());
+    }
+    let late = Arc::new(Signal::new().map_err(|_| IOReturn::NO_RESOURCES)?);
+    Ok(interrupts.late.insert(late).clone())
+}
+
+fn read32(backend: &dyn DeviceBackend, offset: u16) -> Result<u32, DeviceError> {
+    let mut word = [0; 4];
+    backend.config_read(offset, &mut word)?;
+    Ok(u32::from_le_bytes(word))
 }
 
 /// Sets and clears bits of the command register.

@@ -1,6 +1,7 @@
 //! The process that runs one driver for one device.
 //!
-//! From the inside out: [`Device`] is a device as its driver sees it, over any backend;
+//! From the inside out: [`Device`] is a device as its driver sees it, over any backend,
+//! and `device_events.rs` what happens to it;
 //! `plugin.rs` and its folder are the host's end of the C ABI; [`Driver`] is a started driver
 //! with its queue; `services.rs` has what the driver may know of others; `session.rs` carries the
 //! calls of clients to it, and actions both ways (`session_actions.rs`); [`process`] is the
@@ -12,6 +13,7 @@
 #![deny(unsafe_code)]
 
 mod device;
+mod device_events;
 mod driver;
 mod plugin;
 pub mod plugin_file;
@@ -21,6 +23,7 @@ mod session;
 mod session_actions;
 
 pub use device::Device;
+pub use device_events::EventWatch;
 pub use driver::{Driver, StartError};
 pub use plugin::{LoadedPlugin, Plugin, SessionQueue};
 pub use services::Services;

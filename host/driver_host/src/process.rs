@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use iohost_control::host::{
-    DeviceLocation, Failure, FromHost, InterruptChoice, LONGEST_MESSAGE, MOST_DESCRIPTORS,
-    OpenSession, PciBackend, QueueStatistics, Ready, Start, Statistics, ToHost,
+    DeviceEvent as Heard, DeviceLocation, Failure, FromHost, InterruptChoice, LONGEST_MESSAGE,
+    MOST_DESCRIPTORS, OpenSession, Outcome, PciBackend, QueueStatistics, Quiesced, Ready, Start,
+    Statistics, ToHost,
 };
 use iohost_device_backend::{
-    Access, DeviceBackend, DeviceError, InterruptKind, UioBackend, UioError, VfioBackend,
-    VfioError, VfioUserBackend,
+    Access, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, UioBackend, UioError,
+    VfioBackend, VfioError, VfioUserBackend, quiesce,
 };
 use iohost_dispatch::Engine;
 use iohost_event::{PacketError, Packets};
@@ -22,7 +23,7 @@ use log::{debug, info, warn};
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, SessionQueue};
 use crate::session::Sessions;
-use crate::{Device, Driver, Services, StartError, plugin_file};
+use crate::{Device, Driver, EventWatch, Services, StartError, plugin_file};
 
 /// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
 pub fn run(daemon: Packets) -> Result<()> {
@@ -42,11 +43,28 @@ pub fn run(daemon: Packets) -> Result<()> {
     conversation.send(&FromHost::Ready(running.ready.clone()))?;
     // Without the daemon there is nobody to be a driver for.
     let told = conversation.serve(&running);
-    running.stop();
-    if told? {
+    match told {
+        Ok(End::LetGo) => running.let_go(),
+        Ok(End::Stop | End::Alone) | Err(_) => {
+            let quiesced = running.stop();
+            conversation.send(&FromHost::Quiesced(quiesced))?;
+        }
+    }
+    if told? != End::Alone {
         conversation.send(&FromHost::Stopped)?;
     }
     Ok(())
+}
+
+/// Why the conversation ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The daemon said `stop`.
+    Stop,
+    /// It said `let_go`.
+    LetGo,
+    /// It is gone.
+    Alone,
 }
 
 /// The daemon's socket, with messages for packets.
@@ -55,8 +73,8 @@ struct Conversation {
 }
 
 impl Conversation {
-    /// Answers the daemon until it says `stop` (`true`) or goes (`false`).
-    fn serve(&self, running: &Running) -> Result<bool> {
+    /// Answers the daemon until it says that this is the end, or goes.
+    fn serve(&self, running: &Running) -> Result<End> {
         while let Some((message, fds)) = self.receive()? {
             match message {
                 ToHost::Start(_) => bail!("the daemon sent a second `start`"),
@@ -77,11 +95,12 @@ impl Conversation {
                     }
                 }
                 ToHost::Query => self.send(&FromHost::Statistics(running.statistics()))?,
-                ToHost::Stop => return Ok(true),
+                ToHost::Stop => return Ok(End::Stop),
+                ToHost::LetGo => return Ok(End::LetGo),
             }
         }
         warn!("the daemon is gone, stopping");
-        Ok(false)
+        Ok(End::Alone)
     }
 
     fn open_session(&self, running: &Running, open: OpenSession, fds: Vec<OwnedFd>) -> Result<()> {
@@ -148,7 +167,8 @@ fn session_parts(
 
 /// A device that is open, with its driver.
 struct Running {
-    // In the order in which they have to go: sessions, driver, device, engine.
+    // In the order in which they have to go: events, sessions, driver, device, engine.
+    events: EventWatch,
     sessions: Option<Arc<Sessions>>,
     driver: Option<Arc<Driver>>,
     device: Arc<Device>,
@@ -161,8 +181,32 @@ impl Running {
         let engine = Engine::start()
             .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let backend = open_device(&start.device)?;
-        let (device, reset) = Device::take_over(backend, allowed(&start.interrupts))
-            .map_err(|err| device_failure(&start.device, &err))?;
+        let taken = Device::take_over(backend, allowed(&start.interrupts));
+        let (device, quiesced) = taken.map_err(|err| {
+            if let DeviceError::Quarantined(how) = &err {
+                let outcome = Outcome::Quarantined;
+                // The daemon gone: nobody to hear of it.
+                let _ = send(daemon, &FromHost::Quiesced(Quiesced { outcome, how: how.clone() }));
+            }
+            device_failure(&start.device, &err)
+        })?;
+        let quiesced = for_daemon(quiesced);
+        let reset = match quiesced.outcome {
+            Outcome::Reset => "done".to_owned(),
+            Outcome::Clean | Outcome::Quarantined => quiesced.how.clone(),
+        };
+        let _ = send(daemon, &FromHost::Quiesced(quiesced));
+        let listener = daemon.clone();
+        let events = EventWatch::start(&device, move |event| {
+            let event = match event {
+                DeviceEvent::Error => Heard::Error,
+                DeviceEvent::RemovalRequested => Heard::RemovalRequested,
+                DeviceEvent::Gone => Heard::Gone,
+            };
+            let _ = send(&listener, &FromHost::DeviceEvent(event));
+        });
+        let events = events
+            .map_err(|err| internal(format!("nobody would hear of the device's events: {err}")))?;
         let mut ready = Ready {
             driver: String::new(),
             backend: device.backend().kind().to_owned(),
@@ -170,7 +214,7 @@ impl Running {
             interface: String::new(),
         };
         let Some(plugin) = start.plugin else {
-            return Ok(Self { sessions: None, driver: None, device, engine, ready });
+            return Ok(Self { events, sessions: None, driver: None, device, engine, ready });
         };
         let path = Path::new(&plugin);
         plugin_file::inspect(path)?;
@@ -198,7 +242,8 @@ impl Running {
         let sessions =
             sessions.map_err(|status| internal(format!("no session queue: {status}")))?;
         info!(incarnation = start.incarnation, driver = ready.driver.as_str(); "driver started");
-        Ok(Self { sessions: Some(sessions), driver: Some(driver), device, engine, ready })
+        let (sessions, driver) = (Some(sessions), Some(driver));
+        Ok(Self { events, sessions, driver, device, engine, ready })
     }
 
     fn statistics(&self) -> Statistics {
@@ -219,16 +264,35 @@ impl Running {
         }
     }
 
-    /// Stops the driver and leaves the device reset.
-    fn stop(self) {
+    /// Stops the driver and leaves the device safe for the next one.
+    fn stop(self) -> Quiesced {
         if let Some(driver) = &self.driver {
             driver.stop();
         }
-        if let Err(err) = self.device.give_back() {
-            warn!(reason = with_sources(&err); "the device was not left reset");
-        }
-        info!("driver stopped");
+        // What the sequence does to the device is no news.
+        drop(self.events);
+        let quiesced = for_daemon(self.device.give_back());
+        info!(outcome:? = quiesced.outcome, how = quiesced.how; "driver stopped");
+        quiesced
     }
+
+    /// Stops the driver and closes the device as it is.
+    fn let_go(self) {
+        if let Some(driver) = &self.driver {
+            driver.stop();
+        }
+        self.device.let_go();
+        info!("driver stopped, device let go");
+    }
+}
+
+fn for_daemon(quiesced: quiesce::Quiesced) -> Quiesced {
+    let outcome = match quiesced.outcome {
+        quiesce::Outcome::Clean => Outcome::Clean,
+        quiesce::Outcome::Reset => Outcome::Reset,
+        quiesce::Outcome::Quarantined => Outcome::Quarantined,
+    };
+    Quiesced { outcome, how: quiesced.how }
 }
 
 fn open_device(location: &DeviceLocation) -> Result<Arc<dyn DeviceBackend>, Failure> {
@@ -348,11 +412,18 @@ fn start_failure(err: &StartError, refusal: Option<DeviceError>) -> Failure {
 fn device_failure(location: &DeviceLocation, err: &DeviceError) -> Failure {
     let (DeviceLocation::Pci { address: name, .. } | DeviceLocation::VfioUser { socket: name }) =
         location;
-    Failure {
-        code: "device-broken".to_owned(),
-        message: format!("{name} cannot be reset: {}", with_sources(err)),
-        next: "the device does not answer as a PCI function should; power-cycle it".to_owned(),
-    }
+    let (code, next) = match err {
+        DeviceError::Quarantined(_) => (
+            "device-quarantined",
+            format!("power-cycle the device, then start it again: iohost bind {name}"),
+        ),
+        _ => (
+            "device-broken",
+            "the device does not answer as a PCI function should; power-cycle it".to_owned(),
+        ),
+    };
+    let message = format!("{name} cannot be used: {}", with_sources(err));
+    Failure { code: code.to_owned(), message, next }
 }
 
 fn internal(message: String) -> Failure {

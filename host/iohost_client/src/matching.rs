@@ -128,6 +128,7 @@ mod tests {
             backend: None,
             is_unsafe: false,
             reset: None,
+            quiesced: None,
             sessions: 0,
         }
     }

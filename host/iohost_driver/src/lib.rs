@@ -4,7 +4,7 @@
 //! `&mut self`; so a driver has no lock, no atomic and no `unsafe`. Its parts:
 //!
 //! - [`IOService`]: what it is for, how it starts and stops.
-//! - [`IOPCIDevice`] and [`Bar`]: its device.
+//! - [`IOPCIDevice`] and [`Bar`]: its device; [`DeviceEventSource`]: what happens to it.
 //! - [`IODispatchQueue`], [`IOInterruptDispatchSource`], [`IOTimerDispatchSource`],
 //!   [`IODataQueueDispatchSource`]: when its code runs.
 //! - [`OSAction`] and [`Action`]: methods of it that others can invoke.
@@ -21,10 +21,12 @@
 mod abi;
 mod action;
 mod data_queue;
+mod device_event;
 mod dispatch_queue;
 mod dispatch_source;
 mod dma;
 mod error;
+mod expected_interrupt;
 mod interrupt;
 mod logger;
 mod notification;
@@ -36,10 +38,12 @@ pub mod wdm;
 
 pub use action::{ActionWait, OSAction};
 pub use data_queue::IODataQueueDispatchSource;
+pub use device_event::{DeviceEvent, DeviceEventSource};
 pub use dispatch_queue::IODispatchQueue;
 pub use dispatch_source::IODispatchSource;
 pub use dma::{ClientMemory, IOBufferMemoryDescriptor, IODMACommand, PreparedDma};
 pub use error::{Error, Result};
+pub use expected_interrupt::ExpectedInterrupt;
 pub use interrupt::{EventfdInterrupt, IOInterruptDispatchSource, InterruptEvent, InterruptType};
 pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDriver};
 pub use iohost_memory::SharedMemory;
@@ -50,7 +54,7 @@ pub use notification::{
     IOServiceNotificationDispatchSource, IOServiceState, IOServiceStateNotificationDispatchSource,
     ServiceInfo, ServiceMatching, ServiceNotification, StateItem,
 };
-pub use pci::{Bar, BarInfo, Command, IOPCIDevice};
+pub use pci::{Bar, BarInfo, Command, IOPCIDevice, ResetType};
 pub use raw_queue::IORawDispatchQueue;
 pub use service::{Exported, IOService, Personality, QueueEnd, Session, SessionId};
 pub use timer::{IOTimerClock, IOTimerDispatchSource};

@@ -154,12 +154,61 @@ impl IOPCIDevice {
         Ok(self.device.configure_interrupts(kind, required, requested)?)
     }
 
-    /// Brings the device back to its state at power-on.
+    /// Enables the first `count` vectors of what [`configure_interrupts`](Self::configure_interrupts)
+    /// chose, and disables the others; 0 disables all. DriverKit has no such call: there the first
+    /// choice is the last.
     ///
-    /// Errors: `UNSUPPORTED` when it cannot be reset.
+    /// Of vectors that stay enabled no interrupt is lost or delayed, as long as `count` is not
+    /// larger than what was chosen; beyond that all of them are armed anew, and what comes
+    /// meanwhile can be lost. Sources of vectors that are disabled stay, and hear nothing until
+    /// their vector is enabled again: what such a vector signals, and what its source was not
+    /// told before, is dropped and counted ([`dropped_interrupts`](Self::dropped_interrupts)). A
+    /// reset of the device keeps which vectors are enabled.
+    ///
+    /// Errors: `NOT_READY` before `configure_interrupts`, `UNSUPPORTED` for the line, `NO_SPACE`
+    /// when the device has fewer.
+    pub fn resize_interrupts(&self, count: u32) -> Result<()> {
+        Ok(self.device.resize_interrupts(count)?)
+    }
+
+    /// How many interrupts came to nobody: of vectors that were disabled, or that had no source.
+    pub fn dropped_interrupts(&self) -> u64 {
+        self.device.dropped_interrupts()
+    }
+
+    /// Brings the device back to its state at power-on, in the gentlest way it has. Its base
+    /// addresses and interrupts are afterwards as before, and it decodes memory; it is bus master
+    /// only if it has message interrupts. Takes 100 ms and more.
+    ///
+    /// Errors: `UNSUPPORTED` when it cannot be reset; `OFFLINE` when it does not answer afterwards.
     pub fn reset(&self) -> Result<()> {
         Ok(self.device.reset()?)
     }
+
+    /// [`reset`](Self::reset), in one way only.
+    ///
+    /// Errors: as there; `UNSUPPORTED` also for a reset of the bus that would reset devices of
+    /// others.
+    pub fn reset_by(&self, kind: ResetType) -> Result<()> {
+        Ok(self.device.reset_by(kind as u32)?)
+    }
+
+    /// Whether the device has stopped to answer: its vendor id reads as all ones. To be asked when
+    /// a register reads as all ones, which the device has no reason for.
+    pub fn is_gone(&self) -> bool {
+        self.configuration_read16(0) == u16::MAX
+    }
+}
+
+/// `kIOPCIDeviceResetType…`: what a reset resets. A warm reset, which DriverKit has besides, is
+/// what VFIO never makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum ResetType {
+    /// `HotReset`: everything on the device's bus.
+    Hot = 0x01,
+    /// `FunctionReset`: the function alone.
+    Function = 0x10,
 }
 
 impl fmt::Debug for IOPCIDevice {

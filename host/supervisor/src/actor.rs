@@ -4,6 +4,8 @@
 //! deadline, and deals with each as a whole before the next. Nothing here blocks: what waits for a
 //! kernel driver to let go of its device has threads of its own (`Bindings`).
 
+mod device_events;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::mem;
@@ -12,8 +14,8 @@ use std::sync::mpsc::TryRecvError;
 use std::time::{Duration, Instant};
 
 use iohost_control::host::{
-    Failure, FromHost, MOST_DESCRIPTORS, OpenSession, PciBackend, QueueSize, Ready, RunningService,
-    Start, Statistics, ToHost,
+    DeviceEvent, Failure, FromHost, MOST_DESCRIPTORS, OpenSession, PciBackend, QueueSize, Ready,
+    RunningService, Start, Statistics, ToHost,
 };
 use iohost_control::plugin::PciIds;
 use iohost_control::varlink::{
@@ -22,25 +24,26 @@ use iohost_control::varlink::{
 };
 use iohost_event::{PacketError, Packets, Poller, Ready as Found};
 use iohost_interface::Description;
-use iohost_pci::{Order, PciAddress, PciFunction, Persist};
+use iohost_pci::{HotplugSocket, Order, PciAddress, PciFunction, Persist};
 use log::{debug, error, info, warn};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
 use crate::Options;
 use crate::bindings::{Bindings, Done, from_pci};
-use crate::config::{Config, DeviceConfig, Location};
+use crate::config::{Config, DeviceConfig, ErrorPolicy, Location};
 use crate::driver_process::{DriverProcess, Heard};
 use crate::plugins::{Plugin, Plugins};
 use crate::request::{Answer, Inbox, Request, stopping};
 use crate::restart::Decision;
-use crate::service::{Cause, Host, LastWords, Opening, Service, Session, State, Then};
+use crate::service::{Cause, Ending, Host, LastWords, Opening, Service, Session, State, Then};
 use crate::session::SessionMemory;
 use crate::watchers::Watchers;
 
 const REQUESTS: u64 = 0;
 const SIGNALS: u64 = 1;
-const BINDINGS: u64 = 3;
+const BINDINGS: u64 = 2;
+const HOTPLUG: u64 = 3;
 /// Each driver host has two tokens from here on: its messages, then its end.
 const HOSTS: u64 = 4;
 
@@ -60,6 +63,8 @@ pub(crate) struct Actor {
     signals: UnixStream,
     poller: Poller,
     bindings: Bindings,
+    /// Devices that come back; `None` where the kernel does not say.
+    hotplug: Option<HotplugSocket>,
     /// A driver host has not read what it was told of services, so that it has to be told later.
     is_behind: bool,
     /// Clients that want to hear of services.
@@ -93,6 +98,12 @@ impl Actor {
         poller.watch(&signals, SIGNALS)?;
         let bindings = Bindings::new(options.sysfs.clone(), &config.state_directory)?;
         poller.watch(bindings.wake(), BINDINGS)?;
+        let hotplug = HotplugSocket::open()
+            .inspect_err(|err| warn!(err:%; "a device that comes back will not be noticed"))
+            .ok();
+        if let Some(hotplug) = &hotplug {
+            poller.watch(hotplug, HOTPLUG)?;
+        }
         let services =
             config.devices.iter().map(|device| Service::new(device.clone(), false)).collect();
         Ok(Self {
@@ -104,6 +115,7 @@ impl Actor {
             signals,
             poller,
             bindings,
+            hotplug,
             is_behind: false,
             watchers: Watchers::default(),
             talkative: BTreeSet::new(),
@@ -136,6 +148,7 @@ impl Actor {
                     REQUESTS => self.answer_requests(),
                     SIGNALS => self.take_signals(),
                     BINDINGS => self.hear_of_bindings(),
+                    HOTPLUG => self.hear_hotplug(),
                     _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
                     _ => self.bury((token - HOSTS) / 2),
                 }
@@ -515,6 +528,7 @@ impl Actor {
             interrupts: Vec::new(),
             bind: true,
             backend: None,
+            on_error: ErrorPolicy::default(),
             line: 0,
         };
         self.services.push(Service::new(device, true));
@@ -574,21 +588,12 @@ impl Actor {
         let plugin = self.choose_plugin(&self.services[at].device)?.clone();
         let service = &mut self.services[at];
         service.driver = Some(plugin.info.name.clone());
+        service.is_removed = false;
         service.incarnation += 1;
-
-        let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
-        let number = self.next_host;
-        self.next_host += 1;
-        self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
-        self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
-        let start = ToHost::Start(Start {
-            device: service.device.for_host(),
-            interrupts: service.device.interrupts.clone(),
-            plugin: Some(plugin.file.to_string_lossy().into_owned()),
-            incarnation: service.incarnation,
-        });
+        let host = self.launch(at, Some(&plugin), cause)?;
+        let service = &self.services[at];
         info!(
-            device = service.device.name, driver = plugin.info.name, pid = process.pid(),
+            device = service.device.name, driver = plugin.info.name, pid = host.process.pid(),
             incarnation = service.incarnation; "driver host started"
         );
         if service.device.is_unsafe() {
@@ -597,6 +602,29 @@ impl Actor {
                 "UNSAFE: no IOMMU keeps this device from the machine's memory"
             );
         }
+        Ok(host)
+    }
+
+    /// Starts a driver host that runs a plugin, or none.
+    fn launch(
+        &mut self,
+        at: usize,
+        plugin: Option<&Plugin>,
+        cause: Cause,
+    ) -> Result<Host, Failure> {
+        let service = &mut self.services[at];
+        service.quiesced = None;
+        let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
+        let number = self.next_host;
+        self.next_host += 1;
+        self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
+        self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
+        let start = ToHost::Start(Start {
+            device: service.device.for_host(),
+            interrupts: service.device.interrupts.clone(),
+            plugin: plugin.map(|plugin| plugin.file.to_string_lossy().into_owned()),
+            incarnation: service.incarnation,
+        });
         // A process that is gone already is noticed by its end.
         let _ = process.send(&start, &[]);
         Ok(Host {
@@ -607,6 +635,7 @@ impl Actor {
             was_ready: false,
             is_retry: cause == Cause::Death,
             killed: false,
+            ending: None,
             told: None,
             asked: Vec::new(),
         })
@@ -801,6 +830,10 @@ impl Actor {
     /// 10: the device is given back, as far as that was possible.
     fn given_back(&mut self, at: usize, result: Result<Option<String>, Failure>) {
         let service = &mut self.services[at];
+        let result = match result {
+            Err(failure) if service.is_removed && failure.code == "no-such-device" => Ok(None),
+            result => result,
+        };
         if let Err(failure) = &result {
             error!(
                 device = service.device.name, next = failure.next;
@@ -843,15 +876,25 @@ impl Actor {
         let Some(how) = host.process.ended() else { return };
         let pid = host.process.pid();
         let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
+        let ending = host.ending.take();
         debug!(device = service.device.name, pid, how = how; "driver host ended");
 
+        let name = service.device.name.clone();
         let unexpected = || {
             Failure::new(
                 "driver-died",
-                format!("the driver host of {:?} (process {pid}) {how}", service.device.name),
+                format!("the driver host of {name:?} (process {pid}) {how}"),
                 "read the log for what it said last; `iohost status` shows when it starts again",
             )
         };
+        if let Some(ending) = ending {
+            let in_order = matches!(last_words, Some(LastWords::Stopped));
+            return self.ended(at, ending, in_order);
+        }
+        if let Some(unfit) = self.is_unfit(at) {
+            return self.quarantine(at, unfit);
+        }
+        let service = &mut self.services[at];
         let old = mem::replace(&mut service.state, State::Down(stopping()));
         match (old, last_words) {
             (State::Stopping(_), Some(LastWords::Stopped)) => self.stopped(at),
@@ -866,7 +909,8 @@ impl Actor {
                 };
                 warn!(device = service.device.name; "driver not stopped in order: {}", why.message);
                 self.trouble.get_or_insert(why);
-                self.stopped(at);
+                // It was to make its device safe, and has not: another one does.
+                self.quiesce_then(at, Ending::Stopped);
             }
             (State::Starting(_), Some(LastWords::Said(failure))) if !is_retry => {
                 self.go_down(at, failure);
@@ -905,13 +949,14 @@ impl Actor {
             Decision::Quarantine => {
                 error!(
                     device = service.device.name, reason = why.message;
-                    "driver host died too often, device quarantined"
+                    "driver host died too often"
                 );
                 let next = format!(
                     "correct the cause, then start it again: iohost bind {}",
                     service.device.name
                 );
-                service.state = State::Quarantined(Failure { next, ..why });
+                let ending = Ending::Isolated(Failure { next, ..why });
+                self.quiesce_then(at, ending);
             }
         }
     }
@@ -1042,6 +1087,19 @@ impl Actor {
                 if !host.killed {
                     host.last_words = Some(LastWords::Said(failure));
                     host.deadline = Some(Instant::now() + patience);
+                }
+            }
+            (
+                State::Starting(_) | State::Running { .. } | State::Stopping(_),
+                FromHost::Quiesced(quiesced),
+            ) => self.quiesced(at, quiesced),
+            (State::Starting(_) | State::Running { .. }, FromHost::DeviceEvent(event)) => {
+                self.device_event(at, event);
+            }
+            // Whoever wants the device back does not wait for a stop that takes its time.
+            (State::Stopping(host), FromHost::DeviceEvent(event)) => {
+                if host.ending.is_none() && event == DeviceEvent::RemovalRequested {
+                    self.device_event(at, event);
                 }
             }
             (State::Stopping(host), FromHost::Stopped) => {

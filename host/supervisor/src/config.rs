@@ -15,6 +15,8 @@
 //! driver = "edu"                  # without it: the plugin whose match table fits best
 //! interrupts = ["intx"]           # without it: whatever the device has
 //! bind = true                     # take it from its kernel driver; give it back at the end
+//! on_error = "reset"              # at an error of the device: "notify" (only its driver and the log),
+//!                                 # "reset" (and start again), "isolate" (stop it); without it: notify
 //! # backend = "vfio-group"        # force one; without it: vfio-cdev, or else vfio-group
 //! # allow_unsafe = true           # what backends without an IOMMU need: vfio-no-iommu, uio
 //!
@@ -95,8 +97,23 @@ pub struct DeviceConfig {
     pub bind: bool,
     /// How a PCI function is to be reached; `None` for the best way that VFIO has.
     pub backend: Option<PciBackend>,
+    /// What to do about an error that the device reports.
+    pub on_error: ErrorPolicy,
     /// The line of the entry.
     pub line: usize,
+}
+
+/// What to do about an error that a device reports and has not corrected itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ErrorPolicy {
+    /// Tell the driver and the log.
+    #[default]
+    Notify,
+    /// Stop the driver, reset the device, start it again.
+    Reset,
+    /// Stop the driver, reset the device, and leave it alone until somebody asks.
+    Isolate,
 }
 
 /// Where a device is.
@@ -259,6 +276,8 @@ struct RawDevice {
     backend: Option<Spanned<PciBackend>>,
     #[serde(default)]
     allow_unsafe: bool,
+    #[serde(default)]
+    on_error: ErrorPolicy,
 }
 
 /// The file, to find lines in.
@@ -324,6 +343,7 @@ impl Source<'_> {
             interrupts: device.interrupts,
             bind: device.bind,
             backend: device.backend.map(Spanned::into_inner),
+            on_error: device.on_error,
             line,
         })
     }

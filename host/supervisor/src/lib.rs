@@ -36,7 +36,7 @@ use smol::channel;
 
 pub use config::{
     Config, ConfigError, DEFAULT_CONFIG, DEFAULT_DRIVER_DIRECTORY, DEFAULT_RUNTIME_DIRECTORY,
-    DEFAULT_STATE_DIRECTORY, DeviceConfig, Limits, Location,
+    DEFAULT_STATE_DIRECTORY, DeviceConfig, ErrorPolicy, Limits, Location,
 };
 pub use plugins::Inspect;
 pub use restart::{Decision, RestartPolicy};
@@ -73,6 +73,8 @@ pub struct Patience {
     pub start: Duration,
     /// Until the driver has stopped and the device is reset; then it is killed.
     pub stop: Duration,
+    /// Until it has closed a device that somebody wants back; then it is killed.
+    pub removal: Duration,
     /// Until the driver knows a session.
     pub session: Duration,
 }
@@ -82,6 +84,7 @@ impl Default for Patience {
         Self {
             start: Duration::from_secs(10),
             stop: Duration::from_secs(5),
+            removal: Duration::from_secs(1),
             session: Duration::from_secs(5),
         }
     }

@@ -5,7 +5,7 @@ use std::mem;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, Ready, RunningService, Statistics};
+use iohost_control::host::{Failure, Quiesced, Ready, RunningService, Statistics};
 use iohost_control::varlink::{BindOptions, Bound, Opened, State as Shown, Unbound};
 use iohost_interface::Description;
 use iohost_pci::Order;
@@ -27,6 +27,12 @@ pub(crate) struct Service {
     pub(crate) driver: Option<String>,
     /// The reset that the last driver host reported.
     pub(crate) reset: Option<String>,
+    /// What became of making the device safe, the last time.
+    pub(crate) quiesced: Option<Quiesced>,
+    /// A driver host without a driver makes the device safe, or was to.
+    pub(crate) quiescing: bool,
+    /// The device was taken away, and is waited for.
+    pub(crate) is_removed: bool,
     pub(crate) incarnation: u64,
     pub(crate) deaths: Deaths,
     /// Why the last driver host died, if one has.
@@ -58,8 +64,10 @@ pub(crate) struct Service {
 /// 3 a device that cannot be taken, or a driver host that says it cannot and never could
 /// (`Actor::go_down`, by way of `GivingBack` for what was bound on request), 4 any other death
 /// (`Actor::died`), 5 `Actor::start` when the pause is over, 6 `Actor::stop`, which leaves
-/// `Stopping` out without a driver host, 7 `Actor::stopped`, 8 `Actor::start_taken`,
-/// 9 `Actor::put_away`, 10 `Actor::given_back`.
+/// `Stopping` out without a driver host, or `Actor::end` for what happened to the device,
+/// 7 `Actor::stopped`, or `Actor::ended`, which may as well lead to Restarting or Quarantined,
+/// 8 `Actor::start_taken`, 9 `Actor::put_away`, 10 `Actor::given_back`. A device that could not be
+/// made safe is Quarantined whatever else is true (`Actor::is_unfit`).
 #[derive(Debug)]
 pub(crate) enum State {
     Down(Failure),
@@ -122,10 +130,35 @@ pub(crate) struct Host {
     pub(crate) is_retry: bool,
     /// Whether it was killed, so that nothing is left but to wait for its end.
     pub(crate) killed: bool,
+    /// What happened to its device, for which it was told to end.
+    pub(crate) ending: Option<Ending>,
     /// The services it was told to run, with their incarnations; `None` while it has not asked.
     pub(crate) told: Option<BTreeMap<String, u64>>,
     /// Who waits for its numbers. Dropped with it, which tells them.
     pub(crate) asked: Vec<Answer<Statistics>>,
+}
+
+/// What follows the end of a driver host that was told to end for more than a request, or that only
+/// makes the device safe after another one did not.
+#[derive(Clone, Debug)]
+pub(crate) enum Ending {
+    /// What follows a stop on request.
+    Stopped,
+    /// The device is taken away: it starts again when it comes back.
+    Removed(Failure),
+    /// As if the driver host had died of it.
+    Died(Failure),
+    /// Nothing but a request starts it again.
+    Isolated(Failure),
+}
+
+impl Ending {
+    pub(crate) fn why(&self) -> Option<&Failure> {
+        match self {
+            Ending::Stopped => None,
+            Ending::Removed(why) | Ending::Died(why) | Ending::Isolated(why) => Some(why),
+        }
+    }
 }
 
 /// Why a driver host ends.
@@ -166,6 +199,9 @@ impl Service {
             state: State::Down(not_yet),
             driver: None,
             reset: None,
+            quiesced: None,
+            quiescing: false,
+            is_removed: false,
             incarnation: 0,
             deaths: Deaths::default(),
             last_death: None,
@@ -288,6 +324,7 @@ impl Service {
             backend,
             is_unsafe: self.device.is_unsafe(),
             reset: self.reset.clone(),
+            quiesced: self.quiesced.clone(),
             sessions: sessions as u64,
         }
     }

@@ -6,7 +6,7 @@ use iohost_control::host::{Failure, RunningService};
 use iohost_control::varlink::{EventKind, ServiceEvent};
 use smol::channel::{self, Receiver, Sender};
 
-use crate::service::{Service, State, Then};
+use crate::service::{Ending, Service, State, Then};
 
 /// Events that wait for one client. One that has more is told no more: its stream ends.
 const MOST_WAITING: usize = 1024;
@@ -84,7 +84,10 @@ fn why_ended(ended: &RunningService, services: &[Service]) -> Failure {
         | State::GivingBack { then: Then::GoDown(why) }
         | State::Restarting { why, .. }
         | State::Quarantined(why) => why.clone(),
-        State::Stopping(_) | State::GivingBack { .. } => stopped(),
+        State::GivingBack { .. } => stopped(),
+        State::Stopping(host) => {
+            host.ending.as_ref().and_then(Ending::why).cloned().unwrap_or_else(stopped)
+        }
         // The next one was started in the same turn.
         State::Taking { .. } | State::Starting(_) | State::Running { .. } => {
             service.last_death.clone().unwrap_or_else(stopped)

@@ -3,10 +3,12 @@
 use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use iohost_device_backend::{
+    BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, Reset, ResetLevel,
+};
 use iohost_device_models::{DeviceModel, DmaError, DmaMemory, Function, FunctionError};
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
@@ -18,6 +20,29 @@ pub struct FakeDevice<M: DeviceModel> {
     bars: Vec<Option<BarInfo>>,
     /// The kind of interrupt that is enabled: a function has one at a time.
     enabled: Mutex<Option<InterruptKind>>,
+    misfortunes: Mutex<Misfortunes>,
+}
+
+/// What can go wrong with a device.
+#[derive(Debug)]
+struct Misfortunes {
+    /// It is not there: reads give all ones, writes are lost.
+    lost: bool,
+    /// What its resets do, the gentlest first.
+    resets: Vec<(Reset, ResetEffect)>,
+    /// Who hears of its events.
+    watchers: Vec<(DeviceEvent, OwnedFd)>,
+}
+
+/// What a reset of a [`FakeDevice`] does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResetEffect {
+    /// What it should; a device that did not answer answers again.
+    Works,
+    /// It fails and says so; the device stays as it was.
+    Fails,
+    /// It says that it worked, and the device does not answer any more.
+    Kills,
 }
 
 impl<M: DeviceModel> FakeDevice<M> {
@@ -25,7 +50,69 @@ impl<M: DeviceModel> FakeDevice<M> {
     pub fn new(function: Arc<Function<M>>) -> Self {
         let info = |size| BarInfo { size: u64::from(size), kind: 0, mappable: Vec::new() };
         let bars = function.identity().bars.iter().map(|bar| bar.map(|bar| info(bar.size)));
-        Self { bars: bars.collect(), function, enabled: Mutex::new(None) }
+        let misfortunes = Misfortunes {
+            lost: false,
+            resets: vec![(Reset::of_function(), ResetEffect::Works)],
+            watchers: Vec::new(),
+        };
+        Self {
+            bars: bars.collect(),
+            function,
+            enabled: Mutex::new(None),
+            misfortunes: Mutex::new(misfortunes),
+        }
+    }
+
+    /// Takes the device out of its slot (`true`), or puts it back: meanwhile reads give all ones
+    /// and writes are lost.
+    pub fn set_lost(&self, lost: bool) {
+        self.misfortunes().lost = lost;
+    }
+
+    /// Sets the ways in which the device can be reset, and what each of them does.
+    pub fn set_resets(&self, resets: Vec<(Reset, ResetEffect)>) {
+        self.misfortunes().resets = resets;
+    }
+
+    /// Has an event happen. Whether anybody heard.
+    pub fn happen(&self, event: DeviceEvent) -> bool {
+        let misfortunes = self.misfortunes();
+        let watchers = misfortunes.watchers.iter().filter(|(watched, _)| *watched == event);
+        let told = watchers.map(|(_, trigger)| nix::unistd::write(trigger, &1_u64.to_ne_bytes()));
+        told.filter(Result::is_ok).count() > 0
+    }
+
+    fn misfortunes(&self) -> MutexGuard<'_, Misfortunes> {
+        self.misfortunes.lock().expect("no panic happens under this lock")
+    }
+
+    /// Whether an access of `data` finds nobody; it has read all ones then.
+    fn reads_ones(&self, data: &mut [u8]) -> bool {
+        let lost = self.misfortunes().lost;
+        if lost {
+            data.fill(0xff);
+        }
+        lost
+    }
+
+    fn reset_as(&self, effect: ResetEffect) -> Result<(), DeviceError> {
+        match effect {
+            ResetEffect::Works => {
+                self.set_lost(false);
+                let mut enabled = self.enabled();
+                self.function.reset();
+                *enabled = None;
+            }
+            ResetEffect::Fails => {
+                let operation = "resetting the device".to_owned();
+                return Err(DeviceError::Refused {
+                    operation,
+                    source: io::ErrorKind::TimedOut.into(),
+                });
+            }
+            ResetEffect::Kills => self.set_lost(true),
+        }
+        Ok(())
     }
 
     /// Refuses what the other backends refuse: an access off its natural alignment, or too wide.
@@ -76,11 +163,17 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
         self.check_config(offset, data.len())?;
+        if self.reads_ones(data) {
+            return Ok(());
+        }
         self.function.config_read(offset, data).map_err(refusal)
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
         self.check_config(offset, data.len())?;
+        if self.misfortunes().lost {
+            return Ok(());
+        }
         self.function.config_write(offset, data).map_err(refusal)
     }
 
@@ -90,11 +183,17 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
 
     fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
         self.check_bar(index, offset, data.len())?;
+        if self.reads_ones(data) {
+            return Ok(());
+        }
         self.function.bar_read(index, offset, data).map_err(refusal)
     }
 
     fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.check_bar(index, offset, data.len())?;
+        if self.misfortunes().lost {
+            return Ok(());
+        }
         self.function.bar_write(index, offset, data).map_err(refusal)
     }
 
@@ -124,6 +223,20 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
         Ok(())
     }
 
+    fn change_triggers(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        let available = self.interrupt_count(kind);
+        let asked = first + triggers.len() as u32;
+        if *self.enabled() != Some(kind) || asked > available {
+            return Err(DeviceError::NoSuchInterrupt { kind, asked, available });
+        }
+        self.function.change_irqs(model_kind(kind), first, triggers).map_err(refusal)
+    }
+
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
         let mut enabled = self.enabled();
         if *enabled == Some(kind) { self.disable(&mut enabled) } else { Ok(()) }
@@ -151,10 +264,36 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
     }
 
     fn reset(&self) -> Result<(), DeviceError> {
-        let mut enabled = self.enabled();
-        self.function.reset();
-        *enabled = None;
-        Ok(())
+        self.reset_by(ResetLevel::Function)
+    }
+
+    fn resets(&self) -> Vec<Reset> {
+        self.misfortunes().resets.iter().map(|(reset, _)| reset.clone()).collect()
+    }
+
+    fn reset_by(&self, level: ResetLevel) -> Result<(), DeviceError> {
+        let found = {
+            let misfortunes = self.misfortunes();
+            misfortunes.resets.iter().find(|(reset, _)| reset.level == level).cloned()
+        };
+        match found {
+            Some((reset, _)) if reset.affected.iter().any(|(_, is_ours)| !is_ours) => {
+                panic!("{reset} was asked for, which is not for us to make")
+            }
+            Some((_, effect)) => self.reset_as(effect),
+            None => Err(DeviceError::NoReset { reason: "it has none".to_owned() }),
+        }
+    }
+
+    fn watch(&self, event: DeviceEvent, trigger: BorrowedFd<'_>) -> Result<bool, DeviceError> {
+        let copy = trigger.try_clone_to_owned().map_err(|source| DeviceError::Refused {
+            operation: "keeping a descriptor".to_owned(),
+            source,
+        })?;
+        let watchers = &mut self.misfortunes().watchers;
+        watchers.retain(|(watched, _)| *watched != event);
+        watchers.push((event, copy));
+        Ok(true)
     }
 }
 

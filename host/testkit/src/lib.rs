@@ -10,6 +10,6 @@
 mod fake_device;
 mod rig;
 
-pub use fake_device::FakeDevice;
+pub use fake_device::{FakeDevice, ResetEffect};
 pub use iohost_interface as interface;
 pub use rig::{Rig, RigSession};

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use iohost_control::host::RunningService;
-use iohost_device_backend::InterruptKind;
+use iohost_device_backend::{DeviceEvent, InterruptKind};
 use iohost_device_models::{Bus, DeviceModel, Function};
 use iohost_dispatch::{Engine, EngineClock};
 use iohost_driver::{Exported, IOReturn, ToClient, ToDriver};
@@ -26,6 +26,8 @@ use crate::FakeDevice;
 pub struct Rig<D: Exported, M: DeviceModel> {
     engine: Arc<Engine>,
     function: Arc<Function<M>>,
+    backend: Arc<FakeDevice<M>>,
+    device: Arc<Device>,
     driver: Option<Arc<Driver>>,
     next_session: u64,
     /// Other services that began.
@@ -51,14 +53,16 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
     ) -> Result<Self, StartError> {
         let engine = Engine::manual(EngineClock::Virtual).expect("the machine has eventfds");
         let backend = Arc::new(FakeDevice::new(function.clone()));
-        let (device, _) = Device::take_over(backend, interrupts.to_vec())
+        let (device, _) = Device::take_over(backend.clone(), interrupts.to_vec())
             .expect("an emulated function can be reset");
-        let driver =
-            Driver::start(&engine, Plugin::linked(D::descriptor()), device, Arc::default())?;
+        let plugin = Plugin::linked(D::descriptor());
+        let driver = Driver::start(&engine, plugin, device.clone(), Arc::default())?;
         let driver = Some(Arc::new(driver));
         Ok(Self {
             engine: Arc::new(engine),
             function,
+            backend,
+            device,
             driver,
             next_session: 1,
             incarnations: AtomicU64::new(0),
@@ -96,6 +100,19 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
     /// Reaches the device's model, between accesses of the driver.
     pub fn model<R>(&self, look: impl FnOnce(&mut M, &mut Bus<'_>) -> R) -> R {
         self.function.with_model(look)
+    }
+
+    /// Has something happen to the device, and tells the driver at once if it listens. What the
+    /// daemon would do about it does not happen.
+    pub fn device_happens(&self, event: DeviceEvent) {
+        self.backend.happen(event);
+        self.device.check_events();
+        self.settle();
+    }
+
+    /// The device as the host reaches it, with what can go wrong with it.
+    pub fn backend(&self) -> &FakeDevice<M> {
+        &self.backend
     }
 
     /// The device, to start another driver on later.

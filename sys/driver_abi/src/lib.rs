@@ -504,6 +504,16 @@ pub struct DeviceTable {
     ) -> i32,
     /// Takes the memory back from the device.
     pub dma_complete: unsafe extern "C" fn(device: *mut HostDevice, address: u64) -> i32,
+    /// Resets the device in one way: 0x01 everything on its bus, 0x10 the function alone. `options`
+    /// is 0. `BAD_ARGUMENT` for anything else.
+    pub reset_by: unsafe extern "C" fn(device: *mut HostDevice, kind: u32, options: u32) -> i32,
+    /// Enables the first `count` vectors of the kind that was chosen, and disables the others.
+    pub resize_interrupts: unsafe extern "C" fn(device: *mut HostDevice, count: u32) -> i32,
+    /// How many interrupts came to nobody so far.
+    pub dropped_interrupts: unsafe extern "C" fn(device: *mut HostDevice) -> u64,
+    /// Makes an eventfd that the device's events add to, which the plugin then owns: 1 for each
+    /// error, 2^16 for each request to give the device back, 2^32 when it is gone.
+    pub event_signal: unsafe extern "C" fn(device: *mut HostDevice, fd: *mut i32) -> i32,
 }
 
 /// The name of [`DeviceTable`].

@@ -26,6 +26,11 @@ impl Signal {
         let _ = self.fd.write(1);
     }
 
+    /// Adds several at once; a counter that has no room for them stays as it is.
+    pub fn add(&self, count: u64) {
+        let _ = self.fd.write(count);
+    }
+
     /// Takes the whole count; 0 when there is none.
     pub fn take(&self) -> u64 {
         take(self)

@@ -43,10 +43,12 @@
 //! ```
 
 mod bits;
+mod fault;
 mod map;
 mod region;
 mod register;
 
+pub use fault::lost_accesses;
 pub use region::{MappedRegion, RegisterWindow};
 pub use register::{
     OutOfRegion, Readable, Register, RegisterArray, RegisterMap, RegisterSpace, RegisterValue, Ro,

@@ -9,14 +9,19 @@ use std::ptr::NonNull;
 
 use memmap2::{MmapOptions, MmapRaw};
 
+use crate::fault::Watched;
 use crate::{OutOfRegion, RegisterSpace, Width};
 
 /// Part of a BAR in this process's memory, unmapped on drop.
 ///
-/// Invariant: `map` is a mapping that stays valid for all its bytes while this lives; a device
-/// that vanishes turns accesses into SIGBUS or all ones, not into other memory.
+/// A device that vanishes, or does not decode memory, turns reads into all ones; see
+/// [`is_lost`](Self::is_lost).
+///
+/// Invariant: `map` is a mapping that stays valid for all its bytes while this lives.
 #[derive(Debug)]
 pub struct MappedRegion {
+    /// Before the mapping, so that a fault in what is mapped there next is not ours.
+    watched: Watched,
     map: MmapRaw,
 }
 
@@ -24,7 +29,14 @@ impl MappedRegion {
     /// Maps `len` bytes of a device's descriptor from `offset`, which is page-aligned.
     pub fn map(fd: impl AsFd, offset: u64, len: usize) -> io::Result<Self> {
         let map = MmapOptions::new().offset(offset).len(len).map_raw(fd.as_fd().as_raw_fd())?;
-        Ok(Self { map })
+        let watched = Watched::new(map.as_ptr().addr(), map.len())?;
+        Ok(Self { watched, map })
+    }
+
+    /// Whether an access found no device there. What it found were ones; such a page keeps what
+    /// is written to it, and never shows the device again.
+    pub fn is_lost(&self) -> bool {
+        self.watched.is_lost()
     }
 
     /// Bytes mapped.

@@ -139,6 +139,16 @@ impl UioDevice {
         }
     }
 
+    /// The kernel's methods of resetting the function, in the order in which it tries them; empty
+    /// where it does not say, `None` where it has none.
+    pub fn reset_methods(&self) -> Option<Vec<String>> {
+        if !self.sysfs.join("reset").exists() {
+            return None;
+        }
+        let text = fs::read_to_string(self.sysfs.join("reset_method")).unwrap_or_default();
+        Some(text.split_whitespace().map(str::to_owned).collect())
+    }
+
     /// Stops interrupts and transfers, then resets the function in the way the kernel prefers.
     ///
     /// Configuration space is as before afterwards, but for bus mastering, which is off. Takes up
@@ -261,9 +271,12 @@ mod tests {
         device.config_write(4, &BUS_MASTER.to_le_bytes()).unwrap();
         let err = device.reset().unwrap_err();
         assert!(matches!(err, UioError::NoReset), "{err}");
+        assert_eq!(device.reset_methods(), None);
         assert_eq!(command(&sysfs), INTX_DISABLE);
 
         fs::write(sysfs.join("reset"), "").unwrap();
+        fs::write(sysfs.join("reset_method"), "flr bus\n").unwrap();
+        assert_eq!(device.reset_methods(), Some(vec!["flr".to_owned(), "bus".to_owned()]));
         device.reset().unwrap();
         assert_eq!(fs::read(sysfs.join("reset")).unwrap(), b"1");
     }

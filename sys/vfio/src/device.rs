@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use vfio_bindings::bindings::vfio as uapi;
 use vfio_ioctls::VfioContainer;
 
-use crate::interrupt::{self, Interrupt};
+use crate::interrupt::{self, Enabled};
 use crate::ioctl::{ContainerFile, DeviceCall, DeviceFile, GroupFile, IommuFile, Message};
 use crate::region::{self, Region};
 use crate::{Access, VfioError, cdev, group};
@@ -26,12 +26,14 @@ pub struct VfioDevice {
     pub(crate) device: DeviceFile,
     pub(crate) attachment: Attachment,
     group_number: u32,
+    /// The device's folder in sysfs.
+    pub(crate) sysfs: PathBuf,
     pub(crate) resets_alone: bool,
     pub(crate) regions: Vec<Region>,
     pub(crate) vectors: [u32; 3],
     iova_ranges: Vec<RangeInclusive<u64>>,
     /// The kind of interrupt that is enabled: a device has one at a time.
-    pub(crate) enabled: Mutex<Option<Interrupt>>,
+    pub(crate) enabled: Mutex<Option<Enabled>>,
     /// What the device can reach: first address to length, both in whole pages.
     pub(crate) mapped: Mutex<BTreeMap<u64, u64>>,
 }
@@ -72,6 +74,7 @@ impl VfioDevice {
             device,
             attachment,
             group_number: group,
+            sysfs: sysfs.to_owned(),
             resets_alone: flags & uapi::VFIO_DEVICE_FLAGS_RESET != 0,
             regions,
             vectors,

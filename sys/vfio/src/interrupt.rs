@@ -21,7 +21,71 @@ pub enum Interrupt {
     MsiX = uapi::VFIO_PCI_MSIX_IRQ_INDEX as isize,
 }
 
+/// The interrupts that are enabled.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Enabled {
+    kind: Interrupt,
+    vectors: u32,
+}
+
+/// What VFIO tells of a device besides its interrupts. The numbers are VFIO's indexes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A PCI Express error that the device has not corrected itself (AER). PCI Express devices
+    /// only.
+    Error = uapi::VFIO_PCI_ERR_IRQ_INDEX as isize,
+    /// Somebody wants the device back, and the kernel waits until it is closed. It says so again
+    /// every ten seconds.
+    Request = uapi::VFIO_PCI_REQ_IRQ_INDEX as isize,
+}
+
 impl VfioDevice {
+    /// Has an event signal `trigger`, an eventfd, in place of what it signalled before; `false`
+    /// where VFIO never tells this one of this device. Resets leave it as it is.
+    ///
+    /// Errors: `Device` with what the kernel said.
+    pub fn watch(&self, event: Event, trigger: BorrowedFd<'_>) -> Result<bool, VfioError> {
+        let index = event as u32;
+        match vector_count(&self.device, index) {
+            Ok(1..) => {}
+            // What has no such index at all: a conventional PCI device, of errors.
+            Ok(0) => return Ok(false),
+            Err(err) if err.raw_os_error() == Some(libc::EINVAL) => return Ok(false),
+            Err(source) => return Err(device_error(format!("asking for {event:?}"), source)),
+        }
+        let fixed = size_of::<uapi::vfio_irq_set>();
+        let mut message = Message::with_len(fixed + 4);
+        message.set(fixed, trigger.as_raw_fd() as u32);
+        let flags = uapi::VFIO_IRQ_SET_DATA_EVENTFD | uapi::VFIO_IRQ_SET_ACTION_TRIGGER;
+        self.set(message, index, flags, 0, 1)
+            .map_err(|source| device_error(format!("watching for {event:?}"), source))?;
+        Ok(true)
+    }
+
+    /// Has vectors `first..` of the kind that is enabled signal `triggers` instead of what they
+    /// signalled. The others are not disturbed, and of these no message is lost: the kernel masks
+    /// a vector of MSI-X meanwhile, and the device keeps what it has to say.
+    ///
+    /// Errors: `NoSuchInterrupt` past the vectors that were enabled, or when another kind is;
+    /// `Device`, with the vectors before the one that failed changed.
+    pub fn change_triggers(
+        &self,
+        kind: Interrupt,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), VfioError> {
+        let enabled = self.enabled();
+        let available = enabled.map_or(0, |now| if now.kind == kind { now.vectors } else { 0 });
+        let end = first as usize + triggers.len();
+        if end > available as usize {
+            return Err(VfioError::NoSuchInterrupt { kind, asked: end, available });
+        }
+        let flags = uapi::VFIO_IRQ_SET_DATA_EVENTFD | uapi::VFIO_IRQ_SET_ACTION_TRIGGER;
+        let count = triggers.len() as u32;
+        self.set(with_triggers(triggers), kind as u32, flags, first, count)
+            .map_err(|source| device_error(format!("changing {count} {kind} vectors"), source))
+    }
+
     /// How many vectors of this kind the device has; 0 where it has none.
     pub fn vectors(&self, kind: Interrupt) -> u32 {
         self.vectors[kind as usize]
@@ -43,16 +107,11 @@ impl VfioDevice {
         let mut enabled = self.enabled();
         self.disable(&mut enabled)?;
 
-        let fixed = size_of::<uapi::vfio_irq_set>();
-        let mut message = Message::with_len(fixed + 4 * triggers.len());
-        for (index, trigger) in triggers.iter().enumerate() {
-            message.set(fixed + 4 * index, trigger.as_raw_fd() as u32);
-        }
         let flags = uapi::VFIO_IRQ_SET_DATA_EVENTFD | uapi::VFIO_IRQ_SET_ACTION_TRIGGER;
-        let count = triggers.len() as u32;
-        self.set(message, kind, flags, count)
-            .map_err(|source| device_error(format!("enabling {count} {kind} vectors"), source))?;
-        *enabled = Some(kind);
+        let vectors = triggers.len() as u32;
+        self.set(with_triggers(triggers), kind as u32, flags, 0, vectors)
+            .map_err(|source| device_error(format!("enabling {vectors} {kind} vectors"), source))?;
+        *enabled = Some(Enabled { kind, vectors });
         Ok(())
     }
 
@@ -60,7 +119,10 @@ impl VfioDevice {
     /// kernel waits for a handler in progress.
     pub fn disable_interrupts(&self, kind: Interrupt) -> Result<(), VfioError> {
         let mut enabled = self.enabled();
-        if *enabled == Some(kind) { self.disable(&mut enabled) } else { Ok(()) }
+        match *enabled {
+            Some(now) if now.kind == kind => self.disable(&mut enabled),
+            _ => Ok(()),
+        }
     }
 
     /// Lets the INTx line interrupt again. One that is still asserted interrupts at once.
@@ -68,36 +130,37 @@ impl VfioDevice {
     /// Errors: `Device` when INTx is not enabled.
     pub fn unmask_intx(&self) -> Result<(), VfioError> {
         let flags = uapi::VFIO_IRQ_SET_DATA_NONE | uapi::VFIO_IRQ_SET_ACTION_UNMASK;
-        self.set(Message::of::<uapi::vfio_irq_set>(), Interrupt::IntX, flags, 1)
+        self.set(Message::of::<uapi::vfio_irq_set>(), Interrupt::IntX as u32, flags, 0, 1)
             .map_err(|source| device_error("unmasking INTx".to_owned(), source))
     }
 
     /// Stops whatever is enabled.
-    pub(crate) fn disable(&self, enabled: &mut Option<Interrupt>) -> Result<(), VfioError> {
-        let Some(kind) = *enabled else { return Ok(()) };
+    pub(crate) fn disable(&self, enabled: &mut Option<Enabled>) -> Result<(), VfioError> {
+        let Some(Enabled { kind, .. }) = *enabled else { return Ok(()) };
         // No vectors at all: this disables the index as a whole.
         let flags = uapi::VFIO_IRQ_SET_DATA_NONE | uapi::VFIO_IRQ_SET_ACTION_TRIGGER;
-        self.set(Message::of::<uapi::vfio_irq_set>(), kind, flags, 0)
+        self.set(Message::of::<uapi::vfio_irq_set>(), kind as u32, flags, 0, 0)
             .map_err(|source| device_error(format!("disabling {kind}"), source))?;
         *enabled = None;
         Ok(())
     }
 
-    pub(crate) fn enabled(&self) -> MutexGuard<'_, Option<Interrupt>> {
+    pub(crate) fn enabled(&self) -> MutexGuard<'_, Option<Enabled>> {
         self.enabled.lock().expect("no panic happens under this lock")
     }
 
     fn set(
         &self,
         mut message: Message,
-        kind: Interrupt,
+        index: u32,
         flags: u32,
+        start: u32,
         count: u32,
     ) -> std::io::Result<()> {
         message
             .set(offset_of!(uapi::vfio_irq_set, flags), flags)
-            .set(offset_of!(uapi::vfio_irq_set, index), kind as u32)
-            .set(offset_of!(uapi::vfio_irq_set, start), 0)
+            .set(offset_of!(uapi::vfio_irq_set, index), index)
+            .set(offset_of!(uapi::vfio_irq_set, start), start)
             .set(offset_of!(uapi::vfio_irq_set, count), count);
         self.device.call(DeviceCall::SetInterrupts, &mut message)
     }
@@ -117,14 +180,27 @@ impl fmt::Display for Interrupt {
 pub(crate) fn vectors(device: &DeviceFile) -> Result<[u32; 3], VfioError> {
     let mut vectors = [0; 3];
     for kind in [Interrupt::IntX, Interrupt::Msi, Interrupt::MsiX] {
-        let mut info = Message::of::<uapi::vfio_irq_info>();
-        info.set(offset_of!(uapi::vfio_irq_info, index), kind as u32);
-        device
-            .call(DeviceCall::GetInterruptInfo, &mut info)
+        vectors[kind as usize] = vector_count(device, kind as u32)
             .map_err(|source| device_error(format!("counting {kind} vectors"), source))?;
-        vectors[kind as usize] = info.u32(offset_of!(uapi::vfio_irq_info, count));
     }
     Ok(vectors)
+}
+
+fn vector_count(device: &DeviceFile, index: u32) -> std::io::Result<u32> {
+    let mut info = Message::of::<uapi::vfio_irq_info>();
+    info.set(offset_of!(uapi::vfio_irq_info, index), index);
+    device.call(DeviceCall::GetInterruptInfo, &mut info)?;
+    Ok(info.u32(offset_of!(uapi::vfio_irq_info, count)))
+}
+
+/// A structure that has these eventfds behind its fixed part.
+fn with_triggers(triggers: &[BorrowedFd<'_>]) -> Message {
+    let fixed = size_of::<uapi::vfio_irq_set>();
+    let mut message = Message::with_len(fixed + 4 * triggers.len());
+    for (index, trigger) in triggers.iter().enumerate() {
+        message.set(fixed + 4 * index, trigger.as_raw_fd() as u32);
+    }
+    message
 }
 
 fn device_error(operation: String, source: std::io::Error) -> VfioError {

@@ -28,6 +28,6 @@ mod reset;
 pub use access::Access;
 pub use device::VfioDevice;
 pub use error::VfioError;
-pub use interrupt::Interrupt;
+pub use interrupt::{Event, Interrupt};
 pub use region::{CONFIG_REGION, ROM_REGION, Region};
-pub use reset::ResetKind;
+pub use reset::{AffectedDevice, Reset, ResetKind};

@@ -19,34 +19,69 @@ const BUS_MASTER: u16 = 0x0004;
 /// How a device was reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ResetKind {
-    /// This function alone: by FLR, by power management, or by its bus where it is alone there.
+    /// This function alone, by whatever the kernel has for that: FLR, power management, its bus
+    /// where it is alone there, ...
     Function,
     /// Everything on its bus, all of it in our group.
     Bus,
 }
 
 impl VfioDevice {
+    /// The ways in which the device can be reset, the gentlest first; none where the kernel knows
+    /// none.
+    pub fn resets(&self) -> Vec<Reset> {
+        let mut resets = Vec::new();
+        if self.resets_alone {
+            let methods = self.methods();
+            resets.push(Reset { kind: ResetKind::Function, methods, affected: Vec::new() });
+        }
+        if let Ok(affected) = self.affected_by_bus_reset() {
+            let affected = affected.into_iter().map(|device| AffectedDevice {
+                is_ours: self.owns(&device),
+                address: device.address,
+            });
+            let methods = vec!["hot".to_owned()];
+            resets.push(Reset { kind: ResetKind::Bus, methods, affected: affected.collect() });
+        }
+        resets
+    }
+
+    /// The kernel's methods of resetting the function alone, in the order in which it tries them
+    /// (`/sys/bus/pci/devices/.../reset_method`, Linux 5.15); empty where it does not say.
+    fn methods(&self) -> Vec<String> {
+        let text = std::fs::read_to_string(self.sysfs.join("reset_method")).unwrap_or_default();
+        text.split_whitespace().map(str::to_owned).collect()
+    }
+
     /// Stops interrupts and transfers, then resets the function; where it cannot be reset alone,
     /// its whole bus, provided that everything on it belongs to our group.
+    ///
+    /// Errors: as [`reset_by`](Self::reset_by).
+    pub fn reset(&self) -> Result<ResetKind, VfioError> {
+        let kind = if self.resets_alone { ResetKind::Function } else { ResetKind::Bus };
+        self.reset_by(kind)?;
+        Ok(kind)
+    }
+
+    /// Stops interrupts and transfers, then resets the device in this way; its whole bus only if
+    /// everything on it belongs to us.
     ///
     /// Configuration space is as before afterwards, but for bus mastering, which is off. Mappings
     /// of regions and of memory stay. Takes up to a second or so.
     ///
     /// Errors: `NoReset`; `ResetShared` with the devices that are not ours; `Device` and `Access` with what
     /// the kernel said. The device is quiet, unless it was the quieting that failed.
-    pub fn reset(&self) -> Result<ResetKind, VfioError> {
+    pub fn reset_by(&self, kind: ResetKind) -> Result<(), VfioError> {
         let mut enabled = self.enabled();
         self.disable(&mut enabled)?;
         self.clear_bus_master()?;
-        if self.resets_alone {
-            self.device.reset().map_err(|source| VfioError::Device {
+        match kind {
+            ResetKind::Function if !self.resets_alone => Err(VfioError::NoReset),
+            ResetKind::Function => self.device.reset().map_err(|source| VfioError::Device {
                 operation: "resetting the function".to_owned(),
                 source,
-            })?;
-            Ok(ResetKind::Function)
-        } else {
-            self.reset_bus()?;
-            Ok(ResetKind::Bus)
+            }),
+            ResetKind::Bus => self.reset_bus(),
         }
     }
 
@@ -110,6 +145,26 @@ impl VfioDevice {
         )?;
         Ok(affected(&message))
     }
+}
+
+/// A way to reset a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reset {
+    /// What is reset.
+    pub kind: ResetKind,
+    /// How, in the kernel's words (`flr`, `pm`, `bus`, ...), in the order in which it tries them.
+    pub methods: Vec<String>,
+    /// Every device that is reset by it, where that is more than the function.
+    pub affected: Vec<AffectedDevice>,
+}
+
+/// A device that a reset of the bus resets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AffectedDevice {
+    /// Its address.
+    pub address: String,
+    /// Whether this process has it, so that it may be reset.
+    pub is_ours: bool,
 }
 
 /// A device that a reset of the bus would reset.

@@ -333,6 +333,37 @@ impl Client {
         })
     }
 
+    /// Lets vectors `first..` signal `triggers` instead of what they signalled, and leaves the
+    /// others. They were enabled before.
+    ///
+    /// Errors: `NoSuchInterrupt` past the vectors that are enabled; `Refused`, with the vectors
+    /// before the message that was refused changed; the rest ends the connection.
+    pub fn change_irqs(
+        &self,
+        kind: IrqKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), VfioUserError> {
+        self.with(|connection, enabled| {
+            let available = enabled[kind as usize];
+            let end = u32::try_from(triggers.len()).ok().and_then(|len| first.checked_add(len));
+            match end {
+                Some(end) if end <= available => {}
+                _ => {
+                    let asked = end.unwrap_or(u32::MAX);
+                    return Err(VfioUserError::NoSuchInterrupt { kind, asked, available });
+                }
+            }
+            let flags = IRQ_DATA_EVENTFD | IRQ_ACTION_TRIGGER;
+            let parts = triggers.chunks(self.most_descriptors);
+            for (start, part) in (first..).step_by(self.most_descriptors).zip(parts) {
+                let request = irq_request(kind, flags, start, part.len() as u32);
+                connection.call(request, part, Expect::bytes(0))?;
+            }
+            Ok(())
+        })
+    }
+
     /// Stops all interrupts of this kind. The server signals nothing after its answer.
     ///
     /// Does nothing for a kind the device does not have.

@@ -134,6 +134,21 @@ impl Bench {
         self.ringing.send(vector);
     }
 
+    /// Runs whatever can run.
+    pub(crate) fn settle(&self) {
+        self.engine.settle();
+    }
+
+    /// The same, until something is so.
+    pub(crate) fn settle_until(&self, what: &str, condition: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !condition() {
+            assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+            self.engine.settle();
+            std::thread::yield_now();
+        }
+    }
+
     /// Nothing happens any more, and nothing has since the last look.
     pub(crate) fn expect_nothing(&self) {
         self.expect([""; 0]);

@@ -15,6 +15,7 @@ mod rules;
 
 pub use bench::Setup;
 pub use ringing::{BellsRegisters, E1000eRegisters, EduRegisters, Registers, Ringing};
+pub use rules::resize_rounds;
 
 use iohost_device_backend::InterruptKind;
 
@@ -106,7 +107,9 @@ macro_rules! each_rule {
             vectors:
                 a_second_source_on_one_vector_is_refused_for_want_of_resources
                 cancel_frees_the_vector_loses_what_was_counted_and_can_be_called_twice
-                a_configured_vector_is_the_index_of_its_number;
+                a_configured_vector_is_the_index_of_its_number
+                vectors_are_resized_under_interrupts_and_none_is_lost_or_foreign
+                vectors_that_are_disabled_have_no_source_and_a_reset_keeps_them_so;
         }
     };
 }

@@ -6,7 +6,9 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use iohost_device_backend::{
+    BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, Reset, ResetLevel,
+};
 use iohost_device_models::bells;
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
@@ -253,6 +255,19 @@ impl DeviceBackend for Ringing {
         self.device.enable_interrupts(kind, triggers)
     }
 
+    fn change_triggers(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        let mut copies = self.triggers.lock().unwrap();
+        for (place, trigger) in (first as usize..).zip(triggers) {
+            copies[place] = trigger.try_clone_to_owned().unwrap();
+        }
+        self.device.change_triggers(kind, first, triggers)
+    }
+
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
         self.registers.rest();
         self.triggers.lock().unwrap().clear();
@@ -278,6 +293,23 @@ impl DeviceBackend for Ringing {
     fn reset(&self) -> Result<(), DeviceError> {
         self.registers.rest();
         self.device.reset()
+    }
+
+    fn resets(&self) -> Vec<Reset> {
+        self.device.resets()
+    }
+
+    fn reset_by(&self, level: ResetLevel) -> Result<(), DeviceError> {
+        self.registers.rest();
+        self.device.reset_by(level)
+    }
+
+    fn posted_writes_take(&self) -> Duration {
+        self.device.posted_writes_take()
+    }
+
+    fn watch(&self, event: DeviceEvent, trigger: BorrowedFd<'_>) -> Result<bool, DeviceError> {
+        self.device.watch(event, trigger)
     }
 }
 

@@ -2,8 +2,10 @@
 //! a rule is for.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::mpsc::channel;
 
+use iohost_device_backend::DeviceBackend;
 use iohost_dispatch::{Clock, Engine, EngineClock};
 use iohost_driver::prelude::*;
 
@@ -522,4 +524,108 @@ pub(crate) fn a_configured_vector_is_the_index_of_its_number(on: &Setup) {
         bench.send(vector);
         bench.expect([format!("{vector}: 1")]);
     }
+}
+
+// ---- How many vectors there are ----
+
+/// Rounds of the rule on a device in a test of every day; `vfio-check resize` makes more.
+const ROUNDS: u32 = 20;
+
+pub(crate) fn vectors_are_resized_under_interrupts_and_none_is_lost_or_foreign(on: &Setup) {
+    resize_rounds(on, ROUNDS);
+}
+
+/// Resizes all vectors to one and back, while the first one interrupts all the time, and the others
+/// in all the moments that matter: before they are disabled, told to their source or not yet, and
+/// while they are. Each interrupt reaches its own source once, or is counted as dropped.
+pub fn resize_rounds(on: &Setup, rounds: u32) {
+    let bench = Bench::new(on);
+    let vectors = on.device.interrupt_count(on.kind);
+    bench.configure(vectors);
+    let told: Vec<Arc<AtomicU64>> = (0..vectors).map(|_| Arc::default()).collect();
+    let sources = told.iter().zip(0..).map(|(told, vector)| {
+        let told = told.clone();
+        let handler = move |_: &mut Probe, event: InterruptEvent| {
+            told.fetch_add(event.count, SeqCst);
+        };
+        let source = bench.source(vector, handler).unwrap();
+        source.set_enable(true).unwrap();
+        source
+    });
+    let sources: Vec<_> = sources.collect();
+
+    // The first vector, one interrupt after the other, for as long as the rounds go on.
+    let stop = Arc::new(AtomicBool::new(false));
+    let (ringing, heard, enough) = (bench.ringing.clone(), told[0].clone(), stop.clone());
+    let storm = std::thread::spawn(move || {
+        let mut sent = 0;
+        while !enough.load(SeqCst) {
+            ringing.post(0);
+            sent += 1;
+            while heard.load(SeqCst) < sent && !enough.load(SeqCst) {
+                std::thread::yield_now();
+            }
+        }
+        sent
+    });
+
+    let mut expected = vec![0; vectors as usize];
+    let mut dropped = 0;
+    for round in 0..rounds {
+        let other = 1 + round % (vectors - 1);
+        bench.send(other);
+        match round % 2 {
+            0 => {
+                bench.settle();
+                expected[other as usize] += 1;
+            }
+            // Not told yet: it is late.
+            _ => dropped += 1,
+        }
+        bench.device.resize_interrupts(1).unwrap();
+        bench.send(other);
+        dropped += 1;
+        bench.device.resize_interrupts(vectors).unwrap();
+        bench.settle();
+        let all: Vec<u64> = told.iter().map(|told| told.load(SeqCst)).collect();
+        assert_eq!(all[1..], expected[1..], "in round {round}");
+        assert_eq!(bench.device.dropped_interrupts(), dropped, "in round {round}");
+    }
+    stop.store(true, SeqCst);
+    let sent = storm.join().unwrap();
+    assert!(sent > 0, "the first vector had nothing to say");
+    bench.settle_until("the last interrupt of the first vector", || told[0].load(SeqCst) >= sent);
+    assert_eq!(told[0].load(SeqCst), sent);
+    drop(sources);
+}
+
+pub(crate) fn vectors_that_are_disabled_have_no_source_and_a_reset_keeps_them_so(on: &Setup) {
+    let bench = Bench::new(on);
+    assert_eq!(code(bench.device.resize_interrupts(1)), Some(IOReturn::NOT_READY));
+    bench.configure(2);
+    let available = on.device.interrupt_count(on.kind);
+    let refused = bench.device.resize_interrupts(available + 1);
+    assert_eq!(code(refused), Some(IOReturn::NO_SPACE));
+    let first = bench.interrupt(0).unwrap();
+    let second = bench.interrupt(1).unwrap();
+    for source in [&first, &second] {
+        source.set_enable(true).unwrap();
+    }
+    bench.device.resize_interrupts(1).unwrap();
+    drop(second);
+    assert_eq!(code(bench.interrupt(1)), Some(IOReturn::NO_INTERRUPT));
+    bench.device.reset().unwrap();
+    bench.send(0);
+    bench.expect(["count 1"]);
+    bench.send(1);
+    bench.expect_nothing();
+    assert_eq!(bench.device.dropped_interrupts(), 1);
+    // More than was chosen at first.
+    bench.device.resize_interrupts(3).unwrap();
+    let third = bench.interrupt(2).unwrap();
+    third.set_enable(true).unwrap();
+    bench.send(2);
+    bench.expect(["count 1"]);
+    bench.send(0);
+    bench.expect(["count 1"]);
 }

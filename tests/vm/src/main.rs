@@ -13,6 +13,8 @@
 //! vfio-check removal BACKEND ADDRESS           loses an open function
 //! vfio-check interrupts BACKEND ADDRESS KIND   tries the rules of interrupt sources: on an `edu` by intx or msi,
 //!                                              on an `e1000e` by msi-x
+//! vfio-check resize BACKEND ADDRESS ROUNDS     resizes the vectors of an `e1000e` under interrupts
+//! vfio-check watch SERVICE                     prints `began` and `ended REASON` of a service, as they come
 //! ```
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
@@ -25,11 +27,14 @@ use std::sync::Arc;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail, ensure};
+use iohost_client::{DEFAULT_SOCKET, Daemon, EventKind};
 use iohost_device_backend::{
     Access, DeviceBackend, DeviceError, InterruptKind, UioBackend, UioError, VfioBackend,
     conformance,
 };
-use iohost_interrupt_tests::{E1000eRegisters, EduRegisters, RULES, Registers, Ringing, Setup};
+use iohost_interrupt_tests::{
+    E1000eRegisters, EduRegisters, RULES, Registers, Ringing, Setup, resize_rounds,
+};
 use iohost_memory::SharedMemory;
 use iohost_pci::{Binding, PciAddress, PciError, Sysfs, VFIO_PCI};
 use iohost_vfio::{ResetKind, VfioDevice, VfioError};
@@ -61,6 +66,13 @@ fn main() -> Result<()> {
             };
             interrupts(way(backend)?, address.parse()?, kind)
         }
+        ["resize", backend, address, rounds] => {
+            let setup = setup(way(backend)?, address.parse()?, InterruptKind::MsiX)?;
+            resize_rounds(&setup, rounds.parse()?);
+            println!("ok {rounds} times all vectors, one vector, all vectors again");
+            Ok(())
+        }
+        ["watch", service] => watch(service),
         _ => bail!("usage: see the first lines of this program"),
     }
 }
@@ -337,13 +349,7 @@ fn interrupts(way: Way, address: PciAddress, kind: InterruptKind) -> Result<()> 
     let rules = RULES.iter().filter(|rule| rule.is_for(kind, vectors));
     let mut tried = 0;
     for rule in rules {
-        let device = open(way, &sysfs.directory(address))?;
-        let registers: Box<dyn Registers> = match kind {
-            InterruptKind::IntX | InterruptKind::Msi => Box::new(EduRegisters),
-            InterruptKind::MsiX => Box::new(E1000eRegisters),
-        };
-        let device = Arc::new(Ringing::new(device, registers));
-        (rule.test)(&Setup { device, kind });
+        (rule.test)(&setup(way, address, kind)?);
         println!("ok {} by {kind}", rule.name);
         tried += 1;
     }
@@ -351,6 +357,34 @@ fn interrupts(way: Way, address: PciAddress, kind: InterruptKind) -> Result<()> 
     println!("ok {tried} rules by {kind}, of which the device has {vectors}");
     sysfs.restore(&former)?;
     Ok(())
+}
+
+/// A device that interrupts when it is told to; bound.
+fn setup(way: Way, address: PciAddress, kind: InterruptKind) -> Result<Setup> {
+    let sysfs = Sysfs::default();
+    sysfs.bind(address, binding(way))?;
+    let device = open(way, &sysfs.directory(address))?;
+    let registers: Box<dyn Registers> = match kind {
+        InterruptKind::IntX | InterruptKind::Msi => Box::new(EduRegisters),
+        InterruptKind::MsiX => Box::new(E1000eRegisters),
+    };
+    Ok(Setup { device: Arc::new(Ringing::new(device, registers)), kind })
+}
+
+fn watch(service: &str) -> Result<()> {
+    let mut watch = Daemon::connect(DEFAULT_SOCKET)?.watch()?;
+    loop {
+        let event = watch.next_event()?;
+        if event.service != service {
+            continue;
+        }
+        match (event.kind, event.reason) {
+            (EventKind::Began, _) => println!("began"),
+            (EventKind::Ended, reason) => {
+                println!("ended {}", reason.map_or_else(String::new, |reason| reason.code));
+            }
+        }
+    }
 }
 
 fn some_thread_waits_in(function: &str) -> Result<bool> {

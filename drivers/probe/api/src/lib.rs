@@ -45,6 +45,18 @@ iohost_interface::interface! {
 
         /// Writes bytes of its memory.
         11 => fn poke(memory: u64, offset: u32, data: Vec<u8>);
+
+        /// Never returns: the driver does nothing any more.
+        12 => fn hang();
+
+        /// What has happened to the device so far, in order, with spaces between.
+        13 => fn events() -> String;
+
+        /// Reads the first register of BAR 0, mapped where it can be.
+        14 => fn register() -> u32;
+
+        /// Has the device decode memory (1), or not (0), behind the back of its host.
+        15 => fn decode(on: u32);
     }
 
     queues {}

@@ -1,6 +1,8 @@
 //! The table of PCI devices; the functions for memory are in `memory.rs`.
 
-use iohost_device_backend::InterruptKind;
+use std::os::fd::IntoRawFd;
+
+use iohost_device_backend::{InterruptKind, ResetLevel};
 use iohost_driver_abi::{DeviceBar, DeviceTable, HostDevice};
 use iohost_interface::IOReturn;
 
@@ -26,6 +28,10 @@ pub(super) static DEVICE_TABLE: DeviceTable = DeviceTable {
     memory_release,
     dma_prepare,
     dma_complete,
+    reset_by,
+    resize_interrupts,
+    dropped_interrupts,
+    event_signal,
 };
 
 unsafe extern "C" fn device_retain(device: *mut HostDevice) {
@@ -83,9 +89,9 @@ unsafe extern "C" fn config_read(
     value: *mut u64,
 ) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
+    let device = unsafe { object::<Device>(device) };
     let read = config_offset(offset).and_then(|offset| {
-        read(width, |data| backend.config_read(offset, data).map_err(|err| refused(&err)))
+        read(width, |data| device.config_read(offset, data).map_err(|err| refused(&err)))
     });
     // SAFETY: contract 4.
     unsafe { written(value, read) }
@@ -98,9 +104,9 @@ unsafe extern "C" fn config_write(
     value: u64,
 ) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
+    let device = unsafe { object::<Device>(device) };
     IOReturn::code(&config_offset(offset).and_then(|offset| {
-        write(width, value, |data| backend.config_write(offset, data).map_err(|err| refused(&err)))
+        write(width, value, |data| device.config_write(offset, data).map_err(|err| refused(&err)))
     }))
 }
 
@@ -136,9 +142,9 @@ unsafe extern "C" fn bar_read(
     value: *mut u64,
 ) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
+    let device = unsafe { object::<Device>(device) };
     let read = bar_number(bar).and_then(|bar| {
-        read(width, |data| backend.bar_read(bar, offset, data).map_err(|err| refused(&err)))
+        read(width, |data| device.bar_read(bar, offset, data).map_err(|err| refused(&err)))
     });
     // SAFETY: contract 4.
     unsafe { written(value, read) }
@@ -152,11 +158,9 @@ unsafe extern "C" fn bar_write(
     value: u64,
 ) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
+    let device = unsafe { object::<Device>(device) };
     IOReturn::code(&bar_number(bar).and_then(|bar| {
-        write(width, value, |data| {
-            backend.bar_write(bar, offset, data).map_err(|err| refused(&err))
-        })
+        write(width, value, |data| device.bar_write(bar, offset, data).map_err(|err| refused(&err)))
     }))
 }
 
@@ -192,5 +196,35 @@ unsafe extern "C" fn interrupt_type(device: *mut HostDevice, index: u32, kind: *
 
 unsafe extern "C" fn device_reset(device: *mut HostDevice) -> i32 {
     // SAFETY: contract 2.
-    IOReturn::code(&unsafe { object::<Device>(device) }.reset())
+    IOReturn::code(&unsafe { object::<Device>(device) }.reset(None))
+}
+
+unsafe extern "C" fn reset_by(device: *mut HostDevice, kind: u32, options: u32) -> i32 {
+    // SAFETY: contract 2.
+    let device = unsafe { object::<Device>(device) };
+    // `kIOPCIDeviceResetTypeHotReset` and `kIOPCIDeviceResetTypeFunctionReset`.
+    let level = match (kind, options) {
+        (0x01, 0) => Ok(ResetLevel::Bus),
+        (0x10, 0) => Ok(ResetLevel::Function),
+        _ => Err(IOReturn::BAD_ARGUMENT),
+    };
+    IOReturn::code(&level.and_then(|level| device.reset(Some(level))))
+}
+
+unsafe extern "C" fn resize_interrupts(device: *mut HostDevice, count: u32) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.resize_interrupts(count))
+}
+
+unsafe extern "C" fn dropped_interrupts(device: *mut HostDevice) -> u64 {
+    // SAFETY: contract 2.
+    unsafe { object::<Device>(device) }.dropped_interrupts()
+}
+
+unsafe extern "C" fn event_signal(device: *mut HostDevice, fd: *mut i32) -> i32 {
+    // SAFETY: contract 2.
+    let device = unsafe { object::<Device>(device) };
+    let made = device.events().for_driver().map_err(|_| IOReturn::NO_RESOURCES);
+    // SAFETY: contract 4.
+    unsafe { written(fd, made.map(IntoRawFd::into_raw_fd)) }
 }

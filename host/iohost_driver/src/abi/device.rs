@@ -1,5 +1,6 @@
 //! PCI devices.
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr;
 use std::ptr::NonNull;
 
@@ -84,6 +85,26 @@ impl Device {
 
     pub(crate) fn reset(&self) -> Result<(), IOReturn> {
         check(host!(device.reset(self.0.as_ptr())))
+    }
+
+    pub(crate) fn reset_by(&self, kind: u32) -> Result<(), IOReturn> {
+        check(host!(device.reset_by(self.0.as_ptr(), kind, 0)))
+    }
+
+    pub(crate) fn resize_interrupts(&self, count: u32) -> Result<(), IOReturn> {
+        check(host!(device.resize_interrupts(self.0.as_ptr(), count)))
+    }
+
+    pub(crate) fn dropped_interrupts(&self) -> u64 {
+        host!(device.dropped_interrupts(self.0.as_ptr()))
+    }
+
+    /// An eventfd that the device's events add to.
+    pub(crate) fn event_signal(&self) -> Result<OwnedFd, IOReturn> {
+        let mut fd = -1;
+        check(host!(device.event_signal(self.0.as_ptr(), &raw mut fd)))?;
+        // SAFETY: contract of `event_signal`: on success an open descriptor that is ours.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     pub(crate) fn dma_prepare(&self, memory: &Memory, bits: u32) -> Result<u64, IOReturn> {

@@ -8,7 +8,8 @@ use std::thread;
 use std::time::Duration;
 
 use iohost_control::host::{
-    Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession, Ready, ToHost,
+    DeviceEvent, Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession, Outcome,
+    Quiesced, Ready, ToHost,
 };
 use iohost_control::plugin::{Personality, PluginInfo};
 use iohost_event::Packets;
@@ -28,7 +29,15 @@ fn main() {
     let daemon = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     let daemon = Arc::new(Packets::from(daemon));
     let Some((ToHost::Start(start), _)) = receive(&daemon) else { panic!("no Start") };
-    let plugin = start.plugin.expect("a plugin");
+    let Some(plugin) = start.plugin else {
+        quiesced(&daemon, Outcome::Clean);
+        while let Some((message, _)) = receive(&daemon) {
+            if message == ToHost::Stop {
+                return send(&daemon, &FromHost::Stopped);
+            }
+        }
+        return;
+    };
     let script = std::path::Path::new(&plugin).file_stem().unwrap().to_str().unwrap().to_owned();
     let later = start.incarnation > 1;
     match script.as_str() {
@@ -40,10 +49,16 @@ fn main() {
             let failure = Failure::new("no-device", "there is no device", "plug it in");
             return send(&daemon, &FromHost::Failed(failure));
         }
+        "unfit" => {
+            quiesced(&daemon, Outcome::Quarantined);
+            let failure = Failure::new("device-quarantined", "it is broken", "mend it");
+            return send(&daemon, &FromHost::Failed(failure));
+        }
         "unasked" => send(&daemon, &FromHost::Stopped),
         "recover" if !later => std::process::exit(4),
         _ => {}
     }
+    quiesced(&daemon, Outcome::Reset);
     send(
         &daemon,
         &FromHost::Ready(Ready {
@@ -60,8 +75,13 @@ fn main() {
                 let daemon = daemon.clone();
                 thread::spawn(move || serve(&daemon, &open, fds));
             }
-            ToHost::Stop if script == "stubborn" => sleep(),
-            ToHost::Stop => return send(&daemon, &FromHost::Stopped),
+            ToHost::Stop | ToHost::LetGo if script.ends_with("stubborn") => sleep(),
+            ToHost::Stop => {
+                let broken = script.ends_with("breaks");
+                quiesced(&daemon, if broken { Outcome::Quarantined } else { Outcome::Reset });
+                return send(&daemon, &FromHost::Stopped);
+            }
+            ToHost::LetGo => return send(&daemon, &FromHost::Stopped),
             ToHost::Start(_)
             | ToHost::ServiceBegan(_)
             | ToHost::ServiceEnded { .. }
@@ -86,7 +106,7 @@ fn daemon(config: PathBuf) {
             pause: Duration::from_millis(1),
             ..RestartPolicy::default()
         },
-        patience: Patience { start: moment, stop: moment, session: moment },
+        patience: Patience { start: moment, stop: moment, removal: moment, session: moment },
     };
     if let Err(err) = iohost_supervisor::run(&options) {
         let Failure { code, message, next } = err.failure();
@@ -131,8 +151,14 @@ fn serve(daemon: &Packets, open: &OpenSession, fds: Vec<OwnedFd>) {
     let mut buffer = vec![0; packet::LONGEST];
     while let Ok(packet) = socket.receive(&mut buffer, 0) {
         let call = Call::decode(&buffer[..packet.len]).unwrap();
-        if call.selector == 1 {
-            std::process::exit(5);
+        match call.selector {
+            1 => std::process::exit(5),
+            2 => {
+                let events = [DeviceEvent::Error, DeviceEvent::RemovalRequested, DeviceEvent::Gone];
+                let event = events[call.arguments.scalars[0] as usize];
+                send(daemon, &FromHost::DeviceEvent(event));
+            }
+            _ => {}
         }
         let reply = ReplyPacket { id: call.id, answer: Ok(call.arguments) };
         socket.send(&reply.encode(), &[]).unwrap();
@@ -158,6 +184,11 @@ fn echo(rings: Vec<(Ring, Bell, Bell)>, hang_up: OwnedFd) {
             }
         }
     }
+}
+
+fn quiesced(daemon: &Packets, outcome: Outcome) {
+    let how = "as the script says".to_owned();
+    send(daemon, &FromHost::Quiesced(Quiesced { outcome, how }));
 }
 
 fn send(daemon: &Packets, message: &FromHost) {

@@ -3,9 +3,11 @@
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 
-use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use iohost_device_backend::{
+    BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, Reset, ResetLevel,
+};
 use iohost_device_models::{BarSpec, Bus, DeviceModel, Function, Identity};
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
@@ -86,14 +88,22 @@ pub(crate) struct Unusual {
     pub(crate) iova: Vec<RangeInclusive<u64>>,
     /// The device has gone and answers nothing.
     pub(crate) gone: AtomicBool,
+    /// It is a PCI Express device, and says so many times that transactions are pending.
+    pub(crate) pending: Option<AtomicU32>,
 }
+
+/// Where such a device has its capability of PCI Express, and the list of capabilities.
+const EXPRESS: u16 = 0xa0;
+const CAPABILITIES: u16 = 0x34;
+const DEVICE_STATUS: u16 = EXPRESS + 0x0a;
+const TRANSACTIONS_PENDING: u8 = 1 << 5;
 
 impl Unusual {
     pub(crate) fn new(board: Board) -> Self {
         let board = FakeDevice::new(Arc::new(Function::new(board)));
         let bars = (0..7).map(|index| board.bar(index).cloned()).collect();
         let iova = vec![0..=u64::MAX];
-        Self { board, bars, no_reset: false, iova, gone: AtomicBool::new(false) }
+        Self { board, bars, no_reset: false, iova, gone: AtomicBool::new(false), pending: None }
     }
 
     fn there(&self) -> Result<(), DeviceError> {
@@ -115,7 +125,18 @@ impl DeviceBackend for Unusual {
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
         self.there()?;
-        self.board.config_read(offset, data)
+        self.board.config_read(offset, data)?;
+        let Some(pending) = &self.pending else { return Ok(()) };
+        match offset {
+            CAPABILITIES => data[0] = EXPRESS as u8,
+            EXPRESS => data.copy_from_slice(&[0x10, 0, 0, 0][..data.len()]),
+            DEVICE_STATUS => {
+                let still = pending.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1));
+                data[0] = if still.is_ok() { TRANSACTIONS_PENDING } else { 0 };
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
@@ -153,6 +174,15 @@ impl DeviceBackend for Unusual {
         self.board.enable_interrupts(kind, triggers)
     }
 
+    fn change_triggers(
+        &self,
+        kind: InterruptKind,
+        first: u32,
+        triggers: &[BorrowedFd<'_>],
+    ) -> Result<(), DeviceError> {
+        self.board.change_triggers(kind, first, triggers)
+    }
+
     fn disable_interrupts(&self, kind: InterruptKind) -> Result<(), DeviceError> {
         self.enable_interrupts(kind, &[])
     }
@@ -178,5 +208,18 @@ impl DeviceBackend for Unusual {
             true => Err(DeviceError::NoReset { reason: "it has none".to_owned() }),
             false => self.board.reset(),
         }
+    }
+
+    fn resets(&self) -> Vec<Reset> {
+        if self.no_reset { Vec::new() } else { self.board.resets() }
+    }
+
+    fn reset_by(&self, level: ResetLevel) -> Result<(), DeviceError> {
+        self.there()?;
+        self.board.reset_by(level)
+    }
+
+    fn watch(&self, event: DeviceEvent, trigger: BorrowedFd<'_>) -> Result<bool, DeviceError> {
+        self.board.watch(event, trigger)
     }
 }

@@ -7,11 +7,13 @@
 
 mod board;
 mod data_queues;
+mod device_events;
 mod dma;
 mod interrupts;
 mod pci_device;
 mod probe;
 mod queues;
+mod quiesce;
 mod raw_queues;
 mod services;
 mod sources;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 
 use iohost_device_backend::BarInfo;
+use iohost_device_backend::quiesce::Outcome;
 use iohost_device_models::Function;
 use iohost_dispatch::{Engine, EngineClock};
 use iohost_driver::prelude::*;
@@ -250,7 +251,7 @@ fn what_a_driver_leaked_of_its_device_is_taken_back_by_the_host() {
     host.device.set_bus_master(true);
     std::mem::forget(buffer);
     drop((host, command));
-    device.give_back().unwrap();
+    assert_eq!(device.give_back().outcome, Outcome::Reset);
     function.config_write(COMMAND as u16, &BUS_MASTER.to_le_bytes()).unwrap();
     function.with_model(|_, bus| bus.dma_write(address, &[1]));
     assert_eq!(function.blocked_dma(), 1);

@@ -1,5 +1,6 @@
 //! The daemon as a process, with driver hosts that follow a script.
 
+mod device_events;
 mod rig;
 
 use std::io::{BufRead, BufReader, Write};

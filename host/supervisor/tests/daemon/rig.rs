@@ -25,8 +25,17 @@ pub(crate) struct Rig {
 impl Rig {
     /// A daemon with one device per script, each named as its script is.
     pub(crate) fn start(scripts: &[&str]) -> Self {
+        // A script called `error-…` or `isolate-…` is a device with that policy.
         let device = |script: &&str| {
-            format!("[[device]]\nname = {script:?}\nsocket = \"/{script}\"\ndriver = {script:?}\n")
+            let mut text = format!(
+                "[[device]]\nname = {script:?}\nsocket = \"/{script}\"\ndriver = {script:?}\n"
+            );
+            let policy = script.strip_prefix("error-");
+            let policy = policy.or(script.starts_with("isolate-").then_some("isolate"));
+            if let Some(policy) = policy {
+                text += &format!("on_error = {policy:?}\n");
+            }
+            text
         };
         let config: String = scripts.iter().map(device).collect();
         let directory = directory(&config);

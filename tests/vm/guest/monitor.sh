@@ -1,0 +1,13 @@
+# QEMU's monitor, from inside the guest: the test says `# monitor: yes`. Source it: . /share/tests/guest/monitor.sh
+. /share/tests/guest/check.sh
+
+# The monitor's second serial port. Open all the time, and without echo: or the monitor would be answered with its
+# own words.
+exec 9<>/dev/ttyS1
+stty -F /dev/ttyS1 raw -echo
+cat <&9 >/tmp/monitor.log &
+
+# monitor COMMAND: what the monitor's HMP does with it is in /tmp/monitor.log.
+monitor() {
+    printf '%s\r' "$*" >&9
+}
