@@ -14,6 +14,7 @@ mod binder;
 mod error;
 mod hotplug;
 mod in_use;
+mod inspect;
 mod journal;
 mod sysfs;
 #[cfg(test)]
@@ -25,5 +26,6 @@ pub use binder::{Binder, Left, Order};
 pub use error::PciError;
 pub use hotplug::{Hotplug, HotplugSocket};
 pub use in_use::Use;
+pub use inspect::{BarMapping, Configuration, PciBar};
 pub use journal::Persist;
 pub use sysfs::{GroupMember, IommuGroup, PciFunction, Sysfs};
