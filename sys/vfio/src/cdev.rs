@@ -12,19 +12,19 @@ use std::path::{Path, PathBuf};
 
 use vfio_bindings::bindings::vfio as uapi;
 
-use crate::VfioError;
 use crate::device::{Attachment, Opened, iommu_group, name, node_error};
 use crate::ioctl::{DeviceCall, DeviceFile, IommuCall, IommuFile, Message};
+use crate::{Nodes, VfioError};
 
 /// The nodes: of iommufd, and of devices.
-struct Nodes {
+struct Places {
     iommufd: PathBuf,
     devices: PathBuf,
 }
 
-impl Default for Nodes {
+impl Default for Places {
     fn default() -> Self {
-        Self { iommufd: "/dev/iommu".into(), devices: "/dev/vfio/devices".into() }
+        Self { iommufd: Nodes::IOMMUFD.into(), devices: Nodes::DEVICES.into() }
     }
 }
 
@@ -37,12 +37,12 @@ const UNMAP_LEN: usize = 24;
 
 /// Whether the kernel has made a node for the device, and for iommufd.
 pub(crate) fn is_there(sysfs: &Path) -> bool {
-    nodes_of(sysfs, &Nodes::default()).is_ok()
+    nodes_of(sysfs, &Places::default()).is_ok()
 }
 
 pub(crate) fn open(sysfs: &Path) -> Result<Opened, VfioError> {
     let group = iommu_group(sysfs)?;
-    let (device_node, iommu_node) = nodes_of(sysfs, &Nodes::default())?;
+    let (device_node, iommu_node) = nodes_of(sysfs, &Places::default())?;
     let device =
         DeviceFile::open(&device_node).map_err(|source| node_error(device_node, source))?;
     let iommufd = IommuFile::open(&iommu_node).map_err(|source| node_error(iommu_node, source))?;
@@ -85,18 +85,18 @@ pub(crate) fn unmap(iommufd: &IommuFile, ioas: u32, iova: u64, len: u64) -> io::
 }
 
 /// The device's node and that of iommufd.
-fn nodes_of(sysfs: &Path, nodes: &Nodes) -> Result<(PathBuf, PathBuf), VfioError> {
+fn nodes_of(sysfs: &Path, places: &Places) -> Result<(PathBuf, PathBuf), VfioError> {
     let not_bound = |source| VfioError::NotBound { name: name(sysfs), source };
     let mut entries = fs::read_dir(sysfs.join("vfio-dev")).map_err(not_bound)?;
     let Some(entry) = entries.next() else { return Err(not_bound(ErrorKind::NotFound.into())) };
     // The kernel lists a device here whether or not it has made a node for it.
-    let device = nodes.devices.join(entry.map_err(not_bound)?.file_name());
-    for node in [&device, &nodes.iommufd] {
+    let device = places.devices.join(entry.map_err(not_bound)?.file_name());
+    for node in [&device, &places.iommufd] {
         if !node.exists() {
             return Err(VfioError::NoCdev { node: node.clone() });
         }
     }
-    Ok((device, nodes.iommufd.clone()))
+    Ok((device, places.iommufd.clone()))
 }
 
 fn bind_error(sysfs: &Path, group: u32, source: io::Error) -> VfioError {
@@ -128,39 +128,39 @@ mod tests {
     use super::*;
 
     /// A device's folder, and folders for nodes.
-    fn tree() -> (tempfile::TempDir, PathBuf, Nodes) {
+    fn tree() -> (tempfile::TempDir, PathBuf, Places) {
         let root = tempfile::tempdir().unwrap();
         let sysfs = root.path().join("0000:01:00.0");
-        let nodes =
-            Nodes { iommufd: root.path().join("iommu"), devices: root.path().join("devices") };
+        let places =
+            Places { iommufd: root.path().join("iommu"), devices: root.path().join("devices") };
         fs::create_dir(&sysfs).unwrap();
-        fs::create_dir(&nodes.devices).unwrap();
-        (root, sysfs, nodes)
+        fs::create_dir(&places.devices).unwrap();
+        (root, sysfs, places)
     }
 
     #[test]
     fn a_device_that_vfio_does_not_list_is_not_bound() {
-        let (_root, sysfs, nodes) = tree();
-        let err = nodes_of(&sysfs, &nodes).unwrap_err();
+        let (_root, sysfs, places) = tree();
+        let err = nodes_of(&sysfs, &places).unwrap_err();
         assert_eq!(err.to_string(), "device 0000:01:00.0 is not bound to vfio-pci");
         assert!(err.next_step().contains("iohost bind"));
     }
 
     #[test]
     fn a_listed_device_without_a_node_is_a_kernel_without_cdev() {
-        let (_root, sysfs, nodes) = tree();
+        let (_root, sysfs, places) = tree();
         fs::create_dir_all(sysfs.join("vfio-dev/vfio3")).unwrap();
-        let err = nodes_of(&sysfs, &nodes).unwrap_err();
+        let err = nodes_of(&sysfs, &places).unwrap_err();
         assert!(matches!(&err, VfioError::NoCdev { node } if node.ends_with("vfio3")), "{err}");
         assert!(err.next_step().contains("backend = \"vfio-group\""), "{}", err.next_step());
 
-        fs::write(nodes.devices.join("vfio3"), "").unwrap();
-        let err = nodes_of(&sysfs, &nodes).unwrap_err();
+        fs::write(places.devices.join("vfio3"), "").unwrap();
+        let err = nodes_of(&sysfs, &places).unwrap_err();
         assert!(matches!(&err, VfioError::NoCdev { node } if node.ends_with("iommu")), "{err}");
 
-        fs::write(&nodes.iommufd, "").unwrap();
-        let found = nodes_of(&sysfs, &nodes).unwrap();
-        assert_eq!(found, (nodes.devices.join("vfio3"), nodes.iommufd));
+        fs::write(&places.iommufd, "").unwrap();
+        let found = nodes_of(&sysfs, &places).unwrap();
+        assert_eq!(found, (places.devices.join("vfio3"), places.iommufd));
     }
 
     #[test]

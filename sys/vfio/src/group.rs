@@ -14,18 +14,12 @@ use crate::device::{
     Attachment, Opened, group_number, iommu_group, is_without_iommu, name, node_error,
 };
 use crate::ioctl::{self, ContainerFile, DeviceFile, GroupFile};
-use crate::{VfioError, capability};
-
-/// Where the nodes of groups are.
-const NODES: &str = "/dev/vfio";
-
-/// The node of containers.
-const CONTAINERS: &str = "/dev/vfio/vfio";
+use crate::{Nodes, VfioError, capability};
 
 pub(crate) fn open(sysfs: &Path) -> Result<Opened, VfioError> {
     let number = iommu_group(sysfs)?;
     let container = VfioContainer::new(None).map_err(container_error)?;
-    let group = open_group(&Path::new(NODES).join(number.to_string()), number)?;
+    let group = open_group(&Path::new(Nodes::GROUPS).join(number.to_string()), number)?;
     set_container(&group, &container, number)?;
     set_iommu(&container, uapi::VFIO_TYPE1v2_IOMMU, number)?;
     let device = open_device(&group, &name(sysfs))?;
@@ -44,10 +38,10 @@ pub(crate) fn open_without_iommu(sysfs: &Path) -> Result<Opened, VfioError> {
     if !is_without_iommu(sysfs) {
         return Err(VfioError::HasIommu { group: number });
     }
-    let containers = PathBuf::from(CONTAINERS);
+    let containers = PathBuf::from(Nodes::CONTAINER);
     let container =
         ContainerFile::open(&containers).map_err(|source| node_error(containers, source))?;
-    let node = Path::new(NODES).join(format!("noiommu-{number}"));
+    let node = Path::new(Nodes::GROUPS).join(format!("noiommu-{number}"));
     let group = open_group(&node, number).map_err(|err| match err {
         // To own the node is not enough here, so it is no use to say so.
         VfioError::Permission { node, source } => VfioError::NeedsRawIo { node, source },
@@ -67,7 +61,7 @@ pub(crate) fn open_without_iommu(sysfs: &Path) -> Result<Opened, VfioError> {
 /// What `VfioContainer::new` can say, in our words.
 fn container_error(err: CrateError) -> VfioError {
     match err {
-        CrateError::OpenContainer(source) => node_error(CONTAINERS.into(), source),
+        CrateError::OpenContainer(source) => node_error(Nodes::CONTAINER.into(), source),
         // The version or the type 1 driver: the same to whoever has to do something about it.
         _ => VfioError::NoIommuDriver,
     }

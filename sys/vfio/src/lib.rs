@@ -25,7 +25,7 @@ mod ioctl;
 mod region;
 mod reset;
 
-pub use access::Access;
+pub use access::{Access, Nodes};
 pub use device::VfioDevice;
 pub use error::VfioError;
 pub use interrupt::{Event, Interrupt};
