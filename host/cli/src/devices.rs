@@ -3,6 +3,7 @@
 use iohost_client::ClientError;
 use iohost_control::host::Failure;
 use iohost_control::varlink::{Device, DeviceList};
+use iohost_doctor::refusal;
 use iohost_pci::Sysfs;
 
 use crate::CommandError;
@@ -51,9 +52,9 @@ pub(crate) fn run(options: &Options, output: Output) -> Result<(), CommandError>
 }
 
 fn from_sysfs() -> Result<Vec<Device>, Failure> {
-    let functions = Sysfs::default()
-        .functions()
-        .map_err(|err| Failure::new("sysfs", err.to_string(), err.next_step()))?;
+    let functions = Sysfs::default().functions().map_err(|err| {
+        Failure::new(refusal::of_pci(&err).name(), err.to_string(), err.next_step())
+    })?;
     let device = |function: iohost_pci::PciFunction| Device {
         location: function.address.to_string(),
         kind: "vfio".into(),

@@ -10,6 +10,7 @@ mod call;
 mod daemon;
 mod demo;
 mod devices;
+mod doctor;
 mod options;
 mod output;
 mod services;
@@ -19,6 +20,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use iohost_control::host::Failure;
 
+use crate::doctor::Verdict;
 use crate::options::{Command, Options};
 use crate::output::Output;
 
@@ -53,6 +55,13 @@ fn main() -> ExitCode {
     let result = match &options.command {
         Command::Daemon(daemon) => daemon::run(&options, daemon),
         Command::Devices => devices::run(&options, output),
+        Command::Doctor(doctor) => match doctor::run(&options, output, doctor) {
+            // It has said why.
+            Ok(Verdict::Blocked) => return ExitCode::FAILURE,
+            Ok(Verdict::Clear) => Ok(()),
+            Err(err) => Err(err),
+        },
+        Command::Explain { code } => doctor::explain(output, code.as_deref()),
         Command::Bind(binding) => services::bind(&options, output, binding),
         Command::Unbind { device } => services::unbind(&options, output, device),
         Command::Status { service: None } => services::status(&options, output),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use iohost_client::{ClientError, Daemon};
 use iohost_control::varlink::INTERFACE;
+use iohost_pci::PciAddress;
 use iohost_supervisor::DEFAULT_RUNTIME_DIRECTORY;
 
 /// Runs device drivers as ordinary Linux processes.
@@ -18,6 +19,7 @@ use iohost_supervisor::DEFAULT_RUNTIME_DIRECTORY;
 Examples:
   iohost devices                          what is there, and which driver would take it
   iohost daemon                           run the daemon with /etc/iohost/iohost.toml
+  iohost doctor 0000:01:00.0              what stands in the way of a device
   iohost bind 0000:01:00.0                take a device and start its driver
   iohost call edu factorial 5             call a method of a driver
   iohost status --json | jq .services     what runs, for a program
@@ -59,6 +61,27 @@ Examples:
   iohost devices
   iohost devices --json | jq '.devices[] | select(.vendor == 4660)'")]
     Devices,
+
+    /// Say what stands between iohost and devices, and the commands that remove it.
+    #[command(after_help = "\
+Examples:
+  iohost doctor                           this machine, and all its functions in short
+  iohost doctor 0000:01:00.0              one function closely
+  iohost doctor --json 01:00.0 | jq -r '.devices[].findings[].command // empty'
+
+It changes nothing, and needs no daemon; one that runs is asked which devices it has.
+Exit codes: 0 nothing blocks, 1 something does.")]
+    Doctor(DoctorOptions),
+
+    /// Explain a code of a finding or a refusal.
+    #[command(after_help = "\
+Examples:
+  iohost explain                          all codes
+  iohost explain no-iommu")]
+    Explain {
+        /// The code.
+        code: Option<String>,
+    },
 
     /// Take a device from its kernel driver and start its iohost driver.
     #[command(after_help = "\
@@ -144,6 +167,17 @@ pub(crate) struct BindingOptions {
     /// Take it although the machine uses it, which breaks whatever does.
     #[arg(long)]
     pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorOptions {
+    /// Addresses of PCI functions [default: the machine, and all of them in short].
+    #[arg(value_name = "ADDRESS")]
+    pub(crate) devices: Vec<PciAddress>,
+
+    /// Memory that drivers are to have for DMA, all of them together.
+    #[arg(long, value_name = "BYTES", default_value_t = 8 * 1024 * 1024)]
+    pub(crate) dma_memory: u64,
 }
 
 #[derive(Debug, Args)]

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 
 use comfy_table::{ContentArrangement, Table, presets};
 use iohost_control::host::Failure;
+use iohost_doctor::Code;
 use serde::Serialize;
 
 /// Where results and errors go, and in which form.
@@ -41,10 +42,18 @@ impl Output {
     pub(crate) fn error(self, failure: &Failure) {
         let text = match self.json {
             true => serde_json::to_string(failure).expect("a failure is three strings"),
-            false => format!("iohost: {failure}"),
+            false => format!("iohost: {failure}{}", more(&failure.code)),
         };
         // Nothing is left to say when standard error is closed.
         let _ = writeln!(io::stderr(), "{text}");
+    }
+}
+
+/// A further line for a code that `iohost explain` knows.
+pub(crate) fn more(code: &str) -> String {
+    match code.parse::<Code>() {
+        Ok(code) => format!("\n  more: iohost explain {code}"),
+        Err(()) => String::new(),
     }
 }
 

@@ -5,7 +5,7 @@ use iohost_control::varlink::{BindOptions, Status};
 
 use crate::CommandError;
 use crate::options::{BindingOptions, Options};
-use crate::output::{Output, backend, table};
+use crate::output::{Output, backend, more, table};
 
 pub(crate) fn status(options: &Options, output: Output) -> Result<(), CommandError> {
     let status = options.connect()?.status()?;
@@ -88,6 +88,7 @@ fn describe(status: &Status) -> String {
         }
         if let Some(reason) = &service.reason {
             text += &format!("\n{}: {}\n  next: {}", service.name, reason.message, reason.next);
+            text += &more(&reason.code);
         }
     }
     text

@@ -15,6 +15,7 @@ use iohost_device_backend::{
     VfioBackend, VfioError, VfioUserBackend, quiesce,
 };
 use iohost_dispatch::Engine;
+use iohost_doctor::{Code, refusal};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::IOReturn;
 use iohost_pci::{PciError, Sysfs};
@@ -335,19 +336,12 @@ fn vfio_failure(address: &str, err: &VfioError) -> Failure {
         _ => (with_sources(err), err.next_step()),
     };
     let message = format!("{address} cannot be opened: {reason}");
-    Failure { code: vfio_code(err).to_owned(), message, next }
+    Failure::new(refusal::of_vfio(err).name(), message, next)
 }
 
 fn uio_failure(address: &str, err: &UioError) -> Failure {
-    let code = match err {
-        UioError::NoSuchDevice { .. } => "no-such-device",
-        UioError::NotBound { .. } | UioError::NodeMissing { .. } => "not-bound",
-        UioError::Permission { .. } => "uio-permission",
-        UioError::Busy { .. } => "device-busy",
-        _ => "device-open",
-    };
     let message = format!("{address} cannot be opened: {}", with_sources(err));
-    Failure { code: code.to_owned(), message, next: err.next_step() }
+    Failure::new(refusal::of_uio(err).name(), message, err.next_step())
 }
 
 /// The members that keep VFIO from using the device's group, where sysfs shows some.
@@ -355,23 +349,6 @@ fn blockers(address: &str) -> Option<PciError> {
     let group = Sysfs::default().group_of(address.parse().ok()?).ok()?;
     let blockers = group.blockers();
     (!blockers.is_empty()).then_some(PciError::GroupNotViable { group: group.number, blockers })
-}
-
-fn vfio_code(err: &VfioError) -> &'static str {
-    match err {
-        VfioError::NoSuchDevice { .. } => "no-such-device",
-        VfioError::NoIommu { .. } | VfioError::NoIommuDriver => "no-iommu",
-        VfioError::NodeMissing { .. } | VfioError::NotBound { .. } => "not-bound",
-        VfioError::NoCdev { .. } => "no-cdev",
-        VfioError::NoIommuModeOff { .. } => "no-iommu-mode-off",
-        VfioError::HasIommu { .. } => "has-iommu",
-        VfioError::Permission { .. } | VfioError::NeedsRawIo { .. } => "vfio-permission",
-        VfioError::Busy { .. } => "device-busy",
-        VfioError::NotViable { .. } => "group-not-viable",
-        VfioError::UnsafeInterrupts { .. } => "no-interrupt-remapping",
-        VfioError::LockedMemory { .. } => "memlock-too-small",
-        _ => "device-open",
-    }
 }
 
 /// Why a driver did not start. `refusal` is the mapping that it did not get, if there was one.
@@ -382,7 +359,7 @@ fn start_failure(err: &StartError, refusal: Option<DeviceError>) -> Failure {
             if err.status == IOReturn::CANNOT_LOCK =>
         {
             Failure {
-                code: "memlock-too-small".to_owned(),
+                code: Code::MemlockTooSmall.name().to_owned(),
                 message: format!("the driver did not start: {refusal}"),
                 next: format!(
                     "raise the daemon's limit to at least {need} bytes: LimitMEMLOCK= of its \
@@ -393,7 +370,7 @@ fn start_failure(err: &StartError, refusal: Option<DeviceError>) -> Failure {
         }
         Some(refusal @ DeviceError::NoDma { .. }) if err.status == IOReturn::UNSUPPORTED => {
             Failure {
-                code: "backend-lacks-dma".to_owned(),
+                code: Code::BackendLacksDma.name().to_owned(),
                 message: format!("the driver needs DMA: {refusal}"),
                 next: "reach the device through VFIO and an IOMMU: leave `backend` out of its \
                        configuration"

@@ -22,6 +22,7 @@ use iohost_control::varlink::{
     BindOptions, Bound, Description as Described, Device, DeviceList, Opened, Queue, Status,
     Unbound,
 };
+use iohost_doctor::Code;
 use iohost_event::{PacketError, Packets, Poller, Ready as Found};
 use iohost_interface::Description;
 use iohost_pci::{HotplugSocket, Order, PciAddress, PciFunction, Persist};
@@ -683,7 +684,7 @@ impl Actor {
         }
         let has = has.unwrap_or_else(|| "no driver".into());
         Err(Failure::new(
-            "not-bound",
+            Code::NotBound.name(),
             format!("device {address} is bound to {has}, not to {wanted}"),
             format!(
                 "take it with `iohost bind {address}`, or set `bind = true` for it in the \

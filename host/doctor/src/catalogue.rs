@@ -1,0 +1,400 @@
+//! Every code, with its explanation: the one place where they are written down.
+//!
+//! `docs/doctor.md` is this file as a table. A code is for ever: programs compare it. What it
+//! says can change.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Serialize, Serializer};
+
+/// How much a finding matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Severity {
+    /// iohost cannot run a driver on the device.
+    Blocks,
+    /// It can, and something is not as it should be.
+    Warns,
+    /// Worth knowing.
+    Notes,
+}
+
+/// What `iohost explain` says of a code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Explanation {
+    /// The code.
+    pub code: Code,
+    /// How much it matters where doctor finds it; `None` for a code that only refusals have.
+    pub severity: Option<Severity>,
+    /// What is the case, in one sentence.
+    pub means: &'static str,
+    /// Why that matters, and what the kernel does.
+    pub why: &'static str,
+    /// How to see it for oneself.
+    pub check: &'static str,
+    /// What to do about it.
+    pub fix: &'static str,
+}
+
+macro_rules! catalogue {
+    ($($variant:ident = $name:literal, $severity:expr, {
+        means: $means:literal,
+        why: $why:literal,
+        check: $check:literal,
+        fix: $fix:literal,
+    })*) => {
+        /// A stable word for one thing that can be the matter.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[non_exhaustive]
+        pub enum Code {
+            $(#[doc = $means] $variant,)*
+        }
+
+        impl Code {
+            /// Every code, in the order of the documentation.
+            pub const ALL: &[Code] = &[$(Code::$variant),*];
+
+            /// The word.
+            pub const fn name(self) -> &'static str {
+                match self { $(Code::$variant => $name,)* }
+            }
+
+            /// What there is to say of it.
+            pub const fn explanation(self) -> Explanation {
+                match self {
+                    $(Code::$variant => Explanation {
+                        code: self,
+                        severity: $severity,
+                        means: $means,
+                        why: $why,
+                        check: $check,
+                        fix: $fix,
+                    },)*
+                }
+            }
+        }
+    };
+}
+
+use Severity::{Blocks, Notes, Warns};
+
+catalogue! {
+    NoSuchDevice = "no-such-device", Some(Blocks), {
+        means: "No PCI function has this address.",
+        why: "The device may be switched off or unplugged, its slot may be off, or it has another address since \
+              a card was added: the firmware numbers buses anew.",
+        check: "ls /sys/bus/pci/devices; iohost devices",
+        fix: "Correct the address. For a device that was plugged in or switched on late, let the kernel look again: \
+              echo 1 > /sys/bus/pci/rescan",
+    }
+    DeviceGone = "device-gone", Some(Blocks), {
+        means: "The device does not answer: its configuration space reads as all ones.",
+        why: "A read that nobody answers comes back as ones. The device has lost power or its link, hangs, or was \
+              unplugged without the kernel's knowing. Every register of it reads as ones, too.",
+        check: "od -An -tx1 -N4 /sys/bus/pci/devices/ADDRESS/config shows ff ff ff ff; dmesg | grep -i -e aer -e pcie",
+        fix: "Let the kernel forget it and look for it again: echo 1 > /sys/bus/pci/devices/ADDRESS/remove; \
+              echo 1 > /sys/bus/pci/rescan. If it stays away, power-cycle the machine.",
+    }
+    NotAnEndpoint = "not-an-endpoint", Some(Blocks), {
+        means: "The function is a bridge; iohost drives what is behind it.",
+        why: "vfio-pci takes functions with a standard header only, and the kernel needs its bridges itself. A bridge \
+              in the group of a device does no harm: it does not block the group.",
+        check: "cat /sys/bus/pci/devices/ADDRESS/class begins with 0x06",
+        fix: "Name the function behind the bridge: iohost devices lists all.",
+    }
+    NoIommu = "no-iommu", Some(Blocks), {
+        means: "No IOMMU stands between the device and the machine's memory.",
+        why: "VFIO hands out a device only with its IOMMU group, which the kernel makes when an IOMMU is at work. \
+              It is not when the processor or board has none, when the firmware keeps it off and so describes none \
+              (no DMAR table on Intel, no IVRS on AMD), when the kernel's command line turns it off, or when the \
+              kernel waits to be told (intel_iommu=on). Without one a driver could make its device read and write all \
+              of memory.",
+        check: "ls /sys/kernel/iommu_groups; ls /sys/firmware/acpi/tables | grep -e DMAR -e IVRS; \
+                cat /proc/cmdline; dmesg | grep -i -e DMAR -e AMD-Vi",
+        fix: "Turn VT-d or AMD-Vi on in the firmware's setup, take intel_iommu=off, amd_iommu=off or iommu=off from \
+              the kernel command line, add intel_iommu=on for Intel; then reboot. Where the machine has none, there are \
+              backends that do without, all UNSAFE: docs/backends.md.",
+    }
+    NoInterruptRemapping = "no-interrupt-remapping", Some(Blocks), {
+        means: "The IOMMU does not remap interrupts, so a device could send any interrupt to the machine.",
+        why: "A message-signalled interrupt is a write to a certain address. Where these writes are not checked, a \
+              driver can make its device forge those of another one. VFIO and iommufd refuse devices then, with EPERM, \
+              until they are told to take the risk.",
+        check: "grep IR- /proc/interrupts; dmesg | grep -i -e 'IRQ remapping' -e 'AMD-Vi: Interrupt remapping'",
+        fix: "Take nointremap or intremap=off from the kernel command line, or turn interrupt remapping (x2APIC) on in \
+              the firmware; reboot. Where the machine cannot do it and you trust the drivers: \
+              echo 1 > /sys/module/iommufd/parameters/allow_unsafe_interrupts, or the same of vfio_iommu_type1.",
+    }
+    UnsafeInterrupts = "unsafe-interrupts", Some(Warns), {
+        means: "VFIO was told to hand out devices although interrupts are not remapped.",
+        why: "Somebody set allow_unsafe_interrupts. A driver can then make its device send any interrupt.",
+        check: "cat /sys/module/{iommufd,vfio_iommu_type1}/parameters/allow_unsafe_interrupts",
+        fix: "Turn remapping on (see no-interrupt-remapping), then set the parameter to 0.",
+    }
+    DriverNotLoaded = "driver-not-loaded", Some(Blocks), {
+        means: "The kernel's driver that hands devices out is not loaded: vfio-pci, or uio_pci_generic for that backend.",
+        why: "A device is bound to vfio-pci before a program can open it. The driver is a module in most distributions, \
+              and nothing loads it by itself.",
+        check: "ls -d /sys/bus/pci/drivers/vfio-pci; modinfo vfio-pci",
+        fix: "modprobe vfio-pci; for every start of the machine: echo vfio-pci > /etc/modules-load.d/iohost.conf. A \
+              kernel that has no such module needs CONFIG_VFIO_PCI.",
+    }
+    GroupNotViable = "group-not-viable", Some(Blocks), {
+        means: "Another function of the device's IOMMU group is in the hands of a kernel driver.",
+        why: "The IOMMU cannot tell the functions of a group apart, so VFIO hands them out together or not at all. \
+              Functions without a driver, with vfio-pci or with pci-stub do not block, and neither do bridges.",
+        check: "ls -l /sys/bus/pci/devices/ADDRESS/iommu_group/devices/*/driver",
+        fix: "Take the others from their drivers, or bind them to vfio-pci too. If the machine needs them, put the \
+              device into another slot: which functions share a group depends on the bridges above them.",
+    }
+    DiskInUse = "disk-in-use", Some(Blocks), {
+        means: "The machine uses a disk that is behind the device.",
+        why: "Taking a disk controller from its driver takes the disks away: what is mounted on them is lost. A disk \
+              counts as used while it is mounted, swapped to, part of another one (LVM, RAID, dm-crypt), or held by \
+              somebody else.",
+        check: "lsblk; findmnt; swapon",
+        fix: "End the uses, from the top one down: umount, swapoff, dmsetup remove, mdadm --stop.",
+    }
+    InterfaceInUse = "interface-in-use", Some(Blocks), {
+        means: "A network interface of the device is up, or belongs to a bridge or bond.",
+        why: "Taking the card from its driver takes the interface away, with its addresses and connections: perhaps \
+              the one that you are logged in through.",
+        check: "ip link; ip route",
+        fix: "Take the interface down: ip link set INTERFACE down. What manages the network (NetworkManager, \
+              systemd-networkd, ifupdown) has to be told too, or it comes back.",
+    }
+    DeviceBusy = "device-busy", Some(Blocks), {
+        means: "Another process has the device or its IOMMU group open.",
+        why: "VFIO lets one process at a time have a group, and one a device. A virtual machine with the device passed \
+              through is the usual owner.",
+        check: "fuser -v /dev/vfio/*; as root: what others have open is shown to root only",
+        fix: "Stop that process.",
+    }
+    DeviceOwned = "device-owned", Some(Notes), {
+        means: "The iohost daemon has the device: a driver runs on it.",
+        why: "There is nothing wrong with that. Another daemon, a virtual machine or a kernel driver gets the device \
+              only when iohost has given it back.",
+        check: "iohost status",
+        fix: "iohost unbind ADDRESS stops the driver, resets the device and gives it back.",
+    }
+    VfioPermission = "vfio-permission", Some(Blocks), {
+        means: "The user of the daemon may not open the nodes of the device.",
+        why: "The kernel makes them for root (mode 0600). Whoever may open them can use the device, and nothing else: \
+              the IOMMU keeps it from the memory of others. Access control lists are not looked at.",
+        check: "ls -l /dev/vfio /dev/vfio/devices /dev/iommu",
+        fix: "chown USER NODE, until the device is bound anew; a udev rule for SUBSYSTEM==\"vfio\" (and \"vfio-dev\") \
+              does it each time. A device without an IOMMU needs CAP_SYS_RAWIO as well, which is to say root.",
+    }
+    UioPermission = "uio-permission", None, {
+        means: "The user of the daemon may not open the files that UIO takes.",
+        why: "Besides /dev/uioN, UIO takes the function's files config and resourceN in sysfs, which are root's.",
+        check: "ls -l /dev/uio* /sys/bus/pci/devices/ADDRESS/{config,resource*}",
+        fix: "Run the daemon as root, or give its user these files.",
+    }
+    NoPermission = "no-permission", Some(Blocks), {
+        means: "The user of the daemon may not take the device from its kernel driver.",
+        why: "That is done by writing to driver_override, unbind and drivers_probe in sysfs, which are root's.",
+        check: "ls -l /sys/bus/pci/devices/ADDRESS/driver_override /sys/bus/pci/drivers_probe",
+        fix: "Bind the device as root, and give the daemon's user its node; or run the daemon as root.",
+    }
+    MemlockTooSmall = "memlock-too-small", Some(Blocks), {
+        means: "Drivers need more memory for DMA than the daemon may lock.",
+        why: "Memory that a device reaches must not move, so the kernel locks it, and counts it against RLIMIT_MEMLOCK. \
+              The default is 8 MiB, and was 64 KiB before Linux 5.16. Whoever has CAP_IPC_LOCK has no limit.",
+        check: "ulimit -l (in KiB); grep 'locked memory' /proc/PID/limits",
+        fix: "In the service's unit file: LimitMEMLOCK=BYTES. Without systemd: ulimit -l KIB before the daemon is \
+              started. What drivers need is said by --dma-memory.",
+    }
+    DeviceAsleep = "device-asleep", Some(Warns), {
+        means: "The device is in a low power state, in which its registers do not answer.",
+        why: "In D3hot only configuration space works, in D3cold not even that. Linux puts idle devices there (runtime \
+              power management), and some drivers leave theirs there. The kernel wakes a device when it is opened; one \
+              that was put to sleep behind its back it may not. Under vfio-pci an idle device in D3hot is normal.",
+        check: "cat /sys/bus/pci/devices/ADDRESS/{power_state,power/control}; lspci -vv -s ADDRESS | grep 'Status: D'",
+        fix: "echo on > /sys/bus/pci/devices/ADDRESS/power/control. Where no driver has it: \
+              echo 1 > /sys/bus/pci/devices/ADDRESS/enable, and 0 again, lets the kernel set it to D0.",
+    }
+    NoReset = "no-reset", Some(Warns), {
+        means: "The device cannot be reset alone.",
+        why: "iohost resets a device before and after a driver, so that nothing of the one is left for the other. Without \
+              a function-level reset, a power-management reset or a bus of its own, that takes its whole bus: possible \
+              when all on it are iohost's, else left out.",
+        check: "cat /sys/bus/pci/devices/ADDRESS/reset_method",
+        fix: "Where the list is empty because somebody emptied it: echo default > \
+              /sys/bus/pci/devices/ADDRESS/reset_method. Else put the device into a slot of its own, or bind its \
+              neighbours to vfio-pci too.",
+    }
+    NoInterrupts = "no-interrupts", Some(Notes), {
+        means: "The device has no interrupt: neither a line nor MSI nor MSI-X.",
+        why: "A driver that waits for interrupts does not start on it, one that polls does.",
+        check: "lspci -vv -s ADDRESS | grep -e Interrupt -e MSI",
+        fix: "Use a driver that polls.",
+    }
+    BarUnassigned = "bar-unassigned", Some(Warns), {
+        means: "The kernel found no room for a BAR of the device.",
+        why: "Firmware leaves too little address space below a bridge, most often for large BARs and for devices that \
+              were plugged in later. A driver that maps the BAR does not start.",
+        check: "cat /sys/bus/pci/devices/ADDRESS/resource; dmesg | grep \"can't assign\"",
+        fix: "Let the kernel place it again: echo 1 > /sys/bus/pci/devices/ADDRESS/remove; \
+              echo 1 > /sys/bus/pci/rescan. If that fails: 'above 4G decoding' in the firmware's setup, or \
+              pci=realloc on the kernel command line.",
+    }
+    NotBound = "not-bound", Some(Notes), {
+        means: "The device is not bound to vfio-pci, or whichever driver its backend needs.",
+        why: "iohost takes a device from its kernel driver when it is told to, and gives it back in the end.",
+        check: "readlink /sys/bus/pci/devices/ADDRESS/driver",
+        fix: "iohost bind ADDRESS, or bind = true in the configuration.",
+    }
+    NoCdev = "no-cdev", Some(Notes), {
+        means: "The kernel has no nodes for devices with iommufd, so devices are reached by their groups.",
+        why: "A node for each device, /dev/vfio/devices/vfioN, with an address space of its own came with Linux 6.6, \
+              behind CONFIG_IOMMUFD and CONFIG_VFIO_DEVICE_CDEV; distributions leave them out now and then. The group does \
+              the same job. It is a fault only where the configuration says backend = \"vfio-cdev\".",
+        check: "grep vfio-dev /proc/devices; ls -l /dev/iommu; grep VFIO_DEVICE_CDEV /boot/config-$(uname -r)",
+        fix: "modprobe iommufd, where only /dev/iommu is missing; else start a kernel with these options. Or leave it, \
+              and leave `backend` out of the configuration.",
+    }
+    NoIommuModeOn = "no-iommu-mode-on", Some(Warns), {
+        means: "VFIO's no-IOMMU mode is on: it hands out devices that nothing keeps from the machine's memory.",
+        why: "iohost uses such a device only where the configuration says so. Other programs may not ask.",
+        check: "cat /sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+        fix: "echo 0 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+    }
+    NoIommuModeOff = "no-iommu-mode-off", None, {
+        means: "The configuration wants a device without an IOMMU, and VFIO was not told to take such devices.",
+        why: "It is UNSAFE: a driver that goes wrong reads and writes all of memory. So the kernel wants it said twice, \
+              by the module's parameter and by CAP_SYS_RAWIO, and taints itself.",
+        check: "cat /sys/module/vfio/parameters/enable_unsafe_noiommu_mode",
+        fix: "echo 1 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode; a kernel without CONFIG_VFIO_NOIOMMU has \
+              no such file.",
+    }
+    UnsafeBackend = "unsafe-backend", Some(Warns), {
+        means: "The configuration reaches the device in an UNSAFE way: no IOMMU keeps it from the machine's memory.",
+        why: "uio and vfio-no-iommu are for machines and kernels that have nothing better. A fault of the driver can \
+              overwrite anything.",
+        check: "iohost status",
+        fix: "Leave `backend` and `allow_unsafe` out of the device's configuration.",
+    }
+    HasIommu = "has-iommu", None, {
+        means: "The configuration wants a device without its IOMMU, and it has one.",
+        why: "The kernel makes no-IOMMU groups only for devices that are in no other.",
+        check: "readlink /sys/bus/pci/devices/ADDRESS/iommu_group",
+        fix: "Leave `backend` out of the configuration of this device.",
+    }
+    BindFailed = "bind-failed", None, {
+        means: "The kernel accepted every step of binding, but the device has another driver afterwards.",
+        why: "The driver looked at the device and refused it, or another one was faster.",
+        check: "dmesg | tail",
+        fix: "The kernel log says why.",
+    }
+    DeviceOpen = "device-open", None, {
+        means: "The kernel refused a step of opening the device, for a reason that has no code of its own.",
+        why: "The message has the step and what the kernel said.",
+        check: "dmesg | tail; iohost doctor ADDRESS",
+        fix: "The kernel log says why.",
+    }
+    BackendLacksDma = "backend-lacks-dma", None, {
+        means: "The driver needs DMA, and the device is reached in a way that has none.",
+        why: "uio and vfio-no-iommu can map no memory for a device: nothing would translate its addresses.",
+        check: "docs/backends.md has what each way offers",
+        fix: "Reach the device through VFIO and an IOMMU: leave `backend` out of its configuration.",
+    }
+    Sysfs = "sysfs", None, {
+        means: "Sysfs does not say what it should.",
+        why: "iohost learns of devices from /sys, which may not be mounted, as in some containers.",
+        check: "ls /sys/bus/pci/devices",
+        fix: "mount -t sysfs sysfs /sys",
+    }
+}
+
+impl Code {
+    /// How much it matters where doctor finds it; `None` for a code that only refusals have.
+    pub const fn severity(self) -> Option<Severity> {
+        self.explanation().severity
+    }
+
+    /// The codes as the table of `docs/doctor.md`.
+    pub fn table() -> String {
+        let mut table =
+            "| code | doctor says | means | what to do |\n| --- | --- | --- | --- |\n".to_owned();
+        for code in Code::ALL {
+            let Explanation { severity, means, fix, .. } = code.explanation();
+            let severity = severity.map_or("-".to_owned(), |severity| severity.to_string());
+            let fix = fix.replace('|', "\\|");
+            table += &format!("| `{code}` | {severity} | {means} | {fix} |\n");
+        }
+        table
+    }
+}
+
+impl fmt::Display for Code {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Code {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        Code::ALL.iter().copied().find(|code| code.name() == name).ok_or(())
+    }
+}
+
+impl Serialize for Code {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+impl fmt::Display for Severity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Severity::Blocks => "blocks",
+            Severity::Warns => "warns",
+            Severity::Notes => "notes",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_code_is_one_word_that_no_other_code_is() {
+        let names: BTreeSet<_> = Code::ALL.iter().map(|code| code.name()).collect();
+        assert_eq!(names.len(), Code::ALL.len());
+        for name in names {
+            let is_plain = |letter: char| letter.is_ascii_lowercase() || letter == '-';
+            assert!(!name.is_empty() && name.chars().all(is_plain), "{name}");
+            assert_eq!(name.parse::<Code>().unwrap().name(), name);
+        }
+        assert!("no-such-code".parse::<Code>().is_err());
+    }
+
+    #[test]
+    fn every_code_is_explained_in_full() {
+        for code in Code::ALL {
+            let Explanation { means, why, check, fix, .. } = code.explanation();
+            assert!(means.ends_with('.') && !means.contains('\n'), "{code}: {means}");
+            for text in [means, why, check, fix] {
+                assert!(text.len() >= 10, "{code}: {text:?}");
+                assert!(!text.contains("  "), "{code}: {text:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_documentation_has_the_table_of_all_codes() {
+        let documentation = include_str!("../../../docs/doctor.md");
+        let table = Code::table();
+        assert!(
+            documentation.contains(&table),
+            "docs/doctor.md has another table than this one:\n\n{table}"
+        );
+    }
+}
