@@ -71,14 +71,14 @@ impl Boot {
     pub(crate) fn without(&self, words: &[String]) -> Option<String> {
         Some(match self.loader? {
             Loader::Grubby => {
-                format!("grubby --update-kernel=ALL --remove-args=\"{}\"; reboot", words.join(" "))
+                format!("grubby --update-kernel=ALL --remove-args=\"{}\"; shutdown -r now", words.join(" "))
             }
             Loader::GrubDefaults => {
                 let scripts: Vec<String> = words
                     .iter()
                     .map(|word| format!(r"-e 's/\(^\|[ \x22\x27]\){}\>/\1/g'", escaped(word)))
                     .collect();
-                format!("sed -i {} {GRUB_DEFAULTS} && update-grub && reboot", scripts.join(" "))
+                format!("sed -i {} {GRUB_DEFAULTS} && update-grub && shutdown -r now", scripts.join(" "))
             }
         })
     }
@@ -86,9 +86,9 @@ impl Boot {
     /// Starts the machine again with one word more.
     pub(crate) fn with(&self, word: &str) -> Option<String> {
         Some(match self.loader? {
-            Loader::Grubby => format!("grubby --update-kernel=ALL --args=\"{word}\"; reboot"),
+            Loader::Grubby => format!("grubby --update-kernel=ALL --args=\"{word}\"; shutdown -r now"),
             Loader::GrubDefaults => format!(
-                "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{} /' {GRUB_DEFAULTS} && update-grub && reboot",
+                "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{} /' {GRUB_DEFAULTS} && update-grub && shutdown -r now",
                 escaped(word)
             ),
         })
@@ -130,7 +130,7 @@ mod tests {
         std::fs::write(&file, before).unwrap();
         let command = command
             .replace(GRUB_DEFAULTS, file.to_str().unwrap())
-            .replace("update-grub && reboot", "true");
+            .replace("update-grub && shutdown -r now", "true");
         let status = Command::new("sh").args(["-c", &command]).status().unwrap();
         assert!(status.success(), "{command}");
         std::fs::read_to_string(file).unwrap()
@@ -160,6 +160,6 @@ mod tests {
         assert_eq!(Boot::default().without(&["nointremap".to_owned()]), None);
         let fedora = Boot { loader: Some(Loader::Grubby), ..Boot::default() };
         let command = fedora.with("intel_iommu=on").unwrap();
-        assert_eq!(command, "grubby --update-kernel=ALL --args=\"intel_iommu=on\"; reboot");
+        assert_eq!(command, "grubby --update-kernel=ALL --args=\"intel_iommu=on\"; shutdown -r now");
     }
 }

@@ -306,6 +306,348 @@ catalogue! {
         check: "ls /sys/bus/pci/devices",
         fix: "mount -t sysfs sysfs /sys",
     }
+    NotRunning = "not-running", None, {
+        means: "The daemon does not run, or the service does not.",
+        why: "A client reaches a driver through the daemon, and only while the driver runs; one that died is started again after a pause that grows.",
+        check: "iohost status",
+        fix: "Start the daemon (iohost daemon), wait for the restart, or start the service again: iohost bind SERVICE.",
+    }
+    SocketPermission = "socket-permission", None, {
+        means: "This user may not use the daemon's control socket.",
+        why: "Whoever may use it can take devices from the kernel, so it belongs to the daemon's user and group.",
+        check: "ls -l /run/iohost/io.iohost",
+        fix: "Run the command as root, or join the group that owns the socket.",
+    }
+    Connect = "connect", None, {
+        means: "The control socket is there and cannot be connected to.",
+        why: "It is no socket, or the kernel refused for a reason that the message has.",
+        check: "ls -l /run/iohost/io.iohost",
+        fix: "Correct the path: --socket or --runtime-dir.",
+    }
+    Broken = "broken", None, {
+        means: "The conversation with the daemon broke off.",
+        why: "The daemon ended, or another program than the daemon answers on that socket.",
+        check: "iohost status; the daemon's log",
+        fix: "Ask again over a new connection; install daemon and client of the same version.",
+    }
+    Silent = "silent", None, {
+        means: "The daemon did not answer in time.",
+        why: "It hangs, or the machine is so busy that it does not get to it.",
+        check: "the daemon's log; IOHOST_LOG=debug shows more",
+        fix: "Read the log for what it did last, and start it again if it hangs.",
+    }
+    AlreadyRunning = "already-running", None, {
+        means: "Another daemon has the runtime directory.",
+        why: "Two daemons would take devices from each other.",
+        check: "iohost status; the message has the process",
+        fix: "Stop that one, or give this one another folder: --runtime-dir.",
+    }
+    Stopping = "stopping", None, {
+        means: "The daemon is on its way out.",
+        why: "It answers what it was asked before and starts nothing new.",
+        check: "iohost status",
+        fix: "Start it again: iohost daemon.",
+    }
+    RuntimeDirectory = "runtime-directory", None, {
+        means: "The daemon cannot make or use its runtime directory.",
+        why: "Its socket and its lock have to be there.",
+        check: "ls -ld /run/iohost",
+        fix: "Give the daemon's user that folder, or name another: --runtime-dir.",
+    }
+    ControlSocket = "control-socket", None, {
+        means: "The daemon cannot listen on its control socket.",
+        why: "The kernel refused, for the reason in the message.",
+        check: "ls -l /run/iohost",
+        fix: "Remove what is in the way, or name another folder: --runtime-dir.",
+    }
+    PathTooLong = "path-too-long", None, {
+        means: "The path of the control socket is longer than a socket's address can be.",
+        why: "Linux has room for 107 bytes (unix(7)).",
+        check: "the message has the path",
+        fix: "Choose a shorter runtime directory.",
+    }
+    Config = "config", None, {
+        means: "The configuration has a mistake.",
+        why: "The daemon touches nothing before all of it is right.",
+        check: "the message has file, line and key",
+        fix: "Correct that line.",
+    }
+    NoResources = "no-resources", None, {
+        means: "A limit of the process is reached, or the machine is out of memory.",
+        why: "Sessions take descriptors: their sockets, and three for each queue.",
+        check: "ulimit -n; grep 'open files' /proc/PID/limits",
+        fix: "Raise the limit: LimitNOFILE= of the service, or ulimit -n; or close sessions.",
+    }
+    NoSuchService = "no-such-service", None, {
+        means: "The daemon has no service of this name, location or driver.",
+        why: "A service is a device that the daemon was told to run: by its configuration, or by iohost bind.",
+        check: "iohost status",
+        fix: "Name one that is listed, or bind the device.",
+    }
+    Ambiguous = "ambiguous", None, {
+        means: "More than one service fits.",
+        why: "A driver's name, or a rule, stands for a service only while one fits.",
+        check: "iohost status",
+        fix: "Name the service.",
+    }
+    NoMatch = "no-match", None, {
+        means: "No service that runs fits what the program asks for.",
+        why: "Programs can ask by driver, interface or device instead of by name.",
+        check: "iohost status",
+        fix: "Bind a device that fits, or wait for its driver.",
+    }
+    NoDriver = "no-driver", None, {
+        means: "No plugin is for the device, and the configuration names none.",
+        why: "A plugin says which vendor, device and class numbers it is for.",
+        check: "iohost devices; ls /usr/lib/iohost/drivers",
+        fix: "Install a plugin for it, or name one: driver = \"NAME\" in the configuration.",
+    }
+    NoSuchPlugin = "no-such-plugin", None, {
+        means: "The driver that the configuration names is not installed.",
+        why: "Plugins are the .so files of the driver directory.",
+        check: "ls /usr/lib/iohost/drivers",
+        fix: "Install it there, or correct the name.",
+    }
+    DriverDirectory = "driver-directory", None, {
+        means: "The driver directory cannot be read.",
+        why: "The daemon looks there for plugins when it starts and at each iohost bind.",
+        check: "ls -l /usr/lib/iohost/drivers",
+        fix: "Make the folder, or name another: --driver-dir.",
+    }
+    PluginUnreadable = "plugin-unreadable", None, {
+        means: "The plugin's file cannot be read.",
+        why: "Its permissions or its path are wrong.",
+        check: "ls -l FILE",
+        fix: "Correct path or permissions.",
+    }
+    PluginNotALibrary = "plugin-not-a-library", None, {
+        means: "The file is no shared library for this machine.",
+        why: "Only 64-bit ELF libraries of this architecture can be loaded.",
+        check: "file FILE",
+        fix: "Give the .so that cargo build makes of a crate of type cdylib.",
+    }
+    PluginNoDriver = "plugin-no-driver", None, {
+        means: "The library exports no driver.",
+        why: "export_driver! leaves a descriptor in the file, which is read before anything of it runs.",
+        check: "readelf -S FILE",
+        fix: "Build it with iohost_driver::export_driver!.",
+    }
+    PluginAbi = "plugin-abi", None, {
+        means: "The plugin was built for another version of iohost.",
+        why: "The tables between host and plugin have a version and a fingerprint; both are compared before anything is loaded.",
+        check: "the message names both sides",
+        fix: "Build the plugin anew with this version's iohost_driver.",
+    }
+    PluginPersonality = "plugin-personality", None, {
+        means: "The plugin's match table makes no sense.",
+        why: "Each entry has to name a vendor and device, or a class.",
+        check: "the plugin's PERSONALITIES",
+        fix: "Correct the table and build it anew.",
+    }
+    PluginLoad = "plugin-load", None, {
+        means: "The plugin could not be loaded.",
+        why: "The dynamic loader refused: a library or symbol is missing.",
+        check: "ldd FILE",
+        fix: "Install what is missing, or build the plugin anew.",
+    }
+    DriverHost = "driver-host", None, {
+        means: "The program that runs drivers could not be started or set up.",
+        why: "It is iohost-driver-host, beside iohost unless --driver-host says otherwise.",
+        check: "the message has the reason",
+        fix: "Install it, or name it; check the limits of the daemon.",
+    }
+    DriverStart = "driver-start", None, {
+        means: "The driver refused its device.",
+        why: "Its start function returned an error; the device may be another one than it expects, or in a state that it does not know.",
+        check: "the driver's log lines",
+        fix: "See the log; the driver's documentation has what it needs.",
+    }
+    DriverDied = "driver-died", None, {
+        means: "The driver's process ended without being asked to.",
+        why: "A crash, a panic, or a kill; nobody else is harmed. The device is reset and the driver started again, later each time, and after too many times not at all.",
+        check: "iohost status; the daemon's log",
+        fix: "Read the log for what it said last; a service in quarantine is started again by iohost bind SERVICE.",
+    }
+    DriverHung = "driver-hung", None, {
+        means: "The driver did what it was told too slowly, and was killed.",
+        why: "Starting, stopping and leaving have a time limit each, so that a driver cannot hold up the machine.",
+        check: "the daemon's log; IOHOST_LOG=debug shows more",
+        fix: "Find out what it waits for; it is started again.",
+    }
+    DriverUnkillable = "driver-unkillable", None, {
+        means: "The driver's process does not end even by SIGKILL.",
+        why: "It hangs inside the kernel, with its device; nothing of that device is touched again.",
+        check: "cat /proc/PID/stack; dmesg",
+        fix: "The device needs a power cycle, and perhaps the machine a reboot.",
+    }
+    DriverSilent = "driver-silent", None, {
+        means: "The driver's process takes no new session.",
+        why: "It does not read its messages, or its handlers take long.",
+        check: "iohost status SERVICE",
+        fix: "Try again; if it stays so, restart it: iohost unbind, iohost bind.",
+    }
+    DriverProtocol = "driver-protocol", None, {
+        means: "The driver's process said something that the daemon does not understand.",
+        why: "iohost and iohost-driver-host are of different versions, or a plugin damaged its process.",
+        check: "the message has what was said",
+        fix: "Install both of the same version.",
+    }
+    DeviceServer = "device-server", None, {
+        means: "The emulated device's server cannot be used.",
+        why: "No vfio-user server listens on that socket, or it does not keep to the protocol.",
+        check: "ls -l SOCKET; the server's log",
+        fix: "Start the server, or correct `socket` in the configuration.",
+    }
+    DeviceBroken = "device-broken", None, {
+        means: "The device cannot be reset or does not answer as a PCI function should.",
+        why: "It hangs, or has left the bus.",
+        check: "iohost doctor ADDRESS; dmesg",
+        fix: "Power-cycle the device.",
+    }
+    SessionRefused = "session-refused", None, {
+        means: "The driver refused the session.",
+        why: "The reason in the message is the driver's.",
+        check: "the driver's log lines",
+        fix: "Depends on the driver.",
+    }
+    TooManySessions = "too-many-sessions", None, {
+        means: "The service has as many sessions as it may.",
+        why: "Each takes memory and descriptors of the daemon.",
+        check: "iohost status",
+        fix: "Close one, or raise sessions_per_service in the configuration.",
+    }
+    QueueCount = "queue-count", None, {
+        means: "The sizes given are not one for each queue.",
+        why: "A session has one ring for each queue of the interface.",
+        check: "iohost call SERVICE",
+        fix: "Give one size for each queue, or none at all.",
+    }
+    QueueSize = "queue-size", None, {
+        means: "A queue's ring is too small or too large.",
+        why: "A ring is a power of two in whole pages, and its memory is the daemon's.",
+        check: "the message has the bounds",
+        fix: "Choose another size, or raise largest_queue_bytes in the configuration.",
+    }
+    Stopped = "stopped", None, {
+        means: "The service was stopped because somebody asked for it.",
+        why: "Its device was reset and given back.",
+        check: "iohost status",
+        fix: "iohost bind SERVICE starts it again.",
+    }
+    NotStarted = "not-started", None, {
+        means: "The service was not started yet.",
+        why: "The daemon starts them one after the other.",
+        check: "iohost status",
+        fix: "Wait a moment.",
+    }
+    Killed = "killed", None, {
+        means: "A driver's process was killed because a second signal came.",
+        why: "The first SIGTERM or SIGINT asks drivers to stop, the second does not wait for them.",
+        check: "the daemon's log",
+        fix: "Start the daemon again; its devices are reset first.",
+    }
+    WrongInterface = "wrong-interface", None, {
+        means: "The service serves another interface than the program speaks.",
+        why: "A driver and its clients share an interface by name.",
+        check: "iohost call SERVICE",
+        fix: "Name a service of that interface.",
+    }
+    OtherVersion = "other-version", None, {
+        means: "The driver's interface lacks what the program was built for.",
+        why: "A typed client compares methods and queues before it makes the first call.",
+        check: "iohost call SERVICE",
+        fix: "Install driver and program of the same version.",
+    }
+    NoSuchQueue = "no-such-queue", None, {
+        means: "The interface has no queue of this name.",
+        why: "Queues are declared in the driver's interface!.",
+        check: "iohost call SERVICE",
+        fix: "Name one that is listed.",
+    }
+    QueueInUse = "queue-in-use", None, {
+        means: "That end of the queue is in use in this session already.",
+        why: "A ring has one producer and one consumer.",
+        check: "the program's own code",
+        fix: "Use the end that is open, or open another session.",
+    }
+    BadQueue = "bad-queue", None, {
+        means: "The memory of a queue is not what it should be.",
+        why: "Its header or its seals are wrong: daemon and program do not fit together.",
+        check: "iohost status; the program's version",
+        fix: "Install iohost and the program of the same version.",
+    }
+    NoMemory = "no-memory", None, {
+        means: "The driver offers no memory of this type.",
+        why: "Types are numbers that each driver documents.",
+        check: "the driver's documentation",
+        fix: "Ask for another type.",
+    }
+    BadMemory = "bad-memory", None, {
+        means: "The memory that the driver offers cannot be mapped.",
+        why: "It is not sealed or not as long as it was said to be.",
+        check: "the message has the reason",
+        fix: "Install iohost and the program of the same version.",
+    }
+    WrongSize = "wrong-size", None, {
+        means: "A value that the driver sent has another size than the program expects.",
+        why: "Driver and program were built from different versions of their interface.",
+        check: "iohost call SERVICE",
+        fix: "Install driver and program of the same version.",
+    }
+    NoSuchMethod = "no-such-method", None, {
+        means: "The driver has no method of this name.",
+        why: "iohost call knows the interface from the driver itself.",
+        check: "iohost call SERVICE",
+        fix: "Name one that is listed.",
+    }
+    BadArgument = "bad-argument", None, {
+        means: "An argument is not what the method takes.",
+        why: "The interface says the type of each.",
+        check: "iohost call SERVICE",
+        fix: "Correct the argument.",
+    }
+    NoSuchCode = "no-such-code", None, {
+        means: "There is no such code.",
+        why: "Codes are single words.",
+        check: "iohost explain",
+        fix: "Name one that is listed.",
+    }
+    NothingToSend = "nothing-to-send", None, {
+        means: "The demo got no file with anything in it.",
+        why: "It streams files through a device and compares.",
+        check: "ls -l FILE",
+        fix: "Name another file.",
+    }
+    File = "file", None, {
+        means: "A file cannot be read.",
+        why: "The message has the kernel's reason.",
+        check: "ls -l FILE",
+        fix: "Correct path or permissions.",
+    }
+    FileChanged = "file-changed", None, {
+        means: "A file changed while the demo sent it.",
+        why: "What came back cannot be compared with what was there before.",
+        check: "ls -l FILE",
+        fix: "Name a file that nobody writes to.",
+    }
+    DemoCall = "demo-call", None, {
+        means: "A call of the demo failed.",
+        why: "The message has the driver's status.",
+        check: "iohost status; the driver's log lines",
+        fix: "See the driver's log.",
+    }
+    DemoStream = "demo-stream", None, {
+        means: "A data queue of the demo failed.",
+        why: "The driver or the daemon went away in the middle of it.",
+        check: "iohost status",
+        fix: "Run it again.",
+    }
+    DemoWrong = "demo-wrong", None, {
+        means: "What came back from the device is not what was sent.",
+        why: "The device or its driver is broken.",
+        check: "run it again, with another file",
+        fix: "Report it.",
+    }
 }
 
 impl Code {
@@ -373,7 +715,7 @@ mod tests {
             assert!(!name.is_empty() && name.chars().all(is_plain), "{name}");
             assert_eq!(name.parse::<Code>().unwrap().name(), name);
         }
-        assert!("no-such-code".parse::<Code>().is_err());
+        assert!("no-such-word".parse::<Code>().is_err());
     }
 
     #[test]
@@ -382,7 +724,7 @@ mod tests {
             let Explanation { means, why, check, fix, .. } = code.explanation();
             assert!(means.ends_with('.') && !means.contains('\n'), "{code}: {means}");
             for text in [means, why, check, fix] {
-                assert!(text.len() >= 10, "{code}: {text:?}");
+                assert!(text.len() >= 8, "{code}: {text:?}");
                 assert!(!text.contains("  "), "{code}: {text:?}");
             }
         }

@@ -155,7 +155,7 @@ impl ClientError {
                 "start the daemon: iohost daemon; or name its socket: --socket PATH".to_owned(),
             ),
             ClientError::NoPermission { socket, .. } => (
-                "no-permission",
+                "socket-permission",
                 format!("run as root, or join the group that owns {}", socket.display()),
             ),
             ClientError::Connect { .. } => {
