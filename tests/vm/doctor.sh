@@ -29,7 +29,7 @@ cure group-not-viable $edu "IOMMU group $group cannot be used: $nvme is bound to
 
 echo $nvme >/sys/bus/pci/drivers_probe
 await "the disk of $nvme" test -b /dev/nvme0n1
-modprobe ext4
+modprobe -a crc32c_generic ext4
 mke2fs /dev/nvme0n1 >/dev/null
 expect_healthy disk-in-use $nvme
 mkdir /tmp/disk

@@ -71,14 +71,20 @@ impl Boot {
     pub(crate) fn without(&self, words: &[String]) -> Option<String> {
         Some(match self.loader? {
             Loader::Grubby => {
-                format!("grubby --update-kernel=ALL --remove-args=\"{}\"; shutdown -r now", words.join(" "))
+                format!(
+                    "grubby --update-kernel=ALL --remove-args=\"{}\"; shutdown -r now",
+                    words.join(" ")
+                )
             }
             Loader::GrubDefaults => {
                 let scripts: Vec<String> = words
                     .iter()
-                    .map(|word| format!(r"-e 's/\(^\|[ \x22\x27]\){}\>/\1/g'", escaped(word)))
+                    .map(|word| format!(r"-e 's/\([^-._[:alnum:]]\){}\>/\1/g'", escaped(word)))
                     .collect();
-                format!("sed -i {} {GRUB_DEFAULTS} && update-grub && shutdown -r now", scripts.join(" "))
+                format!(
+                    "sed -i {} {GRUB_DEFAULTS} && update-grub && shutdown -r now",
+                    scripts.join(" ")
+                )
             }
         })
     }
@@ -86,7 +92,9 @@ impl Boot {
     /// Starts the machine again with one word more.
     pub(crate) fn with(&self, word: &str) -> Option<String> {
         Some(match self.loader? {
-            Loader::Grubby => format!("grubby --update-kernel=ALL --args=\"{word}\"; shutdown -r now"),
+            Loader::Grubby => {
+                format!("grubby --update-kernel=ALL --args=\"{word}\"; shutdown -r now")
+            }
             Loader::GrubDefaults => format!(
                 "sed -i 's/^GRUB_CMDLINE_LINUX=\"/&{} /' {GRUB_DEFAULTS} && update-grub && shutdown -r now",
                 escaped(word)
@@ -98,7 +106,7 @@ impl Boot {
     pub(crate) fn kernel(release: &str) -> String {
         format!(
             "kexec -l /boot/vmlinuz-{release} --initrd=/boot/initrd.img-{release} \
-             --reuse-cmdline && kexec -e"
+             --reuse-cmdline && systemctl kexec"
         )
     }
 
@@ -142,10 +150,10 @@ mod tests {
 
     #[test]
     fn the_command_for_grub_takes_the_words_and_leaves_their_neighbours() {
-        let before = "GRUB_CMDLINE_LINUX=\"intel_iommu=off quiet xintel_iommu=off nointremap\"\n";
+        let before = "GRUB_CMDLINE_LINUX=\"intel_iommu=off quiet x.nointremap nointremap\"\n";
         let words = ["intel_iommu=off".to_owned(), "nointremap".to_owned()];
         let after = grub_after(before, &grub().without(&words).unwrap());
-        assert_eq!(after, "GRUB_CMDLINE_LINUX=\" quiet xintel_iommu=off \"\n");
+        assert_eq!(after, "GRUB_CMDLINE_LINUX=\" quiet x.nointremap \"\n");
     }
 
     #[test]
@@ -160,6 +168,9 @@ mod tests {
         assert_eq!(Boot::default().without(&["nointremap".to_owned()]), None);
         let fedora = Boot { loader: Some(Loader::Grubby), ..Boot::default() };
         let command = fedora.with("intel_iommu=on").unwrap();
-        assert_eq!(command, "grubby --update-kernel=ALL --args=\"intel_iommu=on\"; shutdown -r now");
+        assert_eq!(
+            command,
+            "grubby --update-kernel=ALL --args=\"intel_iommu=on\"; shutdown -r now"
+        );
     }
 }

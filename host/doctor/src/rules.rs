@@ -800,7 +800,10 @@ mod tests {
         let off = without("quiet intel_iommu=on intel_iommu=off", &["DMAR"]);
         assert!(off.message.ends_with("the kernel command line says intel_iommu=off"), "{off:?}");
         let command = off.command.unwrap();
-        assert!(command.contains("intel_iommu=off") && command.ends_with("shutdown -r now"), "{command}");
+        assert!(
+            command.contains("intel_iommu=off") && command.ends_with("shutdown -r now"),
+            "{command}"
+        );
 
         let no_table = without("intel_iommu=on", &[]);
         assert!(no_table.message.contains("the firmware describes none"), "{no_table:?}");

@@ -1,7 +1,7 @@
 # A boot loader for tests that change how the machine starts. Source it: . /share/tests/guest/boot.sh
 #
 # scripts/vm starts the guest, so the tools that an operator has write down for it what to start
-# next: /etc/default/grub with update-grub, kexec, shutdown. (Not reboot: busybox's shell takes its own.)
+# next: /etc/default/grub with update-grub, kexec, systemctl, shutdown. (Not reboot: busybox's shell takes its own.)
 
 # Whether the machine has been started again.
 is_second_boot() { grep -q 'iohost\.boot=2' /proc/cmdline; }
@@ -21,17 +21,17 @@ echo "$system $(sed -n 's/^GRUB_CMDLINE_LINUX="\(.*\)"$/\1/p' /etc/default/grub)
 END
     cat >/bin/kexec <<'END'
 #!/bin/sh
-# kexec -l /boot/vmlinuz-RELEASE OPTION...; kexec -e
-case $1 in
--l)
-    . /etc/default/grub
-    case $2 in
-    *-rig) echo "kernel $GRUB_CMDLINE_LINUX" ;;
-    *) echo "guest $GRUB_CMDLINE_LINUX" ;;
-    esac >/tmp/next-boot
-    ;;
--e) shutdown -r now ;;
-esac
+# kexec -l /boot/vmlinuz-RELEASE OPTION...
+. /etc/default/grub
+case $2 in
+*-rig) echo "kernel $GRUB_CMDLINE_LINUX" ;;
+*) echo "guest $GRUB_CMDLINE_LINUX" ;;
+esac >/tmp/next-boot
+END
+    cat >/bin/systemctl <<'END'
+#!/bin/sh
+# systemctl kexec
+exec shutdown -r now
 END
     cat >/bin/shutdown <<'END'
 #!/bin/sh
@@ -42,5 +42,5 @@ echo "IOHOST-GUEST-NEXT-BOOT: $(cat /tmp/next-boot)"
 stty -F /dev/console sane # returns only when the line has left the serial port
 reboot -f
 END
-    chmod +x /bin/update-grub /bin/kexec /bin/shutdown
+    chmod +x /bin/update-grub /bin/kexec /bin/systemctl /bin/shutdown
 }
