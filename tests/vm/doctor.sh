@@ -66,7 +66,7 @@ doctor_as=
 expect_healthy device-busy $edu
 sleep 10000 7<>/dev/vfio/"$group" &
 busy=$!
-cure device-busy $edu "process $busy (sleep) has /dev/vfio/$group open"
+cure device-busy $edu "$edu is in use: process $busy ("
 wait $busy || true
 unbind_from_vfio $edu
 
