@@ -145,7 +145,7 @@ catalogue! {
         why: "The IOMMU cannot tell the functions of a group apart, so VFIO hands them out together or not at all. \
               Functions without a driver, with vfio-pci or with pci-stub do not block, and neither do bridges.",
         check: "ls -l /sys/bus/pci/devices/ADDRESS/iommu_group/devices/*/driver",
-        fix: "Take the others from their drivers, or bind them to vfio-pci too. If the machine needs them, put the \
+        fix: "Take the others from their drivers, or the whole group at once: iohost bind --group ADDRESS. If the machine needs them, put the \
               device into another slot: which functions share a group depends on the bridges above them.",
     }
     DiskInUse = "disk-in-use", Some(Blocks), {
@@ -281,6 +281,31 @@ catalogue! {
         why: "The kernel makes no-IOMMU groups only for devices that are in no other.",
         check: "readlink /sys/bus/pci/devices/ADDRESS/iommu_group",
         fix: "Leave `backend` out of the configuration of this device.",
+    }
+    InUse = "in-use", None, {
+        means: "The machine uses what is behind the device, or behind others that would be taken with it.",
+        why: "Taking a device from its driver takes its disks and network interfaces away. iohost does that by force only. \
+              doctor calls each by its kind: see disk-in-use and interface-in-use.",
+        check: "iohost doctor ADDRESS; lsblk; ip link",
+        fix: "End the uses, or take it all the same: iohost bind --force ADDRESS.",
+    }
+    Taken = "taken", None, {
+        means: "The device is taken already: by another iohost, or together with another device of its group.",
+        why: "Each device has one owner, who gives it back in the end; what was taken for another one's sake goes back with it.",
+        check: "iohost status; the message has the process or the other device",
+        fix: "Stop that process, or unbind the other device first: iohost unbind ADDRESS.",
+    }
+    NoGroup = "no-group", None, {
+        means: "A whole group was asked for, for a driver that groups do not matter to.",
+        why: "uio_pci_generic and VFIO without an IOMMU take functions one by one.",
+        check: "iohost devices",
+        fix: "Leave --group out.",
+    }
+    StateDirectory = "state-directory", None, {
+        means: "The directory in which iohost writes down what it has taken does not work.",
+        why: "What is written there is how devices get back to their drivers after a crash or a power cut.",
+        check: "ls -l /var/lib/iohost; the message has the file",
+        fix: "Make it writable for the daemon; remove a file there only when the devices in it are back in place.",
     }
     BindFailed = "bind-failed", None, {
         means: "The kernel accepted every step of binding, but the device has another driver afterwards.",

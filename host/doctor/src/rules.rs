@@ -366,7 +366,10 @@ fn not_viable(function: &Function) -> Option<Finding> {
         function,
         Code::GroupNotViable,
         format!("IOMMU group {} cannot be used: {}", group.number, named.join(", ")),
-        "take these from their drivers, or bind them to vfio-pci too",
+        format!(
+            "take these from their drivers, or take the whole group: iohost bind --group {}",
+            function.address
+        ),
         Some(commands.join(" && ")),
     ))
 }
@@ -392,7 +395,7 @@ fn uses(function: &Function) -> Vec<Finding> {
             function,
             code,
             format!("the machine uses {}: {}", function.address, what.join(", ")),
-            "end these uses, if the machine can do without",
+            "end these uses, if the machine can do without; iohost bind --force does not ask",
             all_end.then(|| commands.join(" && ")),
         ))
     };

@@ -12,6 +12,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 use iohost_control::host::Failure;
+use iohost_doctor::refusal;
 use iohost_event::Signal;
 use iohost_pci::{Binder, Left, Order, PciAddress, PciError, Sysfs};
 use log::warn;
@@ -136,21 +137,7 @@ impl Job {
 
 /// A refusal of sysfs as it is shown.
 pub(crate) fn from_pci(err: PciError) -> Failure {
-    let code = match &err {
-        PciError::NoSuchDevice { .. } => "no-such-device",
-        PciError::NoIommu { .. } => "no-iommu",
-        PciError::HasIommu { .. } => "has-iommu",
-        PciError::NoIommuModeOff { .. } => "no-iommu-mode-off",
-        PciError::DriverNotLoaded { .. } => "driver-not-loaded",
-        PciError::GroupNotViable { .. } => "group-not-viable",
-        PciError::InUse { .. } => "in-use",
-        PciError::TakenElsewhere { .. } | PciError::TakenWith { .. } => "taken",
-        PciError::NotForGroups { .. } => "no-group",
-        PciError::State { .. } | PciError::StateMalformed { .. } => "state-directory",
-        PciError::Permission { .. } => "no-permission",
-        PciError::NotBound { .. } => "bind-failed",
-        _ => "sysfs",
-    };
+    let code = refusal::of_pci(&err).name();
     let source = std::error::Error::source(&err).map(|source| format!(": {source}"));
     Failure::new(code, format!("{err}{}", source.unwrap_or_default()), err.next_step())
 }
