@@ -307,6 +307,18 @@ catalogue! {
         check: "ls -l /var/lib/iohost; the message has the file",
         fix: "Make it writable for the daemon; remove a file there only when the devices in it are back in place.",
     }
+    NotGivenBack = "not-given-back", None, {
+        means: "The daemon ended while devices were still being taken or given back.",
+        why: "A kernel driver takes long over a device, or hangs. What is unfinished is written down.",
+        check: "iohost devices; dmesg | tail",
+        fix: "Start the daemon again: it finishes, or gives the devices back.",
+    }
+    NotPci = "not-pci", None, {
+        means: "The service's device is no PCI function, so there is nothing to take.",
+        why: "A device behind a socket has no kernel driver and no IOMMU group.",
+        check: "iohost status",
+        fix: "Leave --group and --persist out.",
+    }
     BindFailed = "bind-failed", None, {
         means: "The kernel accepted every step of binding, but the device has another driver afterwards.",
         why: "The driver looked at the device and refused it, or another one was faster.",
