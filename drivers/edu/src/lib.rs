@@ -43,6 +43,7 @@ pub struct Edu {
 
 impl IOService for Edu {
     const PERSONALITIES: &'static [Personality] = &[Personality::pci(0x1234, 0x11e8)];
+    const NEEDS: Needs = Needs::NOTHING.dma(edu_api::LONGEST_ENTRY);
 
     fn start(device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> Result<Self> {
         let bar = device.map_bar::<regs::Edu>(0)?;

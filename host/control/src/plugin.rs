@@ -9,6 +9,17 @@ pub struct PluginInfo {
     pub name: String,
     /// The devices it drives; any of them suffices.
     pub personalities: Vec<Personality>,
+    /// What it cannot do without.
+    pub needs: Needs,
+}
+
+/// What a driver cannot do without.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Needs {
+    /// The most memory that it has mapped for its device at a time; 0: none.
+    pub dma_bytes: u64,
+    /// Interrupts by message, MSI or MSI-X.
+    pub messages: bool,
 }
 
 /// One kind of device that a driver is for. What is `None` matches anything.

@@ -337,6 +337,12 @@ catalogue! {
         check: "docs/backends.md has what each way offers",
         fix: "Reach the device through VFIO and an IOMMU: leave `backend` out of its configuration.",
     }
+    BackendLacksMessages = "backend-lacks-messages", None, {
+        means: "The driver needs interrupts by message, and the device is reached in a way that has none.",
+        why: "uio_pci_generic knows the INTx line only.",
+        check: "docs/backends.md has what each way offers",
+        fix: "Reach the device through VFIO: leave `backend` out of its configuration.",
+    }
     Sysfs = "sysfs", None, {
         means: "Sysfs does not say what it should.",
         why: "iohost learns of devices from /sys, which may not be mounted, as in some containers.",

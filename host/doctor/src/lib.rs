@@ -27,4 +27,5 @@ pub use facts::{
     Daemon, Facts, Function, Group, Iommu, Machine, Member, Module, Node, Opener, Owned, Question,
     Subject,
 };
+pub use process::may_lock;
 pub use report::{DeviceReport, Finding, Report};

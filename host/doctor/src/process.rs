@@ -48,6 +48,12 @@ pub(crate) fn subject(root: &Root, daemon: Option<u32>) -> Subject {
     }
 }
 
+/// How much memory this process, and those that it starts, may lock; `None`: as much as there is.
+pub fn may_lock() -> Option<u64> {
+    let subject = subject(&Root::new(Path::new("/")), None);
+    subject.memlock.filter(|_| !subject.locks_all_memory)
+}
+
 /// The soft and the hard limit, in bytes.
 fn locked_memory(limits: &str) -> (Option<u64>, Option<u64>) {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use iohost_control::host::Failure;
-use iohost_control::plugin::{ClassMatch, Personality, PluginInfo};
+use iohost_control::plugin::{ClassMatch, Needs, Personality, PluginInfo};
 use iohost_driver_abi::{
     ABI_VERSION, DescriptorHeader, DriverDescriptor, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SYMBOL,
 };
@@ -81,7 +81,7 @@ pub fn inspect(path: &Path) -> Result<PluginInfo, Failure> {
             "match by vendor and device id or by class code",
         )
     })?;
-    Ok(PluginInfo { name: header.name, personalities })
+    Ok(PluginInfo { name: header.name, personalities, needs: header.needs })
 }
 
 const HOST_ARCHITECTURE: Architecture =
@@ -107,6 +107,7 @@ struct Header {
     size: u32,
     name: String,
     built_with: String,
+    needs: Needs,
     personalities: Vec<iohost_driver_abi::Personality>,
 }
 
@@ -119,7 +120,8 @@ impl Header {
         let name = fields.text();
         let built_with = fields.text();
         let count = fields.number() as usize;
-        let _reserved = fields.number();
+        let messages = fields.number() != 0;
+        let needs = Needs { messages, dma_bytes: u64::from_ne_bytes(*fields.take()) };
         let personalities = std::iter::repeat_with(|| iohost_driver_abi::Personality {
             primary: fields.number(),
             primary_mask: fields.number(),
@@ -129,7 +131,7 @@ impl Header {
             class_mask: fields.number(),
         });
         let personalities = personalities.take(count.min(MOST_PERSONALITIES)).collect();
-        Self { magic, abi_version, size, name, built_with, personalities }
+        Self { magic, abi_version, size, name, built_with, needs, personalities }
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use iohost_control::plugin::PciIds;
+use iohost_control::plugin::{Needs, PciIds};
 use iohost_driver_abi::{ABI_VERSION, DescriptorHeader, DriverDescriptor, MAGIC, Personality};
 use iohost_driver_host::plugin_file::inspect;
 use tempfile::TempDir;
@@ -80,6 +80,7 @@ fn refusal(path: &Path) -> (String, String) {
 fn the_plugin_that_cargo_built_is_read() {
     let edu = inspect(edu()).unwrap();
     assert_eq!(edu.name, "edu");
+    assert_eq!(edu.needs, Needs { dma_bytes: 2048, messages: false }, "one entry at a time");
     let [personality] = &edu.personalities[..] else { panic!("{:?}", edu.personalities) };
     assert_eq!((personality.vendor, personality.device), (Some(0x1234), Some(0x11e8)));
     assert!(personality.class.is_none());

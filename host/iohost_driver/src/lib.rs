@@ -56,7 +56,7 @@ pub use notification::{
 };
 pub use pci::{Bar, BarInfo, Command, IOPCIDevice, ResetType};
 pub use raw_queue::IORawDispatchQueue;
-pub use service::{Exported, IOService, Personality, QueueEnd, Session, SessionId};
+pub use service::{Exported, IOService, Needs, Personality, QueueEnd, Session, SessionId};
 pub use timer::{IOTimerClock, IOTimerDispatchSource};
 
 /// What almost every driver needs.
@@ -64,8 +64,8 @@ pub mod prelude {
     pub use crate::{
         Action, Bar, Error, IOBufferMemoryDescriptor, IODMACommand, IODataQueueDispatchSource,
         IODispatchQueue, IODispatchSource, IOInterruptDispatchSource, IOPCIDevice, IOReturn,
-        IOService, IOTimerClock, IOTimerDispatchSource, InterruptEvent, InterruptType, OSAction,
-        Personality, PreparedDma, Reply, Result, Session, SessionId, ensure,
+        IOService, IOTimerClock, IOTimerDispatchSource, InterruptEvent, InterruptType, Needs,
+        OSAction, Personality, PreparedDma, Reply, Result, Session, SessionId, ensure,
     };
     pub use log::{debug, error, info, trace, warn};
 }

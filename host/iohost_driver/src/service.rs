@@ -21,6 +21,10 @@ pub trait IOService: Sized + Send + 'static {
     /// The devices the driver is for.
     const PERSONALITIES: &'static [Personality];
 
+    /// What the driver cannot do without. Where a device is reached in a way that lacks it, the
+    /// driver is not started, and the reason says so.
+    const NEEDS: Needs = Needs::NOTHING;
+
     /// Starts the driver: returns a working driver, or why there is none. The device was reset
     /// before. Handlers of sources made here run after `start` has returned.
     fn start(device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> Result<Self>;
@@ -94,6 +98,29 @@ impl Personality {
 
     pub(crate) const fn for_abi(self) -> abi::Personality {
         self.0
+    }
+}
+
+/// What a driver cannot do without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Needs {
+    pub(crate) dma_bytes: u64,
+    pub(crate) messages: bool,
+}
+
+impl Needs {
+    /// Any device will do, however it is reached.
+    pub const NOTHING: Self = Self { dma_bytes: 0, messages: false };
+
+    /// Memory that the device reaches: the most at a time, in bytes. The daemon compares it with
+    /// what its processes may lock (`RLIMIT_MEMLOCK`) before it opens the device.
+    pub const fn dma(self, most_bytes: usize) -> Self {
+        Self { dma_bytes: most_bytes as u64, ..self }
+    }
+
+    /// Interrupts by message, MSI or MSI-X.
+    pub const fn messages(self) -> Self {
+        Self { messages: true, ..self }
     }
 }
 

@@ -34,6 +34,7 @@ use crate::Options;
 use crate::bindings::{Bindings, Done, from_pci};
 use crate::config::{Config, DeviceConfig, ErrorPolicy, Location};
 use crate::driver_process::{DriverProcess, Heard};
+use crate::needs;
 use crate::plugins::{Plugin, Plugins};
 use crate::request::{Answer, Inbox, Request, stopping};
 use crate::restart::Decision;
@@ -587,6 +588,7 @@ impl Actor {
 
     fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
         let plugin = self.choose_plugin(&self.services[at].device)?.clone();
+        needs::check(&plugin.info, &self.services[at].device, iohost_doctor::may_lock())?;
         let service = &mut self.services[at];
         service.driver = Some(plugin.info.name.clone());
         service.is_removed = false;

@@ -17,6 +17,7 @@ mod bindings;
 mod config;
 mod control_server;
 mod driver_process;
+mod needs;
 mod plugins;
 mod request;
 mod restart;

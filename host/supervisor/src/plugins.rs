@@ -96,7 +96,7 @@ impl Plugins {
 
 #[cfg(test)]
 mod tests {
-    use iohost_control::plugin::{ClassMatch, Personality};
+    use iohost_control::plugin::{ClassMatch, Needs, Personality};
 
     use super::*;
 
@@ -105,7 +105,11 @@ mod tests {
     fn plugins(list: &[(&str, Personality)]) -> Plugins {
         let plugin = |(name, personality): &(&str, Personality)| Plugin {
             file: format!("/{name}.so").into(),
-            info: PluginInfo { name: name.to_string(), personalities: vec![*personality] },
+            info: PluginInfo {
+                name: name.to_string(),
+                personalities: vec![*personality],
+                needs: Needs::default(),
+            },
         };
         Plugins {
             directory: "/drivers".into(),

@@ -61,8 +61,10 @@ pub struct DescriptorHeader {
     pub built_with: [u8; NAME_BYTES],
     /// Entries of `personalities` that are used.
     pub personality_count: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Not 0: the driver cannot do without interrupts by message, MSI or MSI-X.
+    pub needs_messages: u32,
+    /// The most memory, in bytes, that the driver has mapped for its device at a time; 0: none.
+    pub dma_bytes: u64,
     /// The devices the driver is for; one match is enough.
     pub personalities: [Personality; MOST_PERSONALITIES],
 }

@@ -40,7 +40,8 @@ pub const fn descriptor<D: Exported>(
             name: padded(name),
             built_with: padded(built_with),
             personality_count: count as u32,
-            reserved: 0,
+            needs_messages: D::NEEDS.messages as u32,
+            dma_bytes: D::NEEDS.dma_bytes,
             personalities,
         },
         entry: DriverEntry {

@@ -11,7 +11,7 @@ use iohost_control::host::{
     DeviceEvent, Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession, Outcome,
     Quiesced, Ready, ToHost,
 };
-use iohost_control::plugin::{Personality, PluginInfo};
+use iohost_control::plugin::{Needs, Personality, PluginInfo};
 use iohost_event::Packets;
 use iohost_interface::packet::{self, Call, ReplyPacket};
 use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, Ring};
@@ -123,7 +123,7 @@ fn inspect(file: &Path) -> Result<PluginInfo, Failure> {
     let name = file.file_stem().unwrap().to_str().unwrap().to_owned();
     let edu = Personality { vendor: Some(0x1234), device: Some(0x11e8), class: None };
     let personalities = if name == "edu" { vec![edu] } else { Vec::new() };
-    Ok(PluginInfo { name, personalities })
+    Ok(PluginInfo { name, personalities, needs: Needs::default() })
 }
 
 fn sleep() -> ! {
