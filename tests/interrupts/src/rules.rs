@@ -560,7 +560,7 @@ pub fn resize_rounds(on: &Setup, rounds: u32) {
     let storm = std::thread::spawn(move || {
         let mut sent = 0;
         while !enough.load(SeqCst) {
-            ringing.post(0);
+            ringing.post_at_once(0);
             sent += 1;
             while heard.load(SeqCst) < sent && !enough.load(SeqCst) {
                 std::thread::yield_now();
@@ -573,7 +573,7 @@ pub fn resize_rounds(on: &Setup, rounds: u32) {
     let mut dropped = 0;
     for round in 0..rounds {
         let other = 1 + round % (vectors - 1);
-        bench.send(other);
+        bench.ringing.send_at_once(other);
         match round % 2 {
             0 => {
                 bench.settle();
@@ -583,7 +583,7 @@ pub fn resize_rounds(on: &Setup, rounds: u32) {
             _ => dropped += 1,
         }
         bench.device.resize_interrupts(1).unwrap();
-        bench.send(other);
+        bench.ringing.send_at_once(other);
         dropped += 1;
         bench.device.resize_interrupts(vectors).unwrap();
         bench.settle();
