@@ -540,7 +540,8 @@ pub(crate) fn vectors_are_resized_under_interrupts_and_none_is_lost_or_foreign(o
 /// while they are. Each interrupt reaches its own source once, or is counted as dropped.
 pub fn resize_rounds(on: &Setup, rounds: u32) {
     let bench = Bench::new(on);
-    let vectors = on.device.interrupt_count(on.kind);
+    // Not all: the fifth vector of an `e1000e` is that of its link too, which has its own to say.
+    let vectors = on.device.interrupt_count(on.kind).min(4);
     bench.configure(vectors);
     let told: Vec<Arc<AtomicU64>> = (0..vectors).map(|_| Arc::default()).collect();
     let sources = told.iter().zip(0..).map(|(told, vector)| {

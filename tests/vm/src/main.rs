@@ -371,11 +371,10 @@ fn setup(way: Way, address: PciAddress, kind: InterruptKind) -> Result<Setup> {
 fn resize(way: Way, address: PciAddress, rounds: u32) -> Result<()> {
     const AT_ONCE: u32 = 1000;
     let setup = setup(way, address, InterruptKind::MsiX)?;
-    let vectors = setup.device.interrupt_count(setup.kind);
     for done in (0..rounds).step_by(AT_ONCE as usize) {
         let now = AT_ONCE.min(rounds - done);
         resize_rounds(&setup, now);
-        println!("ok {} times {vectors} vectors, 1, {vectors} again", done + now);
+        println!("ok {} times all vectors, one, all again", done + now);
     }
     Ok(())
 }
