@@ -1,6 +1,6 @@
 //! `iohost status`, `bind` and `unbind`.
 
-use iohost_control::host::Outcome;
+use iohost_control::host::{Outcome, Quiesced};
 use iohost_control::varlink::{BindOptions, Status};
 
 use crate::CommandError;
@@ -58,7 +58,6 @@ fn describe(status: &Status) -> String {
         "BACKEND",
         "DRIVER",
         "STATE",
-        "DEVICE",
         "PROCESS",
         "INCARNATION",
         "SESSIONS",
@@ -81,10 +80,13 @@ fn describe(status: &Status) -> String {
     }
     text = format!("{text}\n{}", shown.trim_fmt());
     for service in services {
-        if let Some(quiesced) = &service.quiesced
-            && quiesced.outcome != Outcome::Reset
-        {
-            text += &format!("\n{}: the device is not reset: {}", service.name, quiesced.how);
+        if let Some(Quiesced { outcome, how }) = &service.quiesced {
+            let what = match outcome {
+                Outcome::Reset => "its device is safe, reset by",
+                Outcome::Clean => "its device is safe, but not reset",
+                Outcome::Quarantined => "its device is quarantined",
+            };
+            text += &format!("\n{}: {what}: {how}", service.name);
         }
         if let Some(reason) = &service.reason {
             text += &format!("\n{}: {}\n  next: {}", service.name, reason.message, reason.next);

@@ -26,7 +26,7 @@ use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use log::{debug, warn};
+use log::{debug, info, warn};
 
 use crate::access::{BUS_MASTER, COMMAND, MEMORY_SPACE};
 use crate::{DeviceBackend, DeviceError, InterruptKind, Reset};
@@ -205,7 +205,7 @@ fn climb(device: &dyn DeviceBackend) -> Climbed {
             barred.push(format!("{reset} would reset {others}"));
             continue;
         }
-        debug!(reset:%; "resetting the device");
+        info!(reset:%; "resetting the device");
         match device.reset_by(reset.level) {
             // A device that does not answer is what the next way is for.
             Ok(()) if !answers(device) => failed.push(format!("{reset}: it does not answer")),

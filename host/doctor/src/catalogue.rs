@@ -547,6 +547,24 @@ catalogue! {
         check: "iohost doctor ADDRESS; dmesg",
         fix: "Power-cycle the device.",
     }
+    DeviceQuarantined = "device-quarantined", None, {
+        means: "The device could not be made safe, and is left alone.",
+        why: "Between two drivers a device is stopped, reset, and looked at; this one still does something, or does not answer.",
+        check: "iohost status; dmesg",
+        fix: "Power-cycle the device, then start it again: iohost bind SERVICE.",
+    }
+    DeviceError = "device-error", None, {
+        means: "The device reported an error that it did not correct itself.",
+        why: "An uncorrected error of PCI Express (AER), or an access to a BAR that nobody answered; on_error in the configuration says what follows.",
+        check: "dmesg; iohost status",
+        fix: "Find out what the device is in want of; iohost bind SERVICE starts it again.",
+    }
+    Removed = "removed", None, {
+        means: "The device was taken away.",
+        why: "Somebody unbound or removed it, or it has left the bus; its driver was ended, so that nobody has to wait for it.",
+        check: "iohost devices; dmesg",
+        fix: "It starts again when the device comes back, or by iohost bind SERVICE.",
+    }
     SessionRefused = "session-refused", None, {
         means: "The driver refused the session.",
         why: "The reason in the message is the driver's.",

@@ -53,9 +53,10 @@ struct Interrupts {
     enabled: Option<InterruptKind>,
     /// Vectors that have a source.
     taken: HashSet<u32>,
-    /// The vectors from here on are disabled: what they signal goes to `late`.
+    /// The vectors from here on are disabled: what they signal goes to `late`, of which each has its
+    /// own, since the kernel grumbles about an eventfd that two interrupts have.
     active: u32,
-    late: Option<Arc<Signal>>,
+    late: Vec<Signal>,
     /// Interrupts that came to nobody: of disabled vectors, or before a vector had its source.
     dropped: u64,
 }
@@ -262,12 +263,11 @@ impl Device {
         }
         let active = interrupts.active;
         let changed = if count < active { count..active } else { active..count };
-        let late = late(&mut interrupts)?;
         let triggers: Vec<_> = changed
             .clone()
             .map(|vector| match vector < count {
                 true => interrupts.signals[vector as usize].as_fd(),
-                false => late.as_fd(),
+                false => interrupts.late[vector as usize].as_fd(),
             })
             .collect();
         if !triggers.is_empty() {
@@ -285,7 +285,7 @@ impl Device {
     /// Interrupts that came to nobody so far.
     pub(crate) fn dropped_interrupts(&self) -> u64 {
         let mut interrupts = self.interrupts.lock().expect(NO_PANIC);
-        let late = interrupts.late.as_ref().map_or(0, |late| late.take());
+        let late: u64 = interrupts.late.iter().map(Signal::take).sum();
         interrupts.dropped += late;
         interrupts.dropped
     }
@@ -465,17 +465,20 @@ impl Device {
             None => 1,
         };
         while interrupts.signals.len() < count as usize {
-            let signal = Signal::new().map_err(|_| IOReturn::NO_RESOURCES)?;
+            let signal = || Signal::new().map_err(|_| IOReturn::NO_RESOURCES);
+            let (signal, late) = (signal()?, signal()?);
             interrupts.signals.push(Arc::new(signal));
+            interrupts.late.push(late);
         }
         if interrupts.chosen.is_none() {
             interrupts.active = count;
         }
-        let late = late(interrupts)?;
         let active = interrupts.active as usize;
-        let triggers: Vec<_> = (0..)
-            .zip(&interrupts.signals)
-            .map(|(vector, signal)| if vector < active { signal.as_fd() } else { late.as_fd() })
+        let signals = interrupts.signals.iter().map(|signal| signal.as_fd());
+        let triggers: Vec<_> = signals
+            .zip(&interrupts.late)
+            .enumerate()
+            .map(|(vector, (signal, late))| if vector < active { signal } else { late.as_fd() })
             .collect();
         if kind != InterruptKind::IntX {
             // A message is a write of the device: it needs to be bus master for it.
@@ -493,7 +496,11 @@ impl Device {
         {
             warn!(reason = with_sources(&err); "interrupts stay enabled");
         }
+        let all = interrupts.signals.len() as u32;
+        interrupts.drop_undelivered(0..all);
+        interrupts.dropped += interrupts.late.iter().map(Signal::take).sum::<u64>();
         interrupts.signals.clear();
+        interrupts.late.clear();
     }
 
     fn unmap_all(&self) {
@@ -520,15 +527,6 @@ impl Drop for Device {
         let _ = change_command(&*self.backend, 0, BUS_MASTER);
         self.unmap_all();
     }
-}
-
-/// Where disabled vectors signal.
-fn late(interrupts: &mut Interrupts) -> Result<Arc<Signal>, IOReturn> {
-    if let Some(late) = &interrupts.late {
-        return Ok(late.clone());
-    }
-    let late = Arc::new(Signal::new().map_err(|_| IOReturn::NO_RESOURCES)?);
-    Ok(interrupts.late.insert(late).clone())
 }
 
 fn read32(backend: &dyn DeviceBackend, offset: u16) -> Result<u32, DeviceError> {

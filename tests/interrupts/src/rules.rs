@@ -540,7 +540,8 @@ pub(crate) fn vectors_are_resized_under_interrupts_and_none_is_lost_or_foreign(o
 /// while they are. Each interrupt reaches its own source once, or is counted as dropped.
 pub fn resize_rounds(on: &Setup, rounds: u32) {
     let bench = Bench::new(on);
-    let vectors = on.device.interrupt_count(on.kind);
+    // Not all: the fifth vector of an `e1000e` is that of its link too, which has its own to say.
+    let vectors = on.device.interrupt_count(on.kind).min(4);
     bench.configure(vectors);
     let told: Vec<Arc<AtomicU64>> = (0..vectors).map(|_| Arc::default()).collect();
     let sources = told.iter().zip(0..).map(|(told, vector)| {
@@ -560,7 +561,7 @@ pub fn resize_rounds(on: &Setup, rounds: u32) {
     let storm = std::thread::spawn(move || {
         let mut sent = 0;
         while !enough.load(SeqCst) {
-            ringing.post(0);
+            ringing.post_at_once(0);
             sent += 1;
             while heard.load(SeqCst) < sent && !enough.load(SeqCst) {
                 std::thread::yield_now();
@@ -573,7 +574,7 @@ pub fn resize_rounds(on: &Setup, rounds: u32) {
     let mut dropped = 0;
     for round in 0..rounds {
         let other = 1 + round % (vectors - 1);
-        bench.send(other);
+        bench.ringing.send_at_once(other);
         match round % 2 {
             0 => {
                 bench.settle();
@@ -583,7 +584,7 @@ pub fn resize_rounds(on: &Setup, rounds: u32) {
             _ => dropped += 1,
         }
         bench.device.resize_interrupts(1).unwrap();
-        bench.send(other);
+        bench.ringing.send_at_once(other);
         dropped += 1;
         bench.device.resize_interrupts(vectors).unwrap();
         bench.settle();

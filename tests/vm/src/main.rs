@@ -67,10 +67,7 @@ fn main() -> Result<()> {
             interrupts(way(backend)?, address.parse()?, kind)
         }
         ["resize", backend, address, rounds] => {
-            let setup = setup(way(backend)?, address.parse()?, InterruptKind::MsiX)?;
-            resize_rounds(&setup, rounds.parse()?);
-            println!("ok {rounds} times all vectors, one vector, all vectors again");
-            Ok(())
+            resize(way(backend)?, address.parse()?, rounds.parse()?)
         }
         ["watch", service] => watch(service),
         _ => bail!("usage: see the first lines of this program"),
@@ -369,6 +366,17 @@ fn setup(way: Way, address: PciAddress, kind: InterruptKind) -> Result<Setup> {
         InterruptKind::MsiX => Box::new(E1000eRegisters),
     };
     Ok(Setup { device: Arc::new(Ringing::new(device, registers)), kind })
+}
+
+fn resize(way: Way, address: PciAddress, rounds: u32) -> Result<()> {
+    const AT_ONCE: u32 = 1000;
+    let setup = setup(way, address, InterruptKind::MsiX)?;
+    for done in (0..rounds).step_by(AT_ONCE as usize) {
+        let now = AT_ONCE.min(rounds - done);
+        resize_rounds(&setup, now);
+        println!("ok {} times all vectors, one, all again", done + now);
+    }
+    Ok(())
 }
 
 fn watch(service: &str) -> Result<()> {
