@@ -13,6 +13,8 @@
 //! vfio-check removal BACKEND ADDRESS           loses an open function
 //! vfio-check interrupts BACKEND ADDRESS KIND   tries the rules of interrupt sources: on an `edu` by intx or msi,
 //!                                              on an `e1000e` by msi-x
+//! vfio-check bind-forever ADDRESS STATE        takes a function and gives it back until it is killed
+//! vfio-check settle ADDRESS STATE              gives back what one that was killed left of that
 //! ```
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
@@ -31,7 +33,7 @@ use iohost_device_backend::{
 };
 use iohost_interrupt_tests::{E1000eRegisters, EduRegisters, RULES, Registers, Ringing, Setup};
 use iohost_memory::SharedMemory;
-use iohost_pci::{Binding, PciAddress, PciError, Sysfs, VFIO_PCI};
+use iohost_pci::{Binder, Binding, Order, PciAddress, PciError, Sysfs, VFIO_PCI};
 use iohost_vfio::{ResetKind, VfioDevice, VfioError};
 use nix::sys::eventfd::EventFd;
 
@@ -61,6 +63,8 @@ fn main() -> Result<()> {
             };
             interrupts(way(backend)?, address.parse()?, kind)
         }
+        ["bind-forever", address, state] => bind_forever(address.parse()?, state),
+        ["settle", address, state] => settle(address.parse()?, state),
         _ => bail!("usage: see the first lines of this program"),
     }
 }
@@ -350,6 +354,25 @@ fn interrupts(way: Way, address: PciAddress, kind: InterruptKind) -> Result<()> 
     ensure!(tried > 0, "no rule is for {vectors} vectors of {kind}");
     println!("ok {tried} rules by {kind}, of which the device has {vectors}");
     sysfs.restore(&former)?;
+    Ok(())
+}
+
+fn bind_forever(address: PciAddress, state: &str) -> Result<()> {
+    let binder = Binder::new(Sysfs::default(), state);
+    let binding = Binding::Vfio;
+    loop {
+        binder.take(&Order { address, binding, group: false, force: false, persist: false })?;
+        binder.give_back(address, true)?;
+    }
+}
+
+fn settle(address: PciAddress, state: &str) -> Result<()> {
+    let binder = Binder::new(Sysfs::default(), state);
+    for left in binder.left()? {
+        ensure!(left.address == address, "{} is left, too", left.address);
+        binder.give_back(address, true)?;
+    }
+    ensure!(binder.left()?.is_empty(), "something is left still");
     Ok(())
 }
 
