@@ -9,13 +9,10 @@ use serde_json::Value;
 /// The tiers, from the kernel up. A crate may use its own tier and those before it.
 const TIERS: [&str; 4] = ["sys", "host", "drivers", "tests"];
 
-/// The files outside `sys/` that may say `unsafe`, each where a C ABI ends: both ends of the
-/// plugins', and ours of the clients'.
-const ABI_ENDS: [&str; 3] = [
-    "host/iohost_driver/src/abi.rs",
-    "host/driver_host/src/plugin.rs",
-    "host/iohost_client_c/src/abi.rs",
-];
+/// The modules outside `sys/` that may say `unsafe`, each where a C ABI ends: both ends of the
+/// plugins', and ours of the clients'. Each is a file, and those in the folder of its name.
+const ABI_ENDS: [&str; 3] =
+    ["host/iohost_driver/src/abi", "host/driver_host/src/plugin", "host/iohost_client_c/src/abi"];
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -101,7 +98,10 @@ fn unsafe_stands_in_sys_and_at_the_ends_of_the_c_abis() {
         .iter()
         .filter(|file| {
             // Declaring the ABI's function types is not using them.
-            !ABI_ENDS.contains(*file)
+            !ABI_ENDS.iter().any(|end| {
+                let rest = file.strip_prefix(end);
+                rest.is_some_and(|rest| rest == ".rs" || rest.starts_with('/'))
+            })
         })
         .collect();
     assert!(stray.is_empty(), "unsafe in {stray:?}");

@@ -7,7 +7,7 @@
 //! would.
 //!
 //! Timers are armed, moved and taken back far more often than they fire, so that is what is
-//! cheap, however many there are. The timer alone knows what it wants. Two heaps hold notes that
+//! cheap, however many there are. The timer alone knows what it wants. Two lists hold notes that
 //! say when to ask it, and a note may come too early: to move a timer to a later time, or to take
 //! it back, changes the timer and nothing here. When the time of a note has come, and before the
 //! kernel's timer is set to that of the earliest one, the timer is asked, and the note goes or is
@@ -74,9 +74,9 @@ struct Table {
 struct Waiting {
     places: Vec<Place>,
     free: Vec<u32>,
-    by_latest: BinaryHeap<Reverse<Note>>,
+    by_latest: Notes,
     /// For those that may fire before they must.
-    by_deadline: BinaryHeap<Reverse<Note>>,
+    by_deadline: Notes,
     /// What the kernel's timer is set to, or would be.
     set_to: Option<u64>,
 }
@@ -96,10 +96,43 @@ struct Note {
     stamp: NonZeroU32,
 }
 
+/// Notes, the earliest first. Most are replaced before anybody asks for them, so they are put in
+/// order only then: among a hundred thousand each step up a heap is a line of memory.
+#[derive(Default)]
+struct Notes {
+    in_order: BinaryHeap<Reverse<Note>>,
+    written: Vec<Note>,
+}
+
+impl Notes {
+    fn write(&mut self, note: Note) {
+        self.written.push(note);
+    }
+
+    fn earliest(&mut self) -> Option<Note> {
+        self.in_order.extend(self.written.drain(..).map(Reverse));
+        self.in_order.peek().map(|Reverse(note)| *note)
+    }
+
+    /// Takes out the one that [`earliest`](Self::earliest) has just given.
+    fn take_earliest(&mut self) {
+        self.in_order.pop();
+    }
+
+    fn len(&self) -> usize {
+        self.in_order.len() + self.written.len()
+    }
+
+    fn retain(&mut self, is_kept: impl Fn(&Note) -> bool) {
+        self.in_order.retain(|Reverse(note)| is_kept(note));
+        self.written.retain(is_kept);
+    }
+}
+
 /// Which note it is that a timer is asked about.
 #[derive(Clone, Copy)]
 pub(crate) struct NoteOf {
-    heap: Heap,
+    list: List,
     spot: Spot,
     stamp: NonZeroU32,
 }
@@ -110,7 +143,7 @@ pub(crate) struct NoteOf {
 struct Spot(u32);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Heap {
+enum List {
     ByLatest,
     ByDeadline,
 }
@@ -215,12 +248,12 @@ impl Deadlines {
         let mut waiting = table.waiting.lock().expect(NO_PANIC);
         // Who arms a timer meanwhile sets the kernel's.
         waiting.set_to = None;
-        while let Some((note, heap)) = waiting.take_note(now, right) {
+        while let Some((note, list)) = waiting.take_note(now, right) {
             let timer = waiting.places[note.place as usize].timer.clone();
             drop(waiting);
             let timer = timer.and_then(|timer| timer.upgrade());
             let spot = Spot::new(table.clock, note.place);
-            let of = NoteOf { heap, spot, stamp: note.stamp };
+            let of = NoteOf { list, spot, stamp: note.stamp };
             let answer = timer.as_ref().map_or(Answer::Nothing, |timer| timer.ask(of, now));
             if let (Answer::Due { deadline, generation }, Some(timer)) = (&answer, timer) {
                 due.push((*deadline, *generation, timer));
@@ -228,17 +261,16 @@ impl Deadlines {
             waiting = table.waiting.lock().expect(NO_PANIC);
             if let Answer::Later(time) = answer {
                 let again = Note { time, ..note };
-                waiting.put_back(again, heap);
-                if heap == Heap::ByLatest && again == note {
+                waiting.put_back(again, list);
+                if list == List::ByLatest && again == note {
                     right = Some(note);
                 }
             } else {
                 waiting.leave_place(note.place, note.stamp);
             }
         }
-        if let Some(Reverse(next)) = waiting.by_latest.peek() {
-            let latest = next.time;
-            self.set_timer(table, &mut waiting, latest);
+        if let Some(next) = waiting.by_latest.earliest() {
+            self.set_timer(table, &mut waiting, next.time);
         }
         drop(waiting);
         // In the order of their deadlines, and without the lock: a timer may arm itself anew.
@@ -284,9 +316,9 @@ impl Deadline {
         if self.at <= now {
             return Answer::Due { deadline: self.at, generation };
         }
-        let (noted, wanted) = match note.heap {
-            Heap::ByLatest => (&mut armed.latest, self.latest()),
-            Heap::ByDeadline => (&mut armed.deadline, self.at),
+        let (noted, wanted) = match note.list {
+            List::ByLatest => (&mut armed.latest, self.latest()),
+            List::ByDeadline => (&mut armed.deadline, self.at),
         };
         *noted = wanted;
         Answer::Later(wanted)
@@ -347,9 +379,9 @@ impl Waiting {
         let stamp = after(self.places[place as usize].stamp);
         self.places[place as usize].stamp = stamp;
         let latest = deadline.latest();
-        self.by_latest.push(Reverse(Note { time: latest, place, stamp }));
+        self.by_latest.write(Note { time: latest, place, stamp });
         if latest > deadline.at {
-            self.by_deadline.push(Reverse(Note { time: deadline.at, place, stamp }));
+            self.by_deadline.write(Note { time: deadline.at, place, stamp });
         }
         let spot = Spot::new(deadline.clock, place);
         let noted = if latest > deadline.at { deadline.at } else { u64::MAX };
@@ -368,48 +400,48 @@ impl Waiting {
 
     /// Takes out a note whose timer is to be asked: one whose time has come, or else the earliest
     /// one of all unless it is `right`.
-    fn take_note(&mut self, now: u64, right: Option<Note>) -> Option<(Note, Heap)> {
-        let next = self.earliest(Heap::ByLatest);
+    fn take_note(&mut self, now: u64, right: Option<Note>) -> Option<(Note, List)> {
+        let next = self.earliest(List::ByLatest);
         if next.is_some_and(|note| note.time <= now) {
-            self.by_latest.pop();
-            return next.zip(Some(Heap::ByLatest));
+            self.by_latest.take_earliest();
+            return next.zip(Some(List::ByLatest));
         }
-        let due = self.earliest(Heap::ByDeadline).filter(|note| note.time <= now);
+        let due = self.earliest(List::ByDeadline).filter(|note| note.time <= now);
         if due.is_some() {
-            self.by_deadline.pop();
-            return due.zip(Some(Heap::ByDeadline));
+            self.by_deadline.take_earliest();
+            return due.zip(Some(List::ByDeadline));
         }
         if next.is_some() && next != right {
-            self.by_latest.pop();
-            return next.zip(Some(Heap::ByLatest));
+            self.by_latest.take_earliest();
+            return next.zip(Some(List::ByLatest));
         }
         None
     }
 
-    /// The earliest note of a heap that is valid; drops those before it.
-    fn earliest(&mut self, heap: Heap) -> Option<Note> {
-        let (notes, places) = self.heap(heap);
+    /// The earliest note of a list that is valid; drops those before it.
+    fn earliest(&mut self, list: List) -> Option<Note> {
+        let (notes, places) = self.list(list);
         loop {
-            let Reverse(note) = *notes.peek()?;
+            let note = notes.earliest()?;
             if places[note.place as usize].stamp == note.stamp {
                 return Some(note);
             }
-            notes.pop();
+            notes.take_earliest();
         }
     }
 
-    /// Puts a note into a heap again, unless it has become invalid.
-    fn put_back(&mut self, note: Note, heap: Heap) {
-        let (notes, places) = self.heap(heap);
+    /// Puts a note into a list again, unless it has become invalid.
+    fn put_back(&mut self, note: Note, list: List) {
+        let (notes, places) = self.list(list);
         if places[note.place as usize].stamp == note.stamp {
-            notes.push(Reverse(note));
+            notes.write(note);
         }
     }
 
-    fn heap(&mut self, heap: Heap) -> (&mut BinaryHeap<Reverse<Note>>, &[Place]) {
-        let notes = match heap {
-            Heap::ByLatest => &mut self.by_latest,
-            Heap::ByDeadline => &mut self.by_deadline,
+    fn list(&mut self, list: List) -> (&mut Notes, &[Place]) {
+        let notes = match list {
+            List::ByLatest => &mut self.by_latest,
+            List::ByDeadline => &mut self.by_deadline,
         };
         (notes, &self.places)
     }
@@ -417,10 +449,10 @@ impl Waiting {
     /// Drops invalid notes once they are most of what there is.
     fn sort_out(&mut self) {
         let taken = self.places.len() - self.free.len();
-        for heap in [Heap::ByLatest, Heap::ByDeadline] {
-            let (notes, places) = self.heap(heap);
+        for list in [List::ByLatest, List::ByDeadline] {
+            let (notes, places) = self.list(list);
             if notes.len() > FEW_NOTES && notes.len() > 4 * taken {
-                notes.retain(|Reverse(note)| places[note.place as usize].stamp == note.stamp);
+                notes.retain(|note| places[note.place as usize].stamp == note.stamp);
             }
         }
     }
@@ -583,7 +615,7 @@ mod tests {
         let on = |clock, at| Deadline { clock, at, leeway: 0 };
         let armed = deadlines.arm(on(Clock::Wall, 1), Weak::<Shot>::new());
         // The engine has taken this note out, to ask the timer whether it is due by the wall clock.
-        let note = NoteOf { heap: Heap::ByLatest, spot: armed.spot, stamp: armed.stamp };
+        let note = NoteOf { list: List::ByLatest, spot: armed.spot, stamp: armed.stamp };
         assert!(armed.has(note));
         // Another thread is faster, and its timer stands in the same place of the other table.
         let later = on(Clock::Uptime, deadlines.now(Clock::Uptime) + 3_600_000_000_000);

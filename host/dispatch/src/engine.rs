@@ -51,15 +51,25 @@ pub(crate) struct Shared {
     poller: Poller,
     /// Raised to wake one polling worker; never read, since watching is edge-triggered.
     bell: Signal,
-    ready: Mutex<ReadyList>,
-    /// Where the workers that do not poll are parked.
-    parking: Condvar,
+    exchange: Exchange,
     watched: RwLock<Watchlist>,
     pub(crate) deadlines: Deadlines,
     queues: Mutex<Vec<Weak<QueueCore>>>,
     pub(crate) scale: TickScale,
     this: Weak<Shared>,
 }
+
+/// Where work meets workers. To hand a queue from one processor to another costs as much as the
+/// lines of the cache that change hands with it, so this is one.
+#[derive(Default)]
+#[repr(align(64))]
+struct Exchange {
+    ready: Mutex<ReadyList>,
+    /// Where the workers that do not poll are parked.
+    parking: Condvar,
+}
+
+const _: () = assert!(cfg!(loom) || size_of::<Exchange>() == 64);
 
 /// What is to be run, and who is there to run it.
 ///
@@ -68,18 +78,43 @@ pub(crate) struct Shared {
 /// manual one.
 #[derive(Default)]
 struct ReadyList {
-    work: VecDeque<Runnable>,
+    work: Work,
     /// Workers in `epoll_wait`.
-    polling: usize,
+    polling: u8,
+    /// Workers that are parked, and those of them that may go.
+    parked: u8,
+    released: u8,
+    /// Workers there are, and those that wait for a turn on some queue.
+    workers: u8,
+    blocked: u8,
     /// The bell was raised, and no worker has heard it yet.
     bell_under_way: bool,
-    /// Workers that are parked, and those of them that may go.
-    parked: usize,
-    released: usize,
-    /// Workers there are, and those that wait for a turn on some queue.
-    workers: usize,
-    blocked: usize,
     stopping: bool,
+}
+
+/// First in, first out. A queue that is alone here, as most are, needs no memory of the list's.
+#[derive(Default)]
+struct Work {
+    first: Option<Arc<QueueCore>>,
+    /// Behind it.
+    rest: VecDeque<Runnable>,
+}
+
+impl Work {
+    fn is_empty(&self) -> bool {
+        self.first.is_none() && self.rest.is_empty()
+    }
+
+    fn push(&mut self, work: Runnable) {
+        match work {
+            Runnable::Queue(queue) if self.is_empty() => self.first = Some(queue),
+            work => self.rest.push_back(work),
+        }
+    }
+
+    fn pop(&mut self) -> Option<Runnable> {
+        self.first.take().map(Runnable::Queue).or_else(|| self.rest.pop_front())
+    }
 }
 
 enum Runnable {
@@ -92,13 +127,13 @@ enum Runnable {
 const BELL: u64 = 0;
 
 /// Workers that wait for events when there is nothing to do.
-const POLLERS: usize = if cfg!(loom) { 0 } else { 2 };
+const POLLERS: u8 = if cfg!(loom) { 0 } else { 2 };
 
 /// How often a thread looks: most turns on a queue are shorter than a trip into the kernel and back.
 const LOOKS: u32 = if cfg!(loom) { 1 } else { 200 };
 
 /// The most extra workers that stand in for blocked ones.
-const MOST_WORKERS: usize = 64;
+const MOST_WORKERS: u8 = 64;
 
 thread_local! {
     /// This thread is a worker that looks at the ready list next, so what it puts there itself
@@ -123,11 +158,12 @@ impl Engine {
         Self::with_workers((processors() + 1).clamp(3, 9))
     }
 
-    /// Starts an engine with `workers` worker threads, at least one.
+    /// Starts an engine with `workers` worker threads, at least one and at most 64.
     pub fn with_workers(workers: usize) -> io::Result<Self> {
         let shared = Shared::new(EngineClock::Real, false)?;
-        shared.ready.lock().expect(NO_PANIC).workers = workers.max(1);
-        let workers = (0..workers.max(1))
+        let workers = workers.clamp(1, MOST_WORKERS.into()) as u8;
+        shared.exchange.ready.lock().expect(NO_PANIC).workers = workers;
+        let workers = (0..workers)
             .map(|number| {
                 let shared = shared.clone();
                 let name = format!("dispatch-{number}");
@@ -176,15 +212,15 @@ impl Drop for Engine {
     fn drop(&mut self) {
         // What waits holds its queue, and the ready list does: nothing of it would ever be freed.
         // It goes before the workers do, since one of them may wait for a turn in it.
-        let work = {
-            let mut ready = self.shared.ready.lock().expect(NO_PANIC);
+        let mut work = {
+            let mut ready = self.shared.exchange.ready.lock().expect(NO_PANIC);
             ready.stopping = true;
             std::mem::take(&mut ready.work)
         };
-        work.into_iter().for_each(Runnable::abandon);
+        std::iter::from_fn(|| work.pop()).for_each(Runnable::abandon);
         // Nobody is left to wake those who sleep, nor to see their deadlines pass.
         self.shared.abort_sleepers();
-        self.shared.parking.notify_all();
+        self.shared.exchange.parking.notify_all();
         // Each worker that leaves wakes the next one.
         self.shared.bell.raise();
         for worker in self.workers.drain(..) {
@@ -224,8 +260,7 @@ impl Shared {
             looks,
             poller,
             bell,
-            ready: Mutex::default(),
-            parking: Condvar::new(),
+            exchange: Exchange::default(),
             watched: RwLock::default(),
             deadlines,
             queues: Mutex::new(Vec::new()),
@@ -239,12 +274,12 @@ impl Shared {
         IS_WORKER.set(true);
         let mut found = Ready::new(16);
         loop {
-            let mut ready = self.ready.lock().expect(NO_PANIC);
+            let mut ready = self.exchange.ready.lock().expect(NO_PANIC);
             if ready.stopping {
                 self.bell.raise();
                 return;
             }
-            if let Some(work) = ready.work.pop_front() {
+            if let Some(work) = ready.work.pop() {
                 self.share_the_rest(ready);
                 work.run();
                 continue;
@@ -255,7 +290,7 @@ impl Shared {
                 if ready.polling == 0 && ready.parked > ready.released {
                     ready.released += 1;
                     drop(ready);
-                    self.parking.notify_one();
+                    self.exchange.parking.notify_one();
                 }
                 return;
             }
@@ -264,7 +299,7 @@ impl Shared {
             } else {
                 ready.parked += 1;
                 while ready.released == 0 && !ready.stopping {
-                    ready = self.parking.wait(ready).expect(NO_PANIC);
+                    ready = self.exchange.parking.wait(ready).expect(NO_PANIC);
                 }
                 ready.parked -= 1;
                 ready.released = ready.released.saturating_sub(1);
@@ -277,7 +312,7 @@ impl Shared {
         ready.polling += 1;
         drop(ready);
         let waited = self.poller.wait(found, None);
-        let mut ready = self.ready.lock().expect(NO_PANIC);
+        let mut ready = self.exchange.ready.lock().expect(NO_PANIC);
         ready.polling -= 1;
         if found.tokens().any(|token| token == BELL) {
             ready.bell_under_way = false;
@@ -289,7 +324,7 @@ impl Shared {
         }
         drop(ready);
         if alone {
-            self.parking.notify_one();
+            self.exchange.parking.notify_one();
         }
         waited.expect("epoll_wait fails only for a descriptor that is no epoll set");
         if let Some(source) = self.only_source(found) {
@@ -314,7 +349,7 @@ impl Shared {
         self.poller.wait(found, Some(Duration::ZERO)).expect("an epoll set can be asked");
         self.take_in(found);
         self.deadlines.expire_virtual();
-        let work = self.ready.lock().expect(NO_PANIC).work.pop_front();
+        let work = self.exchange.ready.lock().expect(NO_PANIC).work.pop();
         let Some(work) = work else { return false };
         work.run();
         true
@@ -347,12 +382,12 @@ impl Shared {
     }
 
     fn put(&self, work: Runnable) {
-        let mut ready = self.ready.lock().expect(NO_PANIC);
+        let mut ready = self.exchange.ready.lock().expect(NO_PANIC);
         if ready.stopping {
             drop(ready);
             return work.abandon();
         }
-        ready.work.push_back(work);
+        ready.work.push(work);
         if !LOOKS_NEXT.get() {
             self.share_the_rest(ready);
         }
@@ -366,7 +401,7 @@ impl Shared {
         if ready.parked > ready.released {
             ready.released += 1;
             drop(ready);
-            self.parking.notify_one();
+            self.exchange.parking.notify_one();
         } else if ready.released == 0 && ready.polling > 0 && !ready.bell_under_way {
             ready.bell_under_way = true;
             drop(ready);
@@ -388,7 +423,7 @@ impl Shared {
         if !IS_WORKER.get() {
             return code();
         }
-        let mut ready = self.ready.lock().expect(NO_PANIC);
+        let mut ready = self.exchange.ready.lock().expect(NO_PANIC);
         ready.blocked += 1;
         let stand_in = ready.workers - ready.blocked < POLLERS && ready.workers < MOST_WORKERS;
         if stand_in {
@@ -398,7 +433,7 @@ impl Shared {
         if stand_in {
             self.add_stand_in();
         }
-        let _blocked = Blocked(&self.ready);
+        let _blocked = Blocked(&self.exchange.ready);
         code()
     }
 
@@ -425,7 +460,7 @@ impl Shared {
             .spawn(move || shared.work(Worker::StandIn));
         if started.is_err() {
             // No thread to be had: the others go on, with one less.
-            self.ready.lock().expect(NO_PANIC).workers -= 1;
+            self.exchange.ready.lock().expect(NO_PANIC).workers -= 1;
         }
     }
 
@@ -464,7 +499,7 @@ impl Shared {
 
     /// Whether the engine is being dropped, or was.
     pub(crate) fn is_stopping(&self) -> bool {
-        self.ready.lock().expect(NO_PANIC).stopping
+        self.exchange.ready.lock().expect(NO_PANIC).stopping
     }
 
     /// The name of a queue that is alive, by the address of its core.

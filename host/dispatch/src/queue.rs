@@ -29,7 +29,7 @@ use crate::engine::{Shared, looking_next};
 use crate::numbers::{Numbers, QueueNumbers, Stopwatch};
 use crate::sleepers::Sleepers;
 use crate::step::{Step, takes};
-use crate::sync::{Mutex, has_failed, hint};
+use crate::sync::{Mutex, MutexGuard, has_failed, hint};
 use crate::{Clock, Engine, NO_PANIC};
 
 use batch::Batch;
@@ -68,26 +68,28 @@ pub struct QueueOptions {
 
 pub(crate) struct QueueCore {
     name: String,
-    engine: Arc<Shared>,
     options: QueueOptions,
     intake: Intake,
     turn: Mutex<TurnState>,
+    /// After the inbox's lock, where both are held.
+    ends: Mutex<Ends>,
     pub(crate) sleepers: Sleepers,
     numbers: Numbers,
-    /// When the queue was put on the ready list, in ticks.
-    scheduled_at: AtomicU64,
     owner: Option<Arc<dyn Owner>>,
     /// Dropped last: the work above may use it.
     kept: Mutex<Vec<Box<dyn Any + Send + Sync>>>,
 }
 
-/// What a thread that sends work touches: one line of the cache, and nothing that the running
-/// thread writes for each item.
-#[derive(Default)]
-#[repr(align(128))]
+/// What a thread that sends work touches: one line of the cache that changes, with nothing in it
+/// that the running thread writes for each item, and one that does not. A line that another
+/// processor has costs as much as all the rest of sending.
+#[repr(C, align(128))]
 struct Intake {
     word: Word,
+    /// When the queue was put on the ready list, in ticks.
+    scheduled_at: AtomicU64,
     inbox: Mutex<Inbox>,
+    engine: Arc<Shared>,
 }
 
 #[derive(Default)]
@@ -95,10 +97,9 @@ struct Inbox {
     items: VecDeque<Item>,
     /// Items that were put in, ever.
     pushed: u64,
-    /// There is one only in the life of a queue that was cancelled.
-    ends: Option<Box<Ends>>,
 }
 
+/// Of a queue that was cancelled.
 #[derive(Default)]
 struct Ends {
     cancel_handlers: Vec<Closure>,
@@ -106,13 +107,7 @@ struct Ends {
     dropped: u64,
 }
 
-impl Inbox {
-    fn ends(&mut self) -> &mut Ends {
-        self.ends.get_or_insert_default()
-    }
-}
-
-const _: () = assert!(cfg!(loom) || size_of::<Intake>() == 128 && size_of::<Mutex<Inbox>>() < 64);
+const _: () = assert!(cfg!(loom) || std::mem::offset_of!(Intake, engine) == 64);
 
 /// What belongs to the running thread, and to the concurrent blocks of a reentrant queue.
 #[derive(Default)]
@@ -164,7 +159,7 @@ impl Queue {
     /// Makes a queue on the engine that runs this one, with the same owner. Errors: as
     /// [`create`](Self::create).
     pub fn create_beside(&self, name: &str, options: QueueOptions) -> Result<Self, IOReturn> {
-        Self::on(&self.core.engine, name, options, self.core.owner.clone())
+        Self::on(&self.core.intake.engine, name, options, self.core.owner.clone())
     }
 
     fn on(
@@ -178,13 +173,17 @@ impl Queue {
         }
         let core = Arc::new(QueueCore {
             name: name.to_owned(),
-            engine: engine.clone(),
             options,
-            intake: Intake::default(),
+            intake: Intake {
+                word: Word::default(),
+                scheduled_at: AtomicU64::new(0),
+                inbox: Mutex::default(),
+                engine: engine.clone(),
+            },
             turn: Mutex::default(),
+            ends: Mutex::default(),
             sleepers: Sleepers::default(),
             numbers: Numbers::default(),
-            scheduled_at: AtomicU64::new(0),
             owner,
             kept: Mutex::default(),
         });
@@ -270,17 +269,17 @@ impl Queue {
         // Registered before the queue is given up, so no wakeup is lost.
         let sleeper = self.core.sleepers.add(event);
         // The engine's end, if it came before, could not end this sleep.
-        if self.core.engine.is_stopping() {
+        if self.core.intake.engine.is_stopping() {
             sleeper.baton().end(Turn::Cancelled);
         }
-        let deadlines = &self.core.engine.deadlines;
+        let deadlines = &self.core.intake.engine.deadlines;
         let timer = deadline.map(|(clock, at)| sleeper.end_at(deadlines, clock, at));
         self.core.put_down();
-        self.core.engine.wait_for(sleeper.baton());
+        self.core.intake.engine.wait_for(sleeper.baton());
         timer.into_iter().for_each(|armed| deadlines.disarm(armed));
         let turn = sleeper.baton().turn();
         self.core.sleepers.remove(&sleeper);
-        if turn == Turn::Cancelled && self.core.engine.is_stopping() {
+        if turn == Turn::Cancelled && self.core.intake.engine.is_stopping() {
             return Err(IOReturn::ABORTED);
         }
         self.core.take_again()?;
@@ -317,7 +316,7 @@ impl Queue {
     /// first.
     pub fn held(&self) -> Vec<String> {
         let held = held::addresses().into_iter();
-        held.filter_map(|address| self.core.engine.name_of(address)).collect()
+        held.filter_map(|address| self.core.intake.engine.name_of(address)).collect()
     }
 
     /// Stops the queue: no further work starts; `done` runs after the work in progress, last.
@@ -331,7 +330,7 @@ impl Queue {
     /// Runs code that waits for something other than this crate's own. On a worker of the engine
     /// another one takes its place meanwhile, up to 64, so that what is waited for can run.
     pub fn blocking<R>(&self, code: impl FnOnce() -> R) -> R {
-        self.core.engine.blocking(code)
+        self.core.intake.engine.blocking(code)
     }
 
     /// Keeps a value for as long as any work of the queue can run: until the last handle has gone
@@ -347,7 +346,7 @@ impl Queue {
 
     /// The time on a clock as this queue's timers see it, in nanoseconds.
     pub fn now(&self, clock: Clock) -> u64 {
-        self.core.engine.deadlines.now(clock)
+        self.core.intake.engine.deadlines.now(clock)
     }
 
     /// The queue's numbers now.
@@ -360,7 +359,7 @@ impl Queue {
     }
 
     pub(crate) fn engine(&self) -> &Arc<Shared> {
-        &self.core.engine
+        &self.core.intake.engine
     }
 }
 
@@ -375,22 +374,26 @@ impl QueueCore {
     pub(crate) fn push(self: &Arc<Self>, item: Item) {
         let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
         if self.intake.word.is_cancelled() {
-            inbox.ends().dropped += 1;
+            self.ends().dropped += 1;
             drop(inbox);
             return item.cancelled();
         }
         inbox.pushed += 1;
         inbox.items.push_back(item);
-        let announced = self.intake.word.announce();
+        let scheduled = self.intake.word.announce();
         drop(inbox);
-        if announced {
-            self.schedule();
+        if scheduled {
+            self.become_ready();
         }
     }
 
+    fn ends(&self) -> MutexGuard<'_, Ends> {
+        self.ends.lock().expect(NO_PANIC)
+    }
+
     fn cancel(self: &Arc<Self>, done: Closure) {
-        let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
-        inbox.ends().cancel_handlers.push(done);
+        let inbox = self.intake.inbox.lock().expect(NO_PANIC);
+        self.ends().cancel_handlers.push(done);
         self.intake.word.cancel();
         drop(inbox);
         self.schedule();
@@ -405,8 +408,8 @@ impl QueueCore {
     }
 
     fn become_ready(self: &Arc<Self>) {
-        self.scheduled_at.store(ticks(), Relaxed);
-        self.engine.make_ready(self.clone());
+        self.intake.scheduled_at.store(ticks(), Relaxed);
+        self.intake.engine.make_ready(self.clone());
     }
 
     /// Becomes the running thread of the queue again, after a sleep.
@@ -423,7 +426,7 @@ impl QueueCore {
     /// look for long, and not where something waits already.
     #[cold]
     fn take_soon(&self) -> bool {
-        for _ in 0..self.engine.looks {
+        for _ in 0..self.intake.engine.looks {
             if self.intake.word.is_idle() && self.intake.word.take_if_idle() {
                 return true;
             }
@@ -440,7 +443,7 @@ impl QueueCore {
     fn take_in_turn(self: &Arc<Self>) -> Result<(), IOReturn> {
         let baton = Arc::new(Baton::for_this_thread());
         self.push(Item::Baton(baton.clone()));
-        self.engine.wait_for(&baton);
+        self.intake.engine.wait_for(&baton);
         match baton.turn() {
             Turn::Granted => Ok(()),
             _ => Err(IOReturn::ABORTED),
@@ -471,7 +474,7 @@ impl QueueCore {
         self.intake.word.start();
         let held = Holding::of(self);
         let start = ticks();
-        self.numbers.note_wait(start.saturating_sub(self.scheduled_at.load(Relaxed)));
+        let waited = start.saturating_sub(self.intake.scheduled_at.load(Relaxed));
         let mut watch = Stopwatch::start(&self.numbers, start);
         if self.options.reentrant {
             self.run_turn(&held, &mut watch);
@@ -479,6 +482,7 @@ impl QueueCore {
             self.run_batch(&held, &mut watch);
         }
         watch.read_rest(ticks);
+        self.numbers.note_wait(waited);
         looking_next(|| drop(held));
     }
 
@@ -610,7 +614,7 @@ impl QueueCore {
         self.turn.lock().expect(NO_PANIC).concurrent += 1;
         self.intake.word.start_shared();
         let beside = Beside(self.clone());
-        self.engine.run_soon(Closure::new(move || {
+        self.intake.engine.run_soon(Closure::new(move || {
             let core = &beside.0;
             let start = ticks();
             held::pick_up_beside(core.address());
@@ -646,14 +650,15 @@ impl QueueCore {
             let mut dropped = std::mem::take(&mut mine);
             dropped.append(&mut turn.items);
             dropped.append(&mut inbox.items);
-            inbox.ends().dropped += dropped.len() as u64;
+            let mut ends = self.ends();
+            ends.dropped += dropped.len() as u64;
             // Concurrent blocks are work in progress: the handlers wait for them.
             let handlers = match turn.concurrent {
-                0 => std::mem::take(&mut inbox.ends().cancel_handlers),
+                0 => std::mem::take(&mut ends.cancel_handlers),
                 _ => Vec::new(),
             };
             self.intake.word.clear_pending();
-            drop((turn, inbox));
+            drop((turn, inbox, ends));
             if dropped.is_empty() && handlers.is_empty() {
                 return;
             }
@@ -668,10 +673,11 @@ impl QueueCore {
         let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
         let mut dropped = std::mem::take(&mut turn.items);
         dropped.append(&mut inbox.items);
-        inbox.ends().dropped += dropped.len() as u64;
-        let handlers = std::mem::take(&mut inbox.ends().cancel_handlers);
+        let mut ends = self.ends();
+        ends.dropped += dropped.len() as u64;
+        let handlers = std::mem::take(&mut ends.cancel_handlers);
         self.intake.word.abandon();
-        drop((turn, inbox));
+        drop((turn, inbox, ends));
         dropped.into_iter().for_each(Item::cancelled);
         drop(handlers);
     }
@@ -759,9 +765,9 @@ impl QueueCore {
 
     pub(crate) fn numbers(&self) -> QueueNumbers {
         let inbox = self.intake.inbox.lock().expect(NO_PANIC);
-        let dropped = inbox.ends.as_ref().map_or(0, |ends| ends.dropped);
+        let dropped = self.ends().dropped;
         let depth = self.numbers.depth(inbox.pushed, dropped);
-        self.numbers.read(&self.name, depth, dropped, self.engine.scale.rate())
+        self.numbers.read(&self.name, depth, dropped, self.intake.engine.scale.rate())
     }
 }
 

@@ -10,7 +10,7 @@ use crate::sync::atomic::Ordering;
 pub(crate) enum Step {
     /// `Word::announce`: say that there is something to run.
     Announce,
-    /// `Word::schedule`: only an idle queue.
+    /// `Word::announce`, `Word::schedule`: only an idle queue.
     ScheduleOnlyIdle,
     /// `Word::take_if_idle`: see what the thread before wrote.
     AcquireIdle,

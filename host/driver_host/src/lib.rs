@@ -1,11 +1,11 @@
 //! The process that runs one driver for one device.
 //!
 //! From the inside out: [`Device`] is a device as its driver sees it, over any backend;
-//! `plugin.rs` is the host's end of the C ABI; [`Driver`] is a started driver with its queue;
-//! `services.rs` has what the driver may know of others;
-//! `session.rs` carries the calls of clients to it, and actions both ways
-//! (`session_actions.rs`); [`process`] is the conversation with the
-//! daemon. [`plugin_file`] reads a plugin's descriptor from its file, without running it.
+//! `plugin.rs` and its folder are the host's end of the C ABI; [`Driver`] is a started driver
+//! with its queue; `services.rs` has what the driver may know of others; `session.rs` carries the
+//! calls of clients to it, and actions both ways (`session_actions.rs`); [`process`] is the
+//! conversation with the daemon. [`plugin_file`] reads a plugin's descriptor from its file,
+//! without running it.
 //!
 //! The testkit uses the same [`Driver`], with a device that is a Rust value.
 

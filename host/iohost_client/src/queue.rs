@@ -18,12 +18,10 @@
 //! A loop that stops earlier, after some number of entries, has to come back by itself: with what
 //! is left in the queue there need not be another notification.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::time::Duration;
 
-use iohost_event::Poller;
-use iohost_memory::ring::{Consumer, Doorway, Peer, Producer, QueueError, WaitError};
+use iohost_memory::ring::{Consumer, Doorway, Producer, QueueError, WaitError};
 use smol::Async;
 
 /// The end into which a client puts entries for the driver.
@@ -49,26 +47,19 @@ pub struct QueueConsumer {
 #[derive(Debug)]
 pub(crate) struct Line {
     doorway: Doorway,
-    /// Bell and end of the connection as one descriptor.
-    readable: Poller,
-    /// The same for a task, once one has waited.
+    /// Its descriptor for a task, once one has waited.
     task: Option<Async<OwnedFd>>,
 }
 
 impl Line {
-    pub(crate) fn new(doorway: Doorway) -> io::Result<Self> {
-        let readable = Poller::new()?;
-        readable.watch_while_readable(&doorway.bell, 0)?;
-        if let Some(Peer::Process(end) | Peer::Connection(end)) = &doorway.peer {
-            readable.watch_for_end(end, 1)?;
-        }
-        Ok(Self { doorway, readable, task: None })
+    pub(crate) fn new(doorway: Doorway) -> Self {
+        Self { doorway, task: None }
     }
 
     /// Has a task wait until the descriptor is readable.
     async fn readable(&mut self) -> Result<(), WaitError> {
         if self.task.is_none() {
-            let descriptor = self.readable.as_fd().try_clone_to_owned();
+            let descriptor = self.doorway.as_fd().try_clone_to_owned();
             let watched = descriptor.and_then(Async::new_nonblocking);
             self.task = Some(watched.map_err(WaitError::Wait)?);
         }
@@ -78,7 +69,7 @@ impl Line {
 
     /// Takes the notification, so that the descriptor is readable for a later one only.
     fn quiet(&self) -> Result<(), WaitError> {
-        self.doorway.bell.clear().map(drop).map_err(WaitError::Wait)
+        self.doorway.bell().clear().map(drop).map_err(WaitError::Wait)
     }
 }
 
@@ -214,7 +205,7 @@ impl QueueConsumer {
 impl AsFd for QueueProducer {
     /// Readable when [`try_send`](Self::try_send) is worth another try, see [the module](self).
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.line.readable.as_fd()
+        self.line.doorway.as_fd()
     }
 }
 
@@ -222,7 +213,7 @@ impl AsFd for QueueConsumer {
     /// Readable when [`try_receive`](Self::try_receive) is worth another try, see
     /// [the module](self).
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.line.readable.as_fd()
+        self.line.doorway.as_fd()
     }
 }
 

@@ -174,7 +174,7 @@ impl Session {
         // The driver host has the other end of the session's socket, and the daemon keeps none:
         // its end is the driver host's end.
         let peer = Some(Peer::Connection(self.calls.duplicate()?));
-        Ok(Line::new(Doorway { bell, peer })?)
+        Ok(Line::new(Doorway::new(bell, peer)?))
     }
 }
 

@@ -1,13 +1,18 @@
 //! A driver's life, and its clients.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::OwnedFd;
+use std::sync::Mutex;
 
 use iohost_interface::{Arguments, IOReturn, ReplySink, ToClient, ToDriver};
-use iohost_memory::ring::{Bell, Consumer, Producer, Ring};
+use iohost_memory::ring::{Bell, Consumer, HangUp, Producer, Ring};
 
 use crate::data_queue::RingEnd;
 use crate::{ClientMemory, Error, IODispatchQueue, IOPCIDevice, Result, abi};
+
+/// Why the lock of the open sessions is never poisoned.
+const NO_PANIC: &str = "no foreign code runs under this lock";
 
 /// `IOService`: a driver.
 ///
@@ -99,6 +104,7 @@ pub type SessionId = u64;
 pub struct Session {
     id: SessionId,
     ends: Vec<Option<SessionEnds>>,
+    hang_up: HangUp,
 }
 
 /// What a data queue consists of, before one end of it is taken.
@@ -110,6 +116,10 @@ pub(crate) struct SessionEnds {
 }
 
 /// One end of a data queue, for [`IODataQueueDispatchSource`](crate::IODataQueueDispatchSource).
+///
+/// When the session is over, its client has closed it or has died. From then on, and before
+/// [`IOService::session_closed`], the end says [`QueueError::Offline`](crate::QueueError::Offline)
+/// once nothing is left to be read, or there is no room left.
 pub struct QueueEnd<End> {
     pub(crate) end: End,
     pub(crate) doorbell: OwnedFd,
@@ -127,7 +137,7 @@ impl Session {
     /// `IPC_ERROR` when its memory is not usable.
     pub fn consumer(&mut self, queue: ToDriver) -> Result<QueueEnd<Consumer>> {
         let ends = self.take(queue.0)?;
-        ends.end(|available, serviced| (serviced, available))
+        ends.end(&self.hang_up, |available, serviced| (serviced, available))
     }
 
     /// The driver's end of a queue that the client takes entries from. Once.
@@ -135,7 +145,7 @@ impl Session {
     /// Errors: as [`consumer`](Self::consumer).
     pub fn producer(&mut self, queue: ToClient) -> Result<QueueEnd<Producer>> {
         let ends = self.take(queue.0)?;
-        ends.end(|available, serviced| (available, serviced))
+        ends.end(&self.hang_up, |available, serviced| (available, serviced))
     }
 
     fn take(&mut self, place: usize) -> Result<SessionEnds> {
@@ -150,13 +160,15 @@ impl SessionEnds {
     /// `roles(available, serviced)`: which one this end rings, and which one rings for it.
     fn end<End: RingEnd>(
         self,
+        hang_up: &HangUp,
         roles: impl FnOnce(OwnedFd, OwnedFd) -> (OwnedFd, OwnedFd),
     ) -> Result<QueueEnd<End>> {
         let unusable = |err: &dyn fmt::Display| Error::new(IOReturn::IPC_ERROR, err.to_string());
         let (rings, doorbell) = roles(self.available, self.serviced);
         let ring =
             Ring::attach(self.memory, u64::from(self.bytes)).map_err(|err| unusable(&err))?;
-        let end = End::of(ring, Bell::from(rings)).map_err(|err| unusable(&err))?;
+        let end = End::of(ring.until(hang_up.clone()), Bell::from(rings))
+            .map_err(|err| unusable(&err))?;
         Ok(QueueEnd { end, doorbell })
     }
 }
@@ -188,6 +200,8 @@ pub trait Exported: IOService {
 /// A started driver, as the ABI holds it.
 pub(crate) struct Instance<D: Exported> {
     queue: IODispatchQueue<D>,
+    /// Of the sessions that are open.
+    hang_ups: Mutex<HashMap<SessionId, HangUp>>,
 }
 
 impl<D: Exported> Instance<D> {
@@ -195,7 +209,7 @@ impl<D: Exported> Instance<D> {
         let queue = IODispatchQueue::without_state(queue);
         let driver = D::start(IOPCIDevice::new(device), &queue)?;
         queue.replace_state(Some(driver));
-        Ok(Self { queue })
+        Ok(Self { queue, hang_ups: Mutex::default() })
     }
 
     pub(crate) fn queue(&self) -> &abi::Queue {
@@ -221,11 +235,16 @@ impl<D: Exported> Instance<D> {
     }
 
     pub(crate) fn session_opened(&self, session: u64, ends: Vec<Option<SessionEnds>>) -> i32 {
-        let session = Session { id: session, ends };
-        let opened = self.queue.enter(|driver| driver.session_opened(session));
+        let hang_up = HangUp::default();
+        let offered = Session { id: session, ends, hang_up: hang_up.clone() };
+        let opened = self.queue.enter(|driver| driver.session_opened(offered));
         let opened = opened.map_err(Error::from).flatten();
-        if let Err(err) = &opened {
-            log::warn!("session refused: {err}");
+        match &opened {
+            Ok(()) => drop(self.hang_ups.lock().expect(NO_PANIC).insert(session, hang_up)),
+            Err(err) => {
+                hang_up.set();
+                log::warn!("session refused: {err}");
+            }
         }
         IOReturn::code(&opened.map_err(|err| err.code()))
     }
@@ -247,6 +266,9 @@ impl<D: Exported> Instance<D> {
     }
 
     pub(crate) fn session_closed(&self, session: u64) {
+        if let Some(hang_up) = self.hang_ups.lock().expect(NO_PANIC).remove(&session) {
+            hang_up.set();
+        }
         let _ = self.queue.enter(|driver| driver.session_closed(session));
     }
 }

@@ -126,6 +126,8 @@ mod making;
 mod producer;
 mod spin;
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 #[cfg(not(loom))]
 use std::sync::atomic::{Ordering, fence};
 
@@ -150,9 +152,26 @@ pub use producer::{Batch, Producer, Slot};
 pub struct Ring {
     cells: Cells,
     capacity: u32,
+    hang_up: HangUp,
     /// What the loom model leaves out to see that it is missed.
     #[cfg(loom)]
     left_out: Option<Step>,
+}
+
+/// Whether the process at the other end is known to be gone. Clones are the same fact.
+#[derive(Debug, Clone, Default)]
+pub struct HangUp(Arc<AtomicBool>);
+
+impl HangUp {
+    /// It is gone: ends that know of this say [`QueueError::Offline`] where they would have said
+    /// `Overrun` or `Underrun`, and for ever from then on. What it published before is still read.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    fn is_set(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
 }
 
 /// Why an operation on a queue did nothing.
@@ -255,6 +274,11 @@ pub struct OutsidePayload {
 }
 
 impl Ring {
+    /// The same ring, whose ends in this process end with `hang_up`.
+    pub fn until(self, hang_up: HangUp) -> Self {
+        Self { hang_up, ..self }
+    }
+
     /// Bytes for entries, as both sides agreed.
     pub fn queue_byte_count(&self) -> u32 {
         self.capacity

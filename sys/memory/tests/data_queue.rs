@@ -439,7 +439,7 @@ fn a_batch_that_panics_publishes_nothing_and_gives_back_what_it_had_read() {
 #[test]
 fn a_consumer_that_waits_is_sent_nothing_until_it_was_told_underrun() {
     let mut queue = queue(64);
-    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
     queue.producer.enqueue(b"1").unwrap();
     assert_eq!(queue.available.take(), 1);
     queue.consumer.wait(&line, WATCHDOG).unwrap();
@@ -456,7 +456,7 @@ fn a_consumer_that_waits_is_sent_nothing_until_it_was_told_underrun() {
 #[test]
 fn a_consumer_whose_wait_timed_out_is_told_of_the_next_entry() {
     let mut queue = queue(64);
-    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
     queue.consumer.wait(&line, Duration::from_millis(1)).unwrap_err();
     queue.producer.enqueue(b"1").unwrap();
     assert_eq!(queue.available.take(), 1);
@@ -479,7 +479,7 @@ fn a_new_owner_of_an_end_is_told_although_the_old_one_was_awake() {
 #[test]
 fn a_producer_that_waits_for_room_is_sent_nothing_until_it_was_refused() {
     let mut queue = queue(16);
-    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
     queue.fill();
     queue.dequeue().unwrap();
     assert_eq!(queue.serviced.take(), 1);
@@ -812,7 +812,7 @@ fn an_end_that_was_set_offline_says_so_for_ever() {
 #[test]
 fn waiting_on_an_empty_queue_times_out_and_says_how_long_it_was() {
     let mut queue = queue(64);
-    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
     let err = queue.consumer.wait(&line, Duration::from_millis(1)).unwrap_err();
     assert_eq!(err.to_string(), "nothing came from the other end of the queue within 1ms");
 }
@@ -822,7 +822,7 @@ fn a_waiting_consumer_gets_what_was_published_before_its_peer_went_and_then_offl
     let mut queue = queue(64);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let peer = Some(Peer::Connection(ours.into()));
-    let line = Doorway { bell: Bell::new().unwrap(), peer };
+    let line = Doorway::new(Bell::new().unwrap(), peer).unwrap();
     queue.producer.enqueue(b"last").unwrap();
     drop(theirs);
     queue.consumer.wait(&line, WATCHDOG).unwrap();
@@ -838,7 +838,7 @@ fn a_producer_that_waits_for_room_learns_that_its_peer_went() {
     queue.fill();
     let (ours, theirs) = UnixStream::pair().unwrap();
     let peer = Some(Peer::Connection(ours.into()));
-    let line = Doorway { bell: Bell::new().unwrap(), peer };
+    let line = Doorway::new(Bell::new().unwrap(), peer).unwrap();
     drop(theirs);
     let err = queue.producer.wait_for_room(4, &line, WATCHDOG).unwrap_err();
     assert!(matches!(err, WaitError::Queue(QueueError::Offline)));
@@ -850,7 +850,7 @@ fn a_producer_does_not_wait_for_room_that_can_never_come() {
     let mut queue = queue(16);
     queue.producer.enqueue(&[0; 4]).unwrap();
     queue.dequeue().unwrap();
-    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
     // Empty, and refused all the same: nothing that the consumer does will help.
     let err = queue.producer.wait_for_room(8, &line, WATCHDOG).unwrap_err();
     let too_large = QueueError::MessageTooLarge { size: 8, queue_byte_count: 16 };
@@ -861,7 +861,7 @@ fn a_producer_does_not_wait_for_room_that_can_never_come() {
 fn a_producer_that_waits_is_woken_by_a_consumer_that_finds_nothing_left() {
     let mut queue = queue(16);
     queue.fill();
-    let line = Doorway { bell: Bell::new().unwrap(), peer: None };
+    let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
     queue.dequeue().unwrap();
     queue.dequeue().unwrap();
     queue.serviced.take();

@@ -19,8 +19,8 @@ fn ends(queue_byte_count: u64) -> (Producer, Doorway, Consumer, Doorway) {
     let descriptor = ours.memory().as_fd().try_clone_to_owned().unwrap();
     let theirs = Ring::attach(descriptor, queue_byte_count).unwrap();
     let (available, serviced) = (Bell::new().unwrap(), Bell::new().unwrap());
-    let until_available = Doorway { bell: available.try_clone().unwrap(), peer: None };
-    let until_serviced = Doorway { bell: serviced.try_clone().unwrap(), peer: None };
+    let until_available = Doorway::new(available.try_clone().unwrap(), None).unwrap();
+    let until_serviced = Doorway::new(serviced.try_clone().unwrap(), None).unwrap();
     let producer = Producer::new(ours, available).unwrap();
     let consumer = Consumer::new(theirs, serviced).unwrap();
     (producer, until_serviced, consumer, until_available)

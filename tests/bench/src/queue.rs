@@ -443,12 +443,12 @@ struct Parts {
 impl Queues {
     fn new(to: Parts, from: Parts, socket: Packets) -> Result<Self> {
         let socket = OwnedFd::from(socket);
-        let doorway = |bell, socket| Doorway { bell, peer: Some(Peer::Connection(socket)) };
+        let doorway = |bell, socket| Doorway::new(bell, Some(Peer::Connection(socket)));
         Ok(Self {
             producer: Producer::new(to.ring, to.available)?,
-            serviced: doorway(to.serviced, socket.try_clone()?),
+            serviced: doorway(to.serviced, socket.try_clone()?)?,
             consumer: Consumer::new(from.ring, from.serviced)?,
-            available: doorway(from.available, socket),
+            available: doorway(from.available, socket)?,
             entry: Vec::new(),
         })
     }

@@ -174,6 +174,11 @@ impl Timer {
 
     /// The queue it is on now; a new one if that was cancelled, or the timer was.
     pub fn subject(&self, world: &Arc<World>) -> Arc<Subject> {
+        self.going_on(world).subject.clone()
+    }
+
+    /// A life that was not cancelled, and is not while the caller has it.
+    fn going_on(&self, world: &Arc<World>) -> MutexGuard<'_, TimerLife> {
         let mut life = self.life();
         if life.cancelled || life.subject.is_over() {
             let subject = world.subject(life.subject.rank);
@@ -181,13 +186,12 @@ impl Timer {
             let weak = Arc::downgrade(world);
             *life = TimerLife::new(&weak, self.number, self.exact, &subject, rng);
         }
-        life.subject.clone()
+        life
     }
 
     /// From anywhere.
     pub fn operate(&self, world: &Arc<World>, lane: &Lane, rng: &mut Rng) {
-        self.subject(world);
-        self.life().operate(lane.begins("timer"), rng);
+        self.going_on(world).operate(lane.begins("timer"), rng);
     }
 
     /// In a block of its queue.

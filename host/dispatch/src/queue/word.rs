@@ -8,7 +8,8 @@
 //!    └────────────────▶ RUNNING ◀────────┘
 //! ```
 //!
-//! 1. [`schedule`](Word::schedule): work was announced; the queue joins the engine's ready list.
+//! 1. [`announce`](Word::announce), [`schedule`](Word::schedule): there is something to run; the
+//!    queue joins the engine's ready list.
 //! 2. [`start`](Word::start): a worker took it from the list.
 //! 3. [`end_if_quiet`](Word::end_if_quiet), [`end`](Word::end): nothing is announced.
 //! 4. [`take_if_idle`](Word::take_if_idle): the caller's own thread runs, without a hop, in one
@@ -37,21 +38,32 @@ const SHARED: u32 = 1 << 4;
 #[derive(Debug, Default)]
 pub(super) struct Word(AtomicU32);
 
+fn is_free(word: u32) -> bool {
+    word & STAGE == IDLE || !takes(Step::ScheduleOnlyIdle)
+}
+
+fn scheduled(word: u32) -> u32 {
+    (word & !STAGE) | SCHEDULED
+}
+
 impl Word {
-    /// Sets `PENDING`. `false` when it was set: whoever did that sees to it. Under the inbox's
-    /// lock, so that it is not cleared meanwhile.
+    /// Sets `PENDING`, and goes from `IDLE` to `SCHEDULED`. `true`: the caller puts the queue on the
+    /// ready list. When `PENDING` was set, whoever did that sees to it. Under the inbox's lock, so
+    /// that it is not cleared meanwhile.
     #[inline]
     pub fn announce(&self) -> bool {
-        takes(Step::Announce)
-            && !self.is_pending()
-            && self.0.fetch_or(PENDING, AcqRel) & PENDING == 0
+        if !takes(Step::Announce) {
+            return false;
+        }
+        let pending = |word| if is_free(word) { scheduled(word) } else { word } | PENDING;
+        let announced = |word| (word & PENDING == 0).then(|| pending(word));
+        self.0.fetch_update(AcqRel, Relaxed, announced).is_ok_and(is_free)
     }
 
     /// From `IDLE` to `SCHEDULED`. `true`: the caller puts the queue on the ready list.
     pub fn schedule(&self) -> bool {
-        let free = |word| word & STAGE == IDLE || !takes(Step::ScheduleOnlyIdle);
-        let scheduled = |word| free(word).then_some((word & !STAGE) | SCHEDULED);
-        self.0.fetch_update(AcqRel, Acquire, scheduled).is_ok()
+        let next = |word| is_free(word).then(|| scheduled(word));
+        self.0.fetch_update(AcqRel, Acquire, next).is_ok()
     }
 
     /// From `IDLE` without any flag to `RUNNING`.

@@ -144,8 +144,8 @@ fn echo(rings: Vec<(Ring, Bell, Bell)>, hang_up: OwnedFd) {
     let [(up, up_available, up_serviced), (down, down_available, down_serviced)] =
         <[_; 2]>::try_from(rings).unwrap();
     let peer = || Some(Peer::Connection(hang_up.try_clone().unwrap()));
-    let available = Doorway { bell: up_available, peer: peer() };
-    let serviced = Doorway { bell: down_serviced, peer: peer() };
+    let available = Doorway::new(up_available, peer()).unwrap();
+    let serviced = Doorway::new(down_serviced, peer()).unwrap();
     let mut upload = Consumer::new(up, up_serviced).unwrap();
     let mut download = Producer::new(down, down_available).unwrap();
     let mut entry = Vec::new();

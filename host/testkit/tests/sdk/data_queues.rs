@@ -360,3 +360,21 @@ fn a_session_that_is_closed_is_told_to_the_driver_once_and_later() {
     assert!(bench.seen.take().is_empty());
     assert_eq!(bench.settled(), [format!("session {number} closed")]);
 }
+
+#[test]
+fn the_drivers_ends_of_a_session_that_is_over_say_offline_once_what_was_sent_is_read() {
+    let mut bench = Bench::new();
+    let mut queues = open(&mut bench);
+    let (mut up, mut down) = (available(&bench, &mut queues), serviced(&bench, &mut queues));
+    let mut entry = Vec::new();
+    queues.upload.enqueue(b"last words").unwrap();
+    bench.rig.close_session(queues.client);
+    bench.settled();
+    up.dequeue(&mut entry).unwrap();
+    assert_eq!(entry, b"last words");
+    assert_eq!(up.dequeue(&mut entry), Err(QueueError::Offline));
+    assert_eq!(up.dequeue(&mut entry), Err(QueueError::Offline), "for ever");
+    // Nobody takes anything from here any more, so there is no room at some time.
+    let refusal = std::iter::repeat_with(|| down.enqueue(b"to nobody")).find_map(Result::err);
+    assert_eq!(refusal, Some(QueueError::Offline));
+}

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use iohost_event::{Poller, Ready};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, ppoll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -189,50 +190,83 @@ pub enum Peer {
 }
 
 impl Peer {
-    fn poll_fd(&self) -> PollFd<'_> {
+    fn watch(&self, watched: &Poller) -> io::Result<()> {
         match self {
-            Self::Process(fd) => PollFd::new(fd.as_fd(), PollFlags::POLLIN),
-            // POLLHUP needs no asking; it says that both directions are closed.
-            Self::Connection(fd) => {
-                PollFd::new(fd.as_fd(), PollFlags::from_bits_retain(libc::POLLRDHUP))
+            Self::Process(fd) => watched.watch_while_readable(fd, GONE),
+            Self::Connection(fd) => watched.watch_for_end(fd, GONE),
+        }
+    }
+}
+
+/// Where a client without a dispatch engine waits: for the bell that rings for it, and for the end
+/// of its peer. Its descriptor is readable while there is something to wait no longer for.
+#[derive(Debug)]
+pub struct Doorway {
+    bell: Bell,
+    _peer: Option<Peer>,
+    /// A wait is one system call: the set reports each ring once, also if nobody reads the bell.
+    watched: Poller,
+}
+
+const RUNG: u64 = 0;
+const GONE: u64 = 1;
+
+impl Doorway {
+    /// `bell` is rung by the other end. Without `peer` one that died looks like one that is silent.
+    ///
+    /// Errors: what `epoll_ctl(2)` says of a descriptor that cannot be waited for, or when this
+    /// process has no more descriptors.
+    pub fn new(bell: Bell, peer: Option<Peer>) -> io::Result<Self> {
+        let watched = Poller::new()?;
+        watched.watch(&bell, RUNG)?;
+        if let Some(peer) = &peer {
+            peer.watch(&watched)?;
+        }
+        Ok(Self { bell, _peer: peer, watched })
+    }
+
+    /// What the other end rings.
+    pub fn bell(&self) -> &Bell {
+        &self.bell
+    }
+
+    /// Sleeps until there is something to report. `false` when the deadline passed before. The
+    /// kernel's wait for reports knows milliseconds only.
+    fn sleep_until(&self, deadline: Instant) -> io::Result<bool> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut watched = [PollFd::new(self.watched.as_fd(), PollFlags::POLLIN)];
+        match ppoll(&mut watched, Some(TimeSpec::from(left)), None) {
+            Ok(0) => Ok(false),
+            Ok(_) | Err(Errno::EINTR) => Ok(!left.is_zero()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+impl Wait for Doorway {
+    fn wait(&self, deadline: Option<Instant>) -> io::Result<Wake> {
+        let mut reports = Ready::new(2);
+        loop {
+            let in_time = deadline.map_or(Ok(true), |deadline| self.sleep_until(deadline))?;
+            let timeout = deadline.map(|_| Duration::ZERO);
+            self.watched.wait(&mut reports, timeout)?;
+            // A notification comes before a hang-up: what was sent before the end still counts.
+            if reports.tokens().any(|token| token == RUNG) {
+                return Ok(if in_time { Wake::Rung } else { Wake::TimedOut });
+            }
+            if reports.tokens().any(|token| token == GONE) {
+                return Ok(Wake::HungUp);
+            }
+            if !in_time {
+                return Ok(Wake::TimedOut);
             }
         }
     }
 }
 
-/// Where a client without a dispatch engine waits: the bell that rings for it, and what tells that
-/// its peer is gone.
-#[derive(Debug)]
-pub struct Doorway {
-    /// Rung by the other end.
-    pub bell: Bell,
-    /// Without it, a peer that died looks like one that is silent.
-    pub peer: Option<Peer>,
-}
-
-impl Wait for Doorway {
-    fn wait(&self, deadline: Option<Instant>) -> io::Result<Wake> {
-        loop {
-            let left = deadline.map(|at| at.saturating_duration_since(Instant::now()));
-            let bell = PollFd::new(self.bell.as_fd(), PollFlags::POLLIN);
-            let peer = self.peer.as_ref().map(Peer::poll_fd);
-            let count = if peer.is_some() { 2 } else { 1 };
-            let mut watched = [bell.clone(), peer.unwrap_or(bell)];
-            match ppoll(&mut watched[..count], left.map(TimeSpec::from), None) {
-                Ok(0) => return Ok(Wake::TimedOut),
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(errno) => return Err(errno.into()),
-            }
-            // `None` is an event that the `nix` crate has no name for, POLLRDHUP for one.
-            let [is_rung, is_gone] = watched.map(|fd| fd.any().unwrap_or(true));
-            // A notification comes before a hang-up: what was sent before the end still counts.
-            if is_rung && self.bell.clear()? {
-                return Ok(if left == Some(Duration::ZERO) { Wake::TimedOut } else { Wake::Rung });
-            }
-            if !is_rung && count == 2 && is_gone {
-                return Ok(Wake::HungUp);
-            }
-        }
+impl AsFd for Doorway {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.watched.as_fd()
     }
 }
 
@@ -279,10 +313,10 @@ mod tests {
 
     #[test]
     fn a_peer_that_rings_without_end_does_not_keep_a_waiter_past_its_time() {
-        let line = Doorway { bell: Bell::new().unwrap(), peer: None };
-        line.bell.ring().unwrap();
+        let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
+        line.bell().ring().unwrap();
         assert_eq!(line.wait(deadline()).unwrap(), Wake::Rung, "in time");
-        line.bell.ring().unwrap();
+        line.bell().ring().unwrap();
         assert_eq!(line.wait(Some(Instant::now())).unwrap(), Wake::TimedOut, "too late");
     }
 
@@ -297,8 +331,8 @@ mod tests {
     fn a_notification_comes_before_a_hang_up() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let peer = Some(Peer::Connection(ours.into()));
-        let line = Doorway { bell: Bell::new().unwrap(), peer };
-        line.bell.ring().unwrap();
+        let line = Doorway::new(Bell::new().unwrap(), peer).unwrap();
+        line.bell().ring().unwrap();
         drop(theirs);
         assert_eq!(line.wait(deadline()).unwrap(), Wake::Rung);
         assert_eq!(line.wait(deadline()).unwrap(), Wake::HungUp);
@@ -309,7 +343,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         io::Write::write_all(&mut theirs, b"unrelated").unwrap();
         let peer = Some(Peer::Connection(ours.into()));
-        let line = Doorway { bell: Bell::new().unwrap(), peer };
+        let line = Doorway::new(Bell::new().unwrap(), peer).unwrap();
         assert_eq!(line.wait(Some(Instant::now())).unwrap(), Wake::TimedOut);
     }
 
@@ -321,7 +355,7 @@ mod tests {
         let fd = Errno::result(fd).unwrap() as i32;
         // SAFETY: the kernel has just made it, and nobody else knows it.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let line = Doorway { bell: Bell::new().unwrap(), peer: Some(Peer::Process(fd)) };
+        let line = Doorway::new(Bell::new().unwrap(), Some(Peer::Process(fd))).unwrap();
         assert_eq!(line.wait(Some(Instant::now())).unwrap(), Wake::TimedOut, "still there");
         drop(child.stdin.take());
         assert_eq!(line.wait(deadline()).unwrap(), Wake::HungUp);

@@ -171,7 +171,12 @@ impl<N: Notify> Consumer<N> {
     /// without the look that comes before an `Underrun`.
     #[inline]
     pub fn is_data_available(&self) -> bool {
-        self.ring.cells.tail().load(Relaxed) != self.head
+        let available = self.ring.cells.tail().load(Relaxed) != self.head;
+        if !available {
+            // So that it comes together with the tail at the next look.
+            self.ring.cells.will_read(self.head);
+        }
+        available
     }
 
     /// Sends DataServiced, as owed after a coalesced batch, and takes the producer's request for
@@ -307,13 +312,19 @@ impl<N: Notify> Consumer<N> {
             return Ok(());
         }
         self.stop_being_awake();
+        // Before the last look: what the other end published before it went is to be read.
+        let hung_up = self.ring.hang_up.is_set();
         // [bell], [awake]: this end has published that it is here, and that it is not awake. A
         // producer that does not see it has published before the look that follows.
         self.ring.fence_before_look(Step::FenceAfterHead);
         if self.ring.takes(Step::LookBeforeSleep) {
             self.look_at_tail()?;
         }
-        if self.head == self.tail { Err(QueueError::Underrun) } else { Ok(()) }
+        match self.head == self.tail {
+            true if hung_up => Err(self.life.end(QueueError::Offline)),
+            true => Err(QueueError::Underrun),
+            false => Ok(()),
+        }
     }
 
     /// Gives everything up to the head back to the producer.

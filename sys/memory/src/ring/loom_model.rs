@@ -15,7 +15,7 @@ use loom::sync::{Condvar, Mutex};
 use loom::thread;
 
 use super::cells::Cells;
-use super::{Consumer, Notify, Producer, QueueError, Ring, Step, Wait, Wake};
+use super::{Consumer, HangUp, Notify, Producer, QueueError, Ring, Step, Wait, Wake};
 
 const ENDLESS: Duration = Duration::MAX;
 
@@ -66,7 +66,8 @@ fn explore_within(
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = Some(bound);
     builder.check(move || {
-        let ring = Ring { cells: Cells::new(capacity), capacity, left_out };
+        let hang_up = HangUp::default();
+        let ring = Ring { cells: Cells::new(capacity), capacity, hang_up, left_out };
         let (available, serviced) = (Arc::new(Bell::default()), Arc::new(Bell::default()));
         let producer = Producer::new(ring.clone(), available.clone()).unwrap();
         let consumer = Consumer::new(ring, serviced.clone()).unwrap();

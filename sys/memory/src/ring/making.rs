@@ -5,9 +5,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use super::Ring;
 use super::cells::Cells;
 use super::layout::{ALIGNMENT, MAX_QUEUE_BYTE_COUNT, MEMORY_HEADER_SIZE};
+use super::{HangUp, Ring};
 use crate::{AttachError, SharedMemory};
 
 impl Ring {
@@ -44,7 +44,8 @@ impl Ring {
             let (queue_byte_count, actual) = (capacity, memory.len());
             return Err(RingError::WrongLength { queue_byte_count, expected, actual });
         }
-        Ok(Self { cells: Cells::new(memory, capacity), capacity })
+        let cells = Cells::new(memory, capacity);
+        Ok(Self { cells, capacity, hang_up: HangUp::default() })
     }
 
     /// The memory, to hand its descriptor to the other side.

@@ -85,7 +85,8 @@ impl<N: Notify> Producer<N> {
         size: usize,
         fill: impl FnOnce(&mut Slot<'_>) -> R,
     ) -> Result<R, QueueError> {
-        let mut send = false;
+        // With nobody to tell, no look is needed at whether to tell.
+        let mut send = !self.data_available.is_installed();
         let result = self.enqueue_with_coalesce(size, &mut send, fill);
         if send {
             self.send_data_available();
@@ -290,6 +291,9 @@ impl<N: Notify> Producer<N> {
 
     #[cold]
     fn refuse(&mut self, size: usize, send: &mut bool) -> QueueError {
+        if self.ring.hang_up.is_set() {
+            return self.life.end(QueueError::Offline);
+        }
         self.stop_being_awake();
         self.ask_for_service();
         *send |= self.ring.takes(Step::WakeWhenRefused);

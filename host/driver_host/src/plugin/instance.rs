@@ -1,0 +1,107 @@
+//! A started driver: what the host calls in it.
+
+use std::ffi::c_void;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+
+use iohost_driver_abi::{ClientMemory, DriverEntry, SessionInfo};
+use iohost_interface::{Arguments, IOReturn, ReplySink};
+
+use super::session::{ReplyObject, lent};
+
+/// What a driver's `start` made. All but the drop runs on the driver's default queue.
+pub(crate) struct Instance {
+    pub(super) entry: DriverEntry,
+    pub(super) instance: *mut c_void,
+}
+
+// SAFETY: the ABI ties the instance's functions to the default queue, not to a thread, and
+// `release` to none.
+unsafe impl Send for Instance {}
+
+/// A data queue of a session, to be given to the driver.
+#[derive(Debug)]
+pub struct SessionQueue {
+    /// Bytes of the ring.
+    pub bytes: u32,
+    /// The memory file.
+    pub memory: OwnedFd,
+    /// The eventfd that says "data available".
+    pub available: OwnedFd,
+    /// The eventfd that says "data serviced".
+    pub serviced: OwnedFd,
+}
+
+impl Instance {
+    pub(crate) fn stop(&self) {
+        // SAFETY: contract 1, with the instance that `start` made and that is not released.
+        unsafe { (self.entry.stop)(self.instance) }
+    }
+
+    pub(crate) fn call(
+        &self,
+        session: u64,
+        selector: u64,
+        arguments: &Arguments,
+        sink: Box<dyn ReplySink>,
+    ) {
+        let passed = arguments.actions.clone();
+        let arguments = lent(arguments);
+        let reply = Box::into_raw(Box::new(ReplyObject { sink, passed, given: Vec::new() }));
+        // SAFETY: as in `stop`; the arguments live for the call, the reply is given away.
+        unsafe {
+            (self.entry.call)(self.instance, session, selector, &raw const arguments, reply.cast());
+        }
+    }
+
+    pub(crate) fn session_opened(
+        &self,
+        session: u64,
+        queues: Vec<SessionQueue>,
+    ) -> Result<(), IOReturn> {
+        let queues: Vec<_> = queues
+            .into_iter()
+            .map(|queue| iohost_driver_abi::SessionQueue {
+                bytes: queue.bytes,
+                memory: queue.memory.into_raw_fd(),
+                available: queue.available.into_raw_fd(),
+                serviced: queue.serviced.into_raw_fd(),
+            })
+            .collect();
+        let info = SessionInfo { session, queues: queues.as_ptr(), queue_count: queues.len() };
+        // SAFETY: as in `stop`; the info lives for the call, its descriptors are given away.
+        let status = unsafe { (self.entry.session_opened)(self.instance, &raw const info) };
+        IOReturn(status).result()
+    }
+
+    pub(crate) fn session_closed(&self, session: u64) {
+        // SAFETY: as in `stop`.
+        unsafe { (self.entry.session_closed)(self.instance, session) }
+    }
+
+    /// A memory file for a client, and whether it may only read.
+    pub(crate) fn copy_client_memory(
+        &self,
+        session: u64,
+        memory_type: u64,
+    ) -> Result<(OwnedFd, bool), IOReturn> {
+        let mut memory = ClientMemory { fd: -1, options: 0 };
+        // SAFETY: as in `stop`; the place is ours for the call.
+        let status = unsafe {
+            (self.entry.copy_client_memory)(self.instance, session, memory_type, &raw mut memory)
+        };
+        IOReturn(status).result()?;
+        if memory.fd < 0 {
+            return Err(IOReturn::INTERNAL_ERROR);
+        }
+        // SAFETY: contract 6.
+        let file = unsafe { OwnedFd::from_raw_fd(memory.fd) };
+        Ok((file, memory.options & 1 != 0))
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        // SAFETY: as in `stop`; this is the one release, after which the pointer is gone.
+        unsafe { (self.entry.release)(self.instance) }
+    }
+}

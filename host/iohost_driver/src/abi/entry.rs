@@ -1,0 +1,223 @@
+//! A driver's descriptor, and the functions in it that the host calls.
+
+use std::ffi::c_void;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::slice;
+
+use iohost_driver_abi::{
+    ABI_VERSION, CallArguments, ClientMemory, DescriptorHeader, DriverDescriptor, DriverEntry,
+    HostDevice, HostQueue, HostReply, HostTable, MAGIC, MOST_PERSONALITIES, NAME_BYTES,
+    Personality, SessionInfo,
+};
+use iohost_interface::IOReturn;
+
+use super::Tables;
+use super::callback::guarded;
+use super::device::Device;
+use super::queue::Queue;
+use super::session::{HostSink, copied};
+use crate::service::{Exported, Instance, SessionEnds};
+
+/// The descriptor of a driver, for `export_driver!`.
+pub const fn descriptor<D: Exported>(
+    name: &'static str,
+    built_with: &'static str,
+) -> DriverDescriptor {
+    let mut personalities = [NO_DEVICE; MOST_PERSONALITIES];
+    let count = D::PERSONALITIES.len();
+    assert!(count > 0, "a driver without a personality matches no device");
+    assert!(count <= MOST_PERSONALITIES, "too many personalities");
+    let mut index = 0;
+    while index < count {
+        personalities[index] = D::PERSONALITIES[index].for_abi();
+        index += 1;
+    }
+    DriverDescriptor {
+        header: DescriptorHeader {
+            magic: MAGIC,
+            abi_version: ABI_VERSION,
+            size: size_of::<DriverDescriptor>() as u32,
+            name: padded(name),
+            built_with: padded(built_with),
+            personality_count: count as u32,
+            reserved: 0,
+            personalities,
+        },
+        entry: DriverEntry {
+            start: start::<D>,
+            stop: stop::<D>,
+            release: release::<D>,
+            describe: describe::<D>,
+            call: call::<D>,
+            session_opened: session_opened::<D>,
+            session_closed: session_closed::<D>,
+            copy_client_memory: copy_client_memory::<D>,
+        },
+    }
+}
+
+const NO_DEVICE: Personality = Personality {
+    primary: 0,
+    primary_mask: 0,
+    subsystem: 0,
+    subsystem_mask: 0,
+    class: 0,
+    class_mask: 0,
+};
+
+const fn padded(text: &str) -> [u8; NAME_BYTES] {
+    assert!(text.len() < NAME_BYTES, "a name of at most 63 bytes");
+    let mut padded = [0; NAME_BYTES];
+    let mut index = 0;
+    while index < text.len() {
+        padded[index] = text.as_bytes()[index];
+        index += 1;
+    }
+    padded
+}
+
+pub(super) unsafe extern "C" fn start<D: Exported>(
+    host: *const HostTable,
+    device: *mut HostDevice,
+    queue: *mut HostQueue,
+    instance: *mut *mut c_void,
+) -> i32 {
+    // SAFETY: contract 1.
+    if let Err(status) = unsafe { Tables::set(host) } {
+        return status.0;
+    }
+    // SAFETY: contract 2; both are borrowed for the call, and the wrappers take references.
+    let queue = unsafe { Queue::borrowed(queue) };
+    // SAFETY: the same.
+    let device = unsafe { Device::borrowed(device) };
+    let failing = queue.clone();
+    match guarded(|| Instance::<D>::start(device, queue)) {
+        Ok(Ok(started)) => {
+            let started = Box::into_raw(Box::new(started));
+            // SAFETY: the host's out-parameter, valid for the call.
+            unsafe { instance.write(started.cast()) };
+            0
+        }
+        Ok(Err(err)) => {
+            failing.failed(&err.to_string());
+            err.code().0
+        }
+        Err(panic) => {
+            failing.failed(&panic);
+            IOReturn::INTERNAL_ERROR.0
+        }
+    }
+}
+
+pub(super) unsafe extern "C" fn stop<D: Exported>(instance: *mut c_void) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    instance.guarded(|| instance.stop());
+}
+
+pub(super) unsafe extern "C" fn release<D: Exported>(instance: *mut c_void) {
+    // SAFETY: contract 4: made by `start` with `Box::into_raw`, and given back once.
+    let instance = unsafe { Box::from_raw(instance.cast::<Instance<D>>()) };
+    // A destructor of the driver may panic, and there is no driver left to be failed by it.
+    let _ = guarded(move || drop(instance));
+}
+
+unsafe extern "C" fn describe<D: Exported>(
+    sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+    context: *mut c_void,
+) {
+    if let Ok(Some(text)) = guarded(D::description) {
+        // SAFETY: the text lives for the call, and the sink is the host's with its context.
+        unsafe { sink(context, text.as_ptr(), text.len()) };
+    }
+}
+
+pub(super) unsafe extern "C" fn call<D: Exported>(
+    instance: *mut c_void,
+    session: u64,
+    selector: u64,
+    arguments: *const CallArguments,
+    reply: *mut HostReply,
+) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    // SAFETY: contract 5.
+    let mut arguments = unsafe { copied(arguments) };
+    // Made first: whatever happens, its drop answers the caller.
+    let sink = Box::new(HostSink { reply });
+    arguments.actions = sink.passed();
+    instance.guarded(|| instance.call(session, selector, arguments, sink));
+}
+
+pub(super) unsafe extern "C" fn session_opened<D: Exported>(
+    instance: *mut c_void,
+    session: *const SessionInfo,
+) -> i32 {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    // SAFETY: contract 5: valid for the call.
+    let session = unsafe { session.read() };
+    let queues = match session.queue_count {
+        0 => &[][..],
+        // SAFETY: contract 5, and not empty, so the pointer is one.
+        count => unsafe { slice::from_raw_parts(session.queues, count) },
+    };
+    // First of all own what was given, so that every way out closes it.
+    let owned = |fd| {
+        // SAFETY: contract 5: an open descriptor that is ours.
+        unsafe { OwnedFd::from_raw_fd(fd) }
+    };
+    let ends = queues.iter().map(|queue| SessionEnds {
+        bytes: queue.bytes,
+        memory: owned(queue.memory),
+        available: owned(queue.available),
+        serviced: owned(queue.serviced),
+    });
+    let ends = ends.map(Some).collect();
+    let mut status = IOReturn::INTERNAL_ERROR.0;
+    instance.guarded(|| status = instance.session_opened(session.session, ends));
+    status
+}
+
+pub(super) unsafe extern "C" fn session_closed<D: Exported>(instance: *mut c_void, session: u64) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    instance.guarded(|| instance.session_closed(session));
+}
+
+pub(super) unsafe extern "C" fn copy_client_memory<D: Exported>(
+    instance: *mut c_void,
+    session: u64,
+    memory_type: u64,
+    memory: *mut ClientMemory,
+) -> i32 {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    let mut copied = Err(IOReturn::INTERNAL_ERROR);
+    instance.guarded(|| copied = instance.copy_client_memory(session, memory_type));
+    match copied {
+        Ok(copied) => {
+            // SAFETY: the host's out-parameter, valid for the call.
+            unsafe { memory.write(copied) };
+            0
+        }
+        Err(status) => status.0,
+    }
+}
+
+impl<D: Exported> Instance<D> {
+    /// # Safety
+    ///
+    /// Contract 4 holds for `instance`, and it is used for the call only.
+    unsafe fn of<'a>(instance: *mut c_void) -> &'a Self {
+        // SAFETY: made by `start` from a `Box<Instance<D>>` and not yet released; shared
+        // references only are ever made from it.
+        unsafe { &*instance.cast::<Self>() }
+    }
+
+    fn guarded(&self, code: impl FnOnce()) {
+        if let Err(panic) = guarded(code) {
+            self.queue().failed(&panic);
+        }
+    }
+}
