@@ -201,7 +201,6 @@ impl Binder {
             let record = self.journal.read(function)?;
             let undo = record.as_ref().and_then(|record| record.undo.as_ref());
             if let Some(taken_for) = undo.map(|undo| undo.taken_for).filter(|t| *t != address) {
-                // For another function: whose process lives, or it would have been finished.
                 return Err(PciError::TakenWith { address: function, taken_for });
             }
             let former = before_us(present, undo);
