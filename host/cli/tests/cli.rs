@@ -81,7 +81,7 @@ fn a_mistake_in_the_configuration_is_exit_code_two_with_file_line_and_key() {
     assert_eq!(
         error(&output),
         format!(
-            "iohost: {}:3: unknown key `adress`\n  next: did you mean `address`?\n",
+            "iohost: {}:3: unknown key `adress`\n  next: did you mean `address`?\n  more: iohost explain config\n",
             config.display()
         )
     );

@@ -166,15 +166,21 @@ impl Sysfs {
                 disks.push((disk, uses.len() > before));
             }
         }
-        for (disk, is_used) in &disks {
-            // A disk is held where one of its partitions is, and that says less.
-            let is_explained = |(other, is_used): &(Disk, bool)| {
-                *is_used && other.folder.starts_with(&disk.folder)
-            };
-            if !is_used && !disks.iter().any(is_explained) && (self.is_held)(&disk.node) {
-                uses.push(Use::Held { device: disk.node.clone() });
+        // Partitions before their disks: a disk is held where one of its partitions is or is used,
+        // and that says less.
+        disks.sort_by(|(a, _), (b, _)| b.folder.cmp(&a.folder));
+        let mut used: Vec<PathBuf> = Vec::new();
+        let mut held = Vec::new();
+        for (disk, is_used) in disks {
+            let is_explained = is_used || used.iter().any(|other| other.starts_with(&disk.folder));
+            if !is_explained && (self.is_held)(&disk.node) {
+                held.push(Use::Held { device: disk.node });
+                used.push(disk.folder);
+            } else if is_used {
+                used.push(disk.folder);
             }
         }
+        uses.extend(held.into_iter().rev());
         Ok(())
     }
 
@@ -434,6 +440,7 @@ mod tests {
     #[test]
     fn a_disk_that_the_kernel_does_not_give_away_is_held() {
         let tree = tree();
+        tree.add_disk(NVME, "nvme/nvme0/nvme0n1/nvme0n1p3", "259:3");
         let mut sysfs = tree.sysfs();
         sysfs.is_held = |node| node != Path::new("/dev/nvme0n1p2");
         let uses = |sysfs: &Sysfs| {
@@ -443,12 +450,20 @@ mod tests {
         assert_eq!(
             uses(&sysfs),
             [
-                "/dev/nvme0n1 is held by a mount elsewhere or another program",
                 "/dev/nvme0n1p1 is held by a mount elsewhere or another program",
-            ]
+                "/dev/nvme0n1p3 is held by a mount elsewhere or another program",
+            ],
+            "and the whole disk, which says less"
         );
         tree.mount("259:1", "/dev/nvme0n1p1", "/");
-        assert_eq!(uses(&sysfs), ["/dev/nvme0n1p1 is mounted on /"], "what is known explains it");
+        assert_eq!(
+            uses(&sysfs),
+            [
+                "/dev/nvme0n1p1 is mounted on /",
+                "/dev/nvme0n1p3 is held by a mount elsewhere or another program",
+            ],
+            "what is known explains it"
+        );
     }
 
     #[test]

@@ -26,6 +26,11 @@ status() {
         sed -n "s/.*\"$1\":\"\{0,1\}\([^\",}]*\).*/\1/p"
 }
 
+# Whether the daemon answers and nothing is under way. Its answer is in /tmp/status.json.
+is_settled() {
+    iohost status --json >/tmp/status.json && ! grep -q '"state":"\(starting\|stopping\|restarting\)"' /tmp/status.json
+}
+
 # Whether the driver runs.
 is_ready() {
     [ "$(status state)" = ready ] || [ "$(status state)" = running ]

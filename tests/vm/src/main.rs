@@ -15,6 +15,8 @@
 //!                                              on an `e1000e` by msi-x
 //! vfio-check resize BACKEND ADDRESS ROUNDS     resizes the vectors of an `e1000e` under interrupts
 //! vfio-check watch SERVICE                     prints `began` and `ended REASON` of a service, as they come
+//! vfio-check bind-forever ADDRESS STATE        takes a function and gives it back until it is killed
+//! vfio-check settle ADDRESS STATE              gives back what one that was killed left of that
 //! ```
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
@@ -36,7 +38,7 @@ use iohost_interrupt_tests::{
     E1000eRegisters, EduRegisters, RULES, Registers, Ringing, Setup, resize_rounds,
 };
 use iohost_memory::SharedMemory;
-use iohost_pci::{Binding, PciAddress, PciError, Sysfs, VFIO_PCI};
+use iohost_pci::{Binder, Binding, Order, PciAddress, PciError, Sysfs, VFIO_PCI};
 use iohost_vfio::{ResetKind, VfioDevice, VfioError};
 use nix::sys::eventfd::EventFd;
 
@@ -70,6 +72,8 @@ fn main() -> Result<()> {
             resize(way(backend)?, address.parse()?, rounds.parse()?)
         }
         ["watch", service] => watch(service),
+        ["bind-forever", address, state] => bind_forever(address.parse()?, state),
+        ["settle", address, state] => settle(address.parse()?, state),
         _ => bail!("usage: see the first lines of this program"),
     }
 }
@@ -393,6 +397,25 @@ fn watch(service: &str) -> Result<()> {
             }
         }
     }
+}
+
+fn bind_forever(address: PciAddress, state: &str) -> Result<()> {
+    let binder = Binder::new(Sysfs::default(), state);
+    let binding = Binding::Vfio;
+    loop {
+        binder.take(&Order { address, binding, group: false, force: false, persist: false })?;
+        binder.give_back(address, true)?;
+    }
+}
+
+fn settle(address: PciAddress, state: &str) -> Result<()> {
+    let binder = Binder::new(Sysfs::default(), state);
+    for left in binder.left()? {
+        ensure!(left.address == address, "{} is left, too", left.address);
+        binder.give_back(address, true)?;
+    }
+    ensure!(binder.left()?.is_empty(), "something is left still");
+    Ok(())
 }
 
 fn some_thread_waits_in(function: &str) -> Result<bool> {

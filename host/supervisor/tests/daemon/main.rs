@@ -6,9 +6,10 @@ mod rig;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use iohost_client::varlink::State;
-use iohost_client::{ClientError, Daemon, Failure};
+use iohost_client::{BindOptions, ClientError, Daemon, Failure};
 use iohost_event::Packets;
 use iohost_interface::{Arguments, IOReturn, ToClient, ToDriver};
 use nix::sys::signal::Signal::{SIGKILL, SIGTERM};
@@ -240,6 +241,106 @@ fn a_pci_device_is_matched_by_the_plugins_table_and_says_what_it_lacks() {
     );
     assert_eq!(refused(daemon.bind("00:06.0")).code, "no-such-device");
     assert_eq!(daemon.status().unwrap().services.len(), 1, "what cannot be bound is forgotten");
+}
+
+#[test]
+fn a_kernel_driver_that_does_not_let_go_holds_up_its_own_device_only() {
+    const SLOW: &str = "0000:00:04.0";
+    let rig = Rig::start(&["good", "edu"]);
+    rig.add_pci(SLOW, "0x1234", "0x11e8");
+    let unbind = rig.give_to_slow_driver(SLOW);
+    let note = rig.path("state").join(format!("{SLOW}.json"));
+
+    std::thread::scope(|scope| {
+        let mut daemon = rig.connect();
+        let binding = scope.spawn(move || refused(daemon.bind(SLOW)));
+        // The note is there before the driver is asked to let go.
+        wait_until(|| note.exists());
+        let mut daemon = rig.connect();
+        let services = daemon.status().unwrap().services;
+        let slow = services.iter().find(|service| service.location == SLOW).unwrap();
+        assert_eq!(slow.state, State::Starting);
+        daemon.bind("good").unwrap();
+        assert_eq!(refused(daemon.open(SLOW)).code, "not-running");
+
+        // The driver lets go; as no kernel is there to do it, it is bound to it still.
+        assert_eq!(std::fs::read_to_string(&unbind).unwrap(), SLOW);
+        let failure = binding.join().unwrap();
+        assert_eq!(
+            (&*failure.code, &*failure.message),
+            (
+                "bind-failed",
+                "PCI device 0000:00:04.0 did not bind to vfio-pci, it is now bound to slow"
+            )
+        );
+        assert!(!note.exists(), "nothing is left to undo");
+        assert_eq!(daemon.status().unwrap().services.len(), 2, "it is forgotten");
+    });
+}
+
+#[test]
+fn a_device_that_is_unbound_while_it_is_being_taken_is_given_back() {
+    const SLOW: &str = "0000:00:04.0";
+    let rig = Rig::start(&["edu"]);
+    rig.add_pci(SLOW, "0x1234", "0x11e8");
+    let unbind = rig.give_to_slow_driver(SLOW);
+    let note = rig.path("state").join(format!("{SLOW}.json"));
+
+    std::thread::scope(|scope| {
+        let (mut daemon, mut other) = (rig.connect(), rig.connect());
+        let binding = scope.spawn(move || refused(daemon.bind(SLOW)));
+        wait_until(|| note.exists());
+        let unbinding = scope.spawn(move || other.unbind(SLOW));
+        assert_eq!(binding.join().unwrap().message, "the device was given back");
+        assert!(note.exists(), "the driver has not let go yet");
+        std::fs::read_to_string(&unbind).unwrap();
+        unbinding.join().unwrap().unwrap();
+        assert!(!note.exists(), "nothing is left to undo");
+        assert_eq!(rig.connect().status().unwrap().services.len(), 1, "it is forgotten");
+    });
+}
+
+#[test]
+fn a_daemon_that_is_to_stop_waits_for_a_kernel_driver_until_it_is_told_again() {
+    const SLOW: &str = "0000:00:04.0";
+    let mut rig = Rig::start(&[]);
+    std::fs::write(rig.path("drivers/edu.so"), "").unwrap();
+    rig.add_pci(SLOW, "0x1234", "0x11e8");
+    rig.give_to_slow_driver(SLOW);
+    let note = rig.path("state").join(format!("{SLOW}.json"));
+    std::thread::scope(|scope| {
+        let mut daemon = rig.connect();
+        scope.spawn(move || refused(daemon.bind(SLOW)));
+        wait_until(|| note.exists());
+        rig.signal(SIGTERM);
+        rig.wait_for("stopping");
+        rig.signal(SIGTERM);
+        rig.wait_for("not waiting for kernel drivers");
+        assert_eq!(rig.exit_code(), 1);
+    });
+    assert!(note.exists(), "the next daemon finds what to undo");
+}
+
+#[test]
+fn a_group_and_persistence_are_for_pci_devices() {
+    let rig = Rig::start(&["good"]);
+    for options in [
+        BindOptions { group: true, ..BindOptions::default() },
+        BindOptions { persist: true, ..BindOptions::default() },
+    ] {
+        let failure = refused(rig.connect().bind_with("good", options));
+        assert_eq!(failure.code, "not-pci");
+        assert!(failure.next.contains("without --group and --persist"), "{}", failure.next);
+    }
+}
+
+/// Waits for something that has no event of its own.
+fn wait_until(is_so: impl Fn() -> bool) {
+    let deadline = Instant::now() + WATCHDOG;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "it never came to that");
+        std::thread::yield_now();
+    }
 }
 
 #[test]

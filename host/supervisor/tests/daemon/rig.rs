@@ -1,6 +1,7 @@
 //! A daemon in a directory of its own.
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -9,7 +10,8 @@ use std::time::Duration;
 
 use iohost_client::Daemon;
 use nix::sys::signal::Signal;
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 use tempfile::TempDir;
 
 /// After this a test that waits has failed; nothing in a test takes this long.
@@ -116,6 +118,25 @@ impl Rig {
         ] {
             std::fs::write(directory.join(name), format!("{text}\n")).unwrap();
         }
+    }
+
+    /// Puts a function alone into an IOMMU group, and under a driver that lets go of it only when
+    /// somebody reads the path that this returns.
+    pub(crate) fn give_to_slow_driver(&self, address: &str) -> PathBuf {
+        let device = self.path("sys/bus/pci/devices").join(address);
+        let drivers = self.path("sys/bus/pci/drivers");
+        let group = self.path("sys/kernel/iommu_groups/3");
+        for folder in [&drivers.join("slow"), &drivers.join("vfio-pci"), &group.join("devices")] {
+            std::fs::create_dir_all(folder).unwrap();
+        }
+        symlink(&group, device.join("iommu_group")).unwrap();
+        symlink(&device, group.join("devices").join(address)).unwrap();
+        symlink(drivers.join("slow"), device.join("driver")).unwrap();
+        std::fs::write(self.path("sys/bus/pci/drivers_probe"), "").unwrap();
+        let unbind = drivers.join("slow/unbind");
+        // Whoever opens a pipe for writing waits for a reader.
+        mkfifo(&unbind, Mode::S_IRWXU).unwrap();
+        unbind
     }
 }
 
