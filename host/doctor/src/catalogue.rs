@@ -535,6 +535,26 @@ catalogue! {
         check: "the message has what was said",
         fix: "Install both of the same version.",
     }
+    DeviceError = "device-error", None, {
+        means: "The device reported an error that it did not correct itself.",
+        why: "PCIe devices report errors of their link and of their own (AER). What is done then is the configuration's choice: \
+              tell, reset, or keep the device from being used.",
+        check: "dmesg | grep -i -e aer -e 'PCIe Bus Error'",
+        fix: "If it comes again, the card sits badly or is broken. on_error in the device's configuration has the choice.",
+    }
+    DeviceQuarantined = "device-quarantined", None, {
+        means: "The device could not be brought to rest, so no driver is started on it again by itself.",
+        why: "After each driver the device is quieted and reset, and it is looked whether it answers. One that does not might \
+              still write to memory.",
+        check: "iohost status; iohost doctor ADDRESS; dmesg",
+        fix: "Power-cycle the device, then start it again: iohost bind ADDRESS.",
+    }
+    Removed = "removed", None, {
+        means: "The device is taken away: unplugged, or given up by an operator through the kernel.",
+        why: "The kernel asks for it back, and waits until the driver has let go.",
+        check: "ls /sys/bus/pci/devices; dmesg | tail",
+        fix: "Plug it in again, or let the kernel look for it: echo 1 > /sys/bus/pci/rescan; then iohost bind ADDRESS.",
+    }
     DeviceServer = "device-server", None, {
         means: "The emulated device's server cannot be used.",
         why: "No vfio-user server listens on that socket, or it does not keep to the protocol.",
@@ -546,24 +566,6 @@ catalogue! {
         why: "It hangs, or has left the bus.",
         check: "iohost doctor ADDRESS; dmesg",
         fix: "Power-cycle the device.",
-    }
-    DeviceQuarantined = "device-quarantined", None, {
-        means: "The device could not be made safe, and is left alone.",
-        why: "Between two drivers a device is stopped, reset, and looked at; this one still does something, or does not answer.",
-        check: "iohost status; dmesg",
-        fix: "Power-cycle the device, then start it again: iohost bind SERVICE.",
-    }
-    DeviceError = "device-error", None, {
-        means: "The device reported an error that it did not correct itself.",
-        why: "An uncorrected error of PCI Express (AER), or an access to a BAR that nobody answered; on_error in the configuration says what follows.",
-        check: "dmesg; iohost status",
-        fix: "Find out what the device is in want of; iohost bind SERVICE starts it again.",
-    }
-    Removed = "removed", None, {
-        means: "The device was taken away.",
-        why: "Somebody unbound or removed it, or it has left the bus; its driver was ended, so that nobody has to wait for it.",
-        check: "iohost devices; dmesg",
-        fix: "It starts again when the device comes back, or by iohost bind SERVICE.",
     }
     SessionRefused = "session-refused", None, {
         means: "The driver refused the session.",

@@ -46,22 +46,21 @@ fn quoted(text: &str) -> Option<&str> {
 
 #[test]
 fn every_code_of_a_refusal_is_explained() {
-    let mut found = BTreeSet::new();
+    let (mut found, mut unexplained) = (BTreeSet::new(), BTreeSet::new());
     for (path, text) in sources() {
         // The client has its codes in a table: `=> ("code", "next step")`.
         let is_table = path.ends_with("iohost_client/src/error.rs");
         let marks = MARKS.into_iter().chain(is_table.then_some("("));
         for mark in marks {
             for code in text.split(mark).skip(1).filter_map(quoted) {
-                assert!(
-                    code.parse::<Code>().is_ok(),
-                    "{} refuses with {code:?}, which host/doctor/src/catalogue.rs does not have",
-                    path.display()
-                );
+                if code.parse::<Code>().is_err() {
+                    unexplained.insert((code.to_owned(), path.clone()));
+                }
                 found.insert(code.to_owned());
             }
         }
     }
+    assert!(unexplained.is_empty(), "not in host/doctor/src/catalogue.rs: {unexplained:?}");
     assert!(found.len() > 40, "the search itself finds them: {found:?}");
 }
 
