@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
@@ -138,11 +138,17 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
         &[0..=u64::MAX]
     }
 
-    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
-        let memory = DmaMemory::try_from(memory).map_err(|source| DeviceError::Refused {
+    fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), DeviceError> {
+        let file = memory.as_fd().try_clone_to_owned().map_err(|source| DeviceError::Refused {
             operation: "sharing memory with the model".to_owned(),
             source,
         })?;
+        let memory = DmaMemory::new(file.into(), part.start, part.end - part.start);
         self.function.dma_map(iova, memory).map_err(refusal)
     }
 

@@ -47,7 +47,7 @@ mod map;
 mod region;
 mod register;
 
-pub use region::{MappedRegion, RegisterWindow};
+pub use region::{MapWindow, MappedRegion, RegisterWindow};
 pub use register::{
     OutOfRegion, Readable, Register, RegisterArray, RegisterMap, RegisterSpace, RegisterValue, Ro,
     Rw, Width, Wo, Writable,

@@ -1,7 +1,7 @@
 //! The table of PCI devices; the functions for memory are in `memory.rs`.
 
 use iohost_device_backend::InterruptKind;
-use iohost_driver_abi::{DeviceBar, DeviceTable, HostDevice};
+use iohost_driver_abi::{DeviceBar, DeviceLocation, DeviceTable, HostDevice};
 use iohost_interface::IOReturn;
 
 use super::memory::{dma_complete, dma_prepare, memory_create, memory_release};
@@ -26,6 +26,11 @@ pub(super) static DEVICE_TABLE: DeviceTable = DeviceTable {
     memory_release,
     dma_prepare,
     dma_complete,
+    open: device_open,
+    close: device_close,
+    location,
+    save_state,
+    restore_state,
 };
 
 unsafe extern "C" fn device_retain(device: *mut HostDevice) {
@@ -83,8 +88,9 @@ unsafe extern "C" fn config_read(
     value: *mut u64,
 ) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
-    let read = config_offset(offset).and_then(|offset| {
+    let backend = unsafe { object::<Device>(device) }.opened();
+    let read = backend.and_then(|backend| {
+        let offset = config_offset(offset)?;
         read(width, |data| backend.config_read(offset, data).map_err(|err| refused(&err)))
     });
     // SAFETY: contract 4.
@@ -98,17 +104,18 @@ unsafe extern "C" fn config_write(
     value: u64,
 ) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
-    IOReturn::code(&config_offset(offset).and_then(|offset| {
+    let backend = unsafe { object::<Device>(device) }.opened();
+    IOReturn::code(&backend.and_then(|backend| {
+        let offset = config_offset(offset)?;
         write(width, value, |data| backend.config_write(offset, data).map_err(|err| refused(&err)))
     }))
 }
 
 unsafe extern "C" fn bar_info(device: *mut HostDevice, bar: u32, info: *mut DeviceBar) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
-    let found = bar_number(bar).and_then(|bar| {
-        let found = backend.bar(bar).ok_or(IOReturn::NOT_FOUND)?;
+    let backend = unsafe { object::<Device>(device) }.opened();
+    let found = backend.and_then(|backend| {
+        let found = backend.bar(bar_number(bar)?).ok_or(IOReturn::NOT_FOUND)?;
         Ok(DeviceBar { size: found.size, kind: u32::from(found.kind), reserved: 0 })
     });
     // SAFETY: contract 4.
@@ -118,12 +125,13 @@ unsafe extern "C" fn bar_info(device: *mut HostDevice, bar: u32, info: *mut Devi
 unsafe extern "C" fn bar_map(
     device: *mut HostDevice,
     bar: u32,
+    offset: u64,
     len: u64,
     address: *mut *mut u8,
 ) -> i32 {
     // SAFETY: contract 2.
     let device = unsafe { object::<Device>(device) };
-    let mapped = bar_number(bar).and_then(|bar| device.map_bar(bar, len));
+    let mapped = bar_number(bar).and_then(|bar| device.map_bar(bar, offset, len));
     // SAFETY: contract 4.
     unsafe { written(address, mapped) }
 }
@@ -136,8 +144,9 @@ unsafe extern "C" fn bar_read(
     value: *mut u64,
 ) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
-    let read = bar_number(bar).and_then(|bar| {
+    let backend = unsafe { object::<Device>(device) }.opened();
+    let read = backend.and_then(|backend| {
+        let bar = bar_number(bar)?;
         read(width, |data| backend.bar_read(bar, offset, data).map_err(|err| refused(&err)))
     });
     // SAFETY: contract 4.
@@ -152,8 +161,9 @@ unsafe extern "C" fn bar_write(
     value: u64,
 ) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
-    IOReturn::code(&bar_number(bar).and_then(|bar| {
+    let backend = unsafe { object::<Device>(device) }.opened();
+    IOReturn::code(&backend.and_then(|backend| {
+        let bar = bar_number(bar)?;
         write(width, value, |data| {
             backend.bar_write(bar, offset, data).map_err(|err| refused(&err))
         })
@@ -174,14 +184,15 @@ unsafe extern "C" fn configure_interrupts(
         0x2_0000 => Ok(InterruptKind::MsiX),
         _ => Err(IOReturn::BAD_ARGUMENT),
     };
-    let chosen = kind.and_then(|kind| device.configure_interrupts(kind, required, requested));
+    let chosen = device.opened().and(kind);
+    let chosen = chosen.and_then(|kind| device.configure_interrupts(kind, required, requested));
     IOReturn::code(&chosen)
 }
 
 unsafe extern "C" fn interrupt_type(device: *mut HostDevice, index: u32, kind: *mut u64) -> i32 {
     // SAFETY: contract 2.
     let device = unsafe { object::<Device>(device) };
-    let found = device.interrupt_kind(index).map(|kind| match kind {
+    let found = device.opened().and_then(|_| device.interrupt_kind(index)).map(|kind| match kind {
         InterruptKind::IntX => 1,
         InterruptKind::Msi => 0x1_0000,
         InterruptKind::MsiX => 0x3_0000,
@@ -192,5 +203,39 @@ unsafe extern "C" fn interrupt_type(device: *mut HostDevice, index: u32, kind: *
 
 unsafe extern "C" fn device_reset(device: *mut HostDevice) -> i32 {
     // SAFETY: contract 2.
-    IOReturn::code(&unsafe { object::<Device>(device) }.reset())
+    let device = unsafe { object::<Device>(device) };
+    IOReturn::code(&device.opened().and_then(|_| device.reset()))
+}
+
+unsafe extern "C" fn device_open(device: *mut HostDevice) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.open())
+}
+
+unsafe extern "C" fn device_close(device: *mut HostDevice) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.close())
+}
+
+unsafe extern "C" fn location(device: *mut HostDevice, location: *mut DeviceLocation) -> i32 {
+    // SAFETY: contract 2.
+    let backend = unsafe { object::<Device>(device) }.opened();
+    let found = backend.and_then(|backend| backend.location().ok_or(IOReturn::NOT_FOUND));
+    let found = found.map(|address| DeviceLocation {
+        bus: address.bus.into(),
+        device: address.device.into(),
+        function: address.function.into(),
+    });
+    // SAFETY: contract 4.
+    unsafe { written(location, found) }
+}
+
+unsafe extern "C" fn save_state(device: *mut HostDevice, options: u32) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.save_state(options))
+}
+
+unsafe extern "C" fn restore_state(device: *mut HostDevice, options: u32) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.restore_state(options))
 }

@@ -14,9 +14,10 @@ owned! {
 }
 
 impl Memory {
-    pub(crate) fn create(len: u64) -> Result<(Self, OwnedFd), IOReturn> {
+    /// Option 1: of huge pages.
+    pub(crate) fn create(len: u64, options: u32) -> Result<(Self, OwnedFd), IOReturn> {
         let (mut memory, mut fd) = (ptr::null_mut(), -1);
-        let status = host!(device.memory_create(len, &raw mut memory, &raw mut fd));
+        let status = host!(device.memory_create(len, options, &raw mut memory, &raw mut fd));
         let memory = Self(adopt(status, memory)?);
         // SAFETY: contract of `memory_create`: on success an open descriptor that is ours.
         Ok((memory, unsafe { OwnedFd::from_raw_fd(fd) }))

@@ -2,10 +2,10 @@
 
 use std::ops::{Range, RangeInclusive};
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 
-use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind};
+use iohost_device_backend::{BarInfo, DeviceBackend, DeviceError, InterruptKind, PciAddress};
 use iohost_device_models::{BarSpec, Bus, DeviceModel, Function, Identity};
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
@@ -86,6 +86,16 @@ pub(crate) struct Unusual {
     pub(crate) iova: Vec<RangeInclusive<u64>>,
     /// The device has gone and answers nothing.
     pub(crate) gone: AtomicBool,
+    /// What BAR 0 is instead: memory that can be mapped.
+    pub(crate) memory: Option<SharedMemory>,
+    /// What configuration space says instead; all of it can be written but for `read_only`.
+    pub(crate) config: Option<Mutex<Vec<u8>>>,
+    /// Where it is on a bus.
+    pub(crate) location: Option<PciAddress>,
+    /// Bytes of `config` that stay.
+    pub(crate) read_only: Vec<u16>,
+    /// How often memory was mapped for the device.
+    pub(crate) maps: AtomicU32,
 }
 
 impl Unusual {
@@ -93,7 +103,28 @@ impl Unusual {
         let board = FakeDevice::new(Arc::new(Function::new(board)));
         let bars = (0..7).map(|index| board.bar(index).cloned()).collect();
         let iova = vec![0..=u64::MAX];
-        Self { board, bars, no_reset: false, iova, gone: AtomicBool::new(false) }
+        Self {
+            board,
+            bars,
+            no_reset: false,
+            iova,
+            gone: AtomicBool::new(false),
+            memory: None,
+            config: None,
+            location: None,
+            read_only: Vec::new(),
+            maps: AtomicU32::new(0),
+        }
+    }
+
+    /// A board whose BAR 0 is memory that can be mapped, all but the first page.
+    pub(crate) fn with_memory(pages: u64) -> Self {
+        let mut unusual = Self::new(Board::default());
+        let size = pages * 4096;
+        unusual.memory = Some(SharedMemory::create(c"bar", size as usize).unwrap());
+        let mappable = std::iter::once(4096..size).collect();
+        unusual.bars[0] = Some(BarInfo { size, kind: 0x0c, mappable });
+        unusual
     }
 
     fn there(&self) -> Result<(), DeviceError> {
@@ -113,14 +144,34 @@ impl DeviceBackend for Unusual {
         true
     }
 
+    fn location(&self) -> Option<PciAddress> {
+        self.location
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
         self.there()?;
-        self.board.config_read(offset, data)
+        let Some(config) = &self.config else { return self.board.config_read(offset, data) };
+        let config = config.lock().unwrap();
+        let at = usize::from(offset);
+        let bytes = config.get(at..at + data.len()).ok_or_else(|| DeviceError::Range {
+            region: "configuration space".to_owned(),
+            offset: offset.into(),
+            len: data.len(),
+            size: config.len() as u64,
+        })?;
+        data.copy_from_slice(bytes);
+        Ok(())
     }
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
         self.there()?;
-        self.board.config_write(offset, data)
+        let Some(config) = &self.config else { return self.board.config_write(offset, data) };
+        for (at, value) in (offset..).zip(data) {
+            if !self.read_only.contains(&at) {
+                config.lock().unwrap()[usize::from(at)] = *value;
+            }
+        }
+        Ok(())
     }
 
     fn bar(&self, index: u8) -> Option<&BarInfo> {
@@ -129,16 +180,26 @@ impl DeviceBackend for Unusual {
 
     fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
         self.there()?;
-        self.board.bar_read(index, offset, data)
+        match &self.memory {
+            Some(memory) => memory.read_at(offset as usize, data),
+            None => self.board.bar_read(index, offset, data)?,
+        }
+        Ok(())
     }
 
     fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.there()?;
-        self.board.bar_write(index, offset, data)
+        match &self.memory {
+            Some(memory) => memory.write_at(offset as usize, data),
+            None => self.board.bar_write(index, offset, data)?,
+        }
+        Ok(())
     }
 
     fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError> {
-        self.board.map_bar(index, range)
+        let Some(memory) = &self.memory else { return self.board.map_bar(index, range) };
+        let len = (range.end - range.start) as usize;
+        Ok(MappedRegion::map(memory, range.start, len).expect("memory can be mapped"))
     }
 
     fn interrupt_count(&self, kind: InterruptKind) -> u32 {
@@ -165,8 +226,14 @@ impl DeviceBackend for Unusual {
         &self.iova
     }
 
-    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
-        self.board.dma_map(iova, memory)
+    fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), DeviceError> {
+        self.maps.fetch_add(1, SeqCst);
+        self.board.dma_map_part(iova, memory, part)
     }
 
     fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError> {

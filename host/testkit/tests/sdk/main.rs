@@ -9,6 +9,7 @@ mod board;
 mod data_queues;
 mod dma;
 mod interrupts;
+mod memory;
 mod pci_device;
 mod probe;
 mod queues;
