@@ -11,11 +11,13 @@ use iohost_device_models::{DeviceModel, DmaError, DmaMemory, Function, FunctionE
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 
-/// A [`DeviceBackend`] over a [`Function`] in this process. No BAR of it can be mapped: every
-/// access is a call, which the model sees.
+/// A [`DeviceBackend`] over a [`Function`] in this process. No BAR of it can be mapped, unless it
+/// is [made memory](Self::with_memory): every access is a call, which the model sees.
 pub struct FakeDevice<M: DeviceModel> {
     function: Arc<Function<M>>,
     bars: Vec<Option<BarInfo>>,
+    /// A BAR that is memory instead.
+    memory: Option<(u8, SharedMemory)>,
     /// The kind of interrupt that is enabled: a function has one at a time.
     enabled: Mutex<Option<InterruptKind>>,
 }
@@ -25,7 +27,37 @@ impl<M: DeviceModel> FakeDevice<M> {
     pub fn new(function: Arc<Function<M>>) -> Self {
         let info = |size| BarInfo { size: u64::from(size), kind: 0, mappable: Vec::new() };
         let bars = function.identity().bars.iter().map(|bar| bar.map(|bar| info(bar.size)));
-        Self { bars: bars.collect(), function, enabled: Mutex::new(None) }
+        Self { bars: bars.collect(), memory: None, function, enabled: Mutex::new(None) }
+    }
+
+    /// Has a BAR be memory, of which the model sees nothing, and which can be mapped: as registers
+    /// can that a driver reaches without a call.
+    #[must_use]
+    pub fn with_memory(mut self, bar: u8, memory: SharedMemory) -> Self {
+        let size = memory.len() as u64;
+        let mappable = std::iter::once(0..size).collect();
+        self.bars.resize(self.bars.len().max(usize::from(bar) + 1), None);
+        self.bars[usize::from(bar)] = Some(BarInfo { size, kind: 0, mappable });
+        self.memory = Some((bar, memory));
+        self
+    }
+
+    /// The memory that a BAR is, if it is.
+    fn memory(&self, index: u8) -> Option<&SharedMemory> {
+        self.memory.as_ref().filter(|(bar, _)| *bar == index).map(|(_, memory)| memory)
+    }
+
+    /// Refuses an access past the end of such memory.
+    fn check_memory(
+        index: u8,
+        memory: &SharedMemory,
+        offset: u64,
+        len: usize,
+    ) -> Result<usize, DeviceError> {
+        let size = memory.len() as u64;
+        let fits = offset.checked_add(len as u64).is_some_and(|end| end <= size);
+        let region = format!("BAR {index}");
+        fits.then_some(offset as usize).ok_or(DeviceError::Range { region, offset, len, size })
     }
 
     /// Refuses what the other backends refuse: an access off its natural alignment, or too wide.
@@ -90,17 +122,38 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
 
     fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
         self.check_bar(index, offset, data.len())?;
+        if let Some(memory) = self.memory(index) {
+            let at = Self::check_memory(index, memory, offset, data.len())?;
+            memory.read_at(at, data);
+            return Ok(());
+        }
         self.function.bar_read(index, offset, data).map_err(refusal)
     }
 
     fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.check_bar(index, offset, data.len())?;
+        if let Some(memory) = self.memory(index) {
+            let at = Self::check_memory(index, memory, offset, data.len())?;
+            memory.write_at(at, data);
+            return Ok(());
+        }
         self.function.bar_write(index, offset, data).map_err(refusal)
     }
 
     fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError> {
-        self.bar(index).ok_or(DeviceError::NoSuchBar { index })?;
-        Err(DeviceError::NotMappable { index, start: range.start, end: range.end })
+        let bar = self.bar(index).ok_or(DeviceError::NoSuchBar { index })?;
+        let Range { start, end } = range;
+        let offered = |whole: &Range<u64>| {
+            whole.start <= start && start < end && end <= whole.end && start.is_multiple_of(4096)
+        };
+        match self.memory(index).filter(|_| bar.mappable.iter().any(offered)) {
+            Some(memory) => {
+                MappedRegion::map(memory, start, (end - start) as usize).map_err(|source| {
+                    DeviceError::Refused { operation: "mapping memory".to_owned(), source }
+                })
+            }
+            None => Err(DeviceError::NotMappable { index, start, end }),
+        }
     }
 
     fn interrupt_count(&self, kind: InterruptKind) -> u32 {

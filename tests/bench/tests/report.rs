@@ -34,6 +34,11 @@ const BETWEEN_PROCESSES: &[&str] = &["shmem-ipc", "pipe", "Unix seqpacket socket
 
 /// Area, metric, and the peers one of which is the best.
 const PROMISED: &[(&str, &str, &[&str])] = &[
+    ("device", "instructions_per_register_read", &["atomic word"]),
+    ("device", "instructions_per_register_write", &["atomic word"]),
+    ("device", "instructions_per_bar_read", &["atomic word"]),
+    ("device", "instructions_per_bar_write", &["atomic word"]),
+    ("device", "prepare_and_complete_ns", &["2 empty system calls"]),
     ("dispatch", "async_ops_per_s", CHANNELS),
     ("dispatch", "driver_async_ops_per_s", CHANNELS),
     ("dispatch", "async_2_producers_ops_per_s", CHANNELS),

@@ -1,7 +1,7 @@
 //! A device that does what a test says, and other ways to reach one.
 
 use std::ops::{Range, RangeInclusive};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 
@@ -86,7 +86,7 @@ pub(crate) struct Unusual {
     pub(crate) iova: Vec<RangeInclusive<u64>>,
     /// The device has gone and answers nothing.
     pub(crate) gone: AtomicBool,
-    /// What BAR 0 is instead: memory that can be mapped.
+    /// The memory that BAR 0 is instead.
     pub(crate) memory: Option<SharedMemory>,
     /// What configuration space says instead; all of it can be written but for `read_only`.
     pub(crate) config: Option<Mutex<Vec<u8>>>,
@@ -119,9 +119,13 @@ impl Unusual {
 
     /// A board whose BAR 0 is memory that can be mapped, all but the first page.
     pub(crate) fn with_memory(pages: u64) -> Self {
-        let mut unusual = Self::new(Board::default());
         let size = pages * 4096;
-        unusual.memory = Some(SharedMemory::create(c"bar", size as usize).unwrap());
+        let memory = SharedMemory::create(c"bar", size as usize).unwrap();
+        let file = memory.as_fd().try_clone_to_owned().unwrap();
+        let ours = SharedMemory::attach(file, size as usize).unwrap();
+        let mut unusual = Self::new(Board::default());
+        unusual.board = unusual.board.with_memory(0, memory);
+        unusual.memory = Some(ours);
         let mappable = std::iter::once(4096..size).collect();
         unusual.bars[0] = Some(BarInfo { size, kind: 0x0c, mappable });
         unusual
@@ -180,26 +184,16 @@ impl DeviceBackend for Unusual {
 
     fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), DeviceError> {
         self.there()?;
-        match &self.memory {
-            Some(memory) => memory.read_at(offset as usize, data),
-            None => self.board.bar_read(index, offset, data)?,
-        }
-        Ok(())
+        self.board.bar_read(index, offset, data)
     }
 
     fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), DeviceError> {
         self.there()?;
-        match &self.memory {
-            Some(memory) => memory.write_at(offset as usize, data),
-            None => self.board.bar_write(index, offset, data)?,
-        }
-        Ok(())
+        self.board.bar_write(index, offset, data)
     }
 
     fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError> {
-        let Some(memory) = &self.memory else { return self.board.map_bar(index, range) };
-        let len = (range.end - range.start) as usize;
-        Ok(MappedRegion::map(memory, range.start, len).expect("memory can be mapped"))
+        self.board.map_bar(index, range)
     }
 
     fn interrupt_count(&self, kind: InterruptKind) -> u32 {
