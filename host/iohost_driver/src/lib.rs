@@ -43,7 +43,7 @@ pub use dispatch_source::IODispatchSource;
 pub use dma::{AddressSegment, DmaOperation, DmaSpecification, IODMACommand, PreparedDma};
 pub use error::{Error, Result};
 pub use interrupt::{EventfdInterrupt, IOInterruptDispatchSource, InterruptEvent, InterruptType};
-pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDriver};
+pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, Results, ToClient, ToDriver};
 pub use iohost_memory::SharedMemory;
 pub use iohost_memory::ring::{Bell, Consumer, Entry, Producer, QueueError, Slot};
 pub use iohost_registers::{MapWindow, RegisterMap, register_bits, register_map};

@@ -6,9 +6,10 @@ mod map;
 
 use std::fmt;
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use iohost_interface::IOReturn;
+use iohost_interface::{ClientFile, IOReturn, Reply, Results};
 use iohost_memory::SharedMemory;
 
 use crate::{Error, IOPCIDevice, Result, abi, ensure};
@@ -100,6 +101,28 @@ impl IOMemoryDescriptor {
         Self { direction, pieces: Arc::new([piece]), bytes: 0..len }
     }
 
+    /// Memory that the caller of a method has offered, by the number that it passed. It stays,
+    /// also when the client is gone. `CreateMemoryDescriptorFromClient`, and how structures above
+    /// 4096 bytes travel, either way.
+    ///
+    /// The client can write it at any time; what is for reading only has the direction `Out`.
+    ///
+    /// Errors: `NOT_FOUND` for a number without memory; `NOT_READY` when the client is gone;
+    /// `NO_MEMORY` when it cannot be mapped; `NO_RESOURCES`; `UNSUPPORTED` for a caller without a
+    /// session.
+    pub fn from_client<T: Results>(reply: &Reply<T>, memory: u64) -> Result<Self> {
+        let ClientFile { file, len, read_only } = reply.client_memory(memory)?;
+        let handle = abi::Memory::attach(file.as_fd(), len, read_only)?;
+        let view = match read_only {
+            true => SharedMemory::attach_read_only(file, len as usize),
+            false => SharedMemory::attach(file, len as usize),
+        };
+        let view = view.map_err(|err| Error::new(IOReturn::NO_MEMORY, err.to_string()))?;
+        let direction = if read_only { MemoryDirection::Out } else { MemoryDirection::InOut };
+        let source = Source::File(Backing { handle, view, alignment: 1 });
+        Ok(Self::of(direction, source, 0..len))
+    }
+
     /// Bytes. `GetLength`.
     pub fn length(&self) -> u64 {
         self.bytes.end - self.bytes.start
@@ -163,13 +186,20 @@ impl IOMemoryDescriptor {
         Ok(())
     }
 
-    /// Copies bytes in. Errors: as [`read_at`](Self::read_at).
+    /// Copies bytes in. Errors: as [`read_at`](Self::read_at); `NOT_WRITABLE` for memory of a
+    /// client's that is for reading only.
     pub fn write_at(&self, offset: u64, data: &[u8]) -> Result<()> {
         let bytes = self.inside(offset, data.len() as u64, IOReturn::OVERRUN)?;
         let mut rest = data;
         for Piece { source, bytes } in self.pieces_in(bytes) {
             let (now, later) = rest.split_at((bytes.end - bytes.start) as usize);
-            source.backing()?.view.write_at(bytes.start as usize, now);
+            let view = &source.backing()?.view;
+            ensure!(
+                view.is_writable(),
+                IOReturn::NOT_WRITABLE,
+                "the client offers this memory for reading only"
+            );
+            view.write_at(bytes.start as usize, now);
             rest = later;
         }
         Ok(())

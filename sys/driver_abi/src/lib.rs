@@ -530,6 +530,10 @@ pub struct DeviceTable {
     /// Writes back what was kept, with the same options, and checks that it is there. `NOT_READY`
     /// when nothing was kept.
     pub restore_state: unsafe extern "C" fn(device: *mut HostDevice, options: u32) -> i32,
+    /// Makes memory that a device can be given of a sealed file of `len` bytes, which stays the
+    /// plugin's; option 1: for reading only.
+    pub memory_attach:
+        unsafe extern "C" fn(fd: i32, len: u64, options: u32, memory: *mut *mut HostMemory) -> i32,
 }
 
 /// Where a device is.
@@ -590,6 +594,25 @@ pub struct SessionTable {
     /// Answers a call, and consumes the reply.
     pub reply:
         unsafe extern "C" fn(reply: *mut HostReply, status: i32, results: *const CallArguments),
+    /// Memory that the caller has offered, by the number that it gave it, before the reply is
+    /// consumed. `NOT_FOUND`; `NOT_READY` when the caller is gone.
+    pub client_memory: unsafe extern "C" fn(
+        reply: *const HostReply,
+        memory: u64,
+        offered: *mut OfferedMemory,
+    ) -> i32,
+}
+
+/// Memory of a client's, for the driver, which gets the descriptor with it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct OfferedMemory {
+    /// The memory file, sealed against changes of its length.
+    pub fd: i32,
+    /// 1: the driver may read only; 0: it may write too.
+    pub options: u32,
+    /// Bytes of the file.
+    pub len: u64,
 }
 
 /// The name of [`SessionTable`].

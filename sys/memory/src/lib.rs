@@ -9,5 +9,5 @@ pub mod ring;
 mod shared;
 mod view;
 
-pub use shared::{AttachError, HUGE_PAGE, SharedMemory, offer};
+pub use shared::{AttachError, HUGE_PAGE, SharedMemory, offer, sealed_len};
 pub use view::{MemoryView, ViewError};

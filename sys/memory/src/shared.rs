@@ -270,8 +270,7 @@ const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 ///
 /// Errors: `NotSealed`; `WrongLength` for an empty file; `Map` for what the kernel says.
 pub fn offer(fd: OwnedFd, read_only: bool) -> Result<(OwnedFd, usize), AttachError> {
-    let len = nix::sys::stat::fstat(&fd).map_err(io::Error::from)?.st_size as usize;
-    check_file(&fd, len)?;
+    let len = sealed_len(&fd)?;
     if !read_only {
         return Ok((fd, len));
     }
@@ -281,6 +280,15 @@ pub fn offer(fd: OwnedFd, read_only: bool) -> Result<(OwnedFd, usize), AttachErr
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let reading = open(path.as_str(), flags, Mode::empty()).map_err(io::Error::from)?;
     Ok((reading, len))
+}
+
+/// The length of a memory file that a peer made, once it is sure that it stays so.
+///
+/// Errors: `NotSealed`; `WrongLength` for an empty file; `Map` for what the kernel says.
+pub fn sealed_len(fd: &OwnedFd) -> Result<usize, AttachError> {
+    let len = nix::sys::stat::fstat(fd).map_err(io::Error::from)?.st_size as usize;
+    check_file(fd, len)?;
+    Ok(len)
 }
 
 fn check_file(fd: &OwnedFd, len: usize) -> Result<(), AttachError> {

@@ -45,6 +45,13 @@ iohost_interface::interface! {
 
         /// Writes bytes of its memory.
         11 => fn poke(memory: u64, offset: u32, data: Vec<u8>);
+
+        /// Writes the bytes of the caller's memory `from`, backwards, to its memory `to`. How many.
+        12 => fn reverse(from: u64, to: u64) -> u64;
+
+        /// The status of looking for the memory of the caller of the first `hold` that is not
+        /// answered.
+        13 => fn look_for_memory_of_held(memory: u64) -> i32;
     }
 
     queues {}

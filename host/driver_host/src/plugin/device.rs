@@ -4,7 +4,7 @@ use iohost_device_backend::InterruptKind;
 use iohost_driver_abi::{DeviceBar, DeviceLocation, DeviceTable, HostDevice};
 use iohost_interface::IOReturn;
 
-use super::memory::{dma_complete, dma_prepare, memory_create, memory_release};
+use super::memory::{dma_complete, dma_prepare, memory_attach, memory_create, memory_release};
 use super::object::{object, released, shared, written};
 use crate::Device;
 use crate::device::refused;
@@ -31,6 +31,7 @@ pub(super) static DEVICE_TABLE: DeviceTable = DeviceTable {
     location,
     save_state,
     restore_state,
+    memory_attach,
 };
 
 unsafe extern "C" fn device_retain(device: *mut HostDevice) {

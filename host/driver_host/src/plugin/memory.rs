@@ -1,6 +1,6 @@
 //! Memory and DMA of the device table.
 
-use std::os::fd::{AsFd, IntoRawFd};
+use std::os::fd::{AsFd, BorrowedFd, IntoRawFd};
 use std::slice;
 
 use iohost_driver_abi::{DmaPiece, DmaSegment, HostDevice, HostMemory};
@@ -14,6 +14,9 @@ use crate::device::{Limits, Piece, with_sources};
 
 /// Memory is to have huge pages.
 const HUGE: u32 = 0x1;
+
+/// A memory file is for reading only.
+const READ_ONLY: u32 = 0x1;
 
 pub(super) unsafe extern "C" fn memory_create(
     len: u64,
@@ -48,6 +51,30 @@ fn made(len: u64, options: u32) -> Result<SharedMemory, IOReturn> {
         warn!(len, options, reason = with_sources(&err); "no memory for the driver");
         IOReturn::NO_MEMORY
     })
+}
+
+pub(super) unsafe extern "C" fn memory_attach(
+    fd: i32,
+    len: u64,
+    options: u32,
+    memory: *mut *mut HostMemory,
+) -> i32 {
+    // SAFETY: contract 4: open for the call.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let attached = fd.try_clone_to_owned().map_err(|_| IOReturn::NO_RESOURCES).and_then(|fd| {
+        let len = usize::try_from(len).map_err(|_| IOReturn::NO_MEMORY)?;
+        let attached = match options {
+            0 => SharedMemory::attach(fd, len),
+            READ_ONLY => SharedMemory::attach_read_only(fd, len),
+            _ => return Err(IOReturn::BAD_ARGUMENT),
+        };
+        attached.map_err(|err| {
+            warn!(len, options, reason = with_sources(&err); "a memory file cannot be used");
+            IOReturn::NO_MEMORY
+        })
+    });
+    // SAFETY: contract 4.
+    unsafe { written(memory, attached.map(give)) }
 }
 
 pub(super) unsafe extern "C" fn memory_release(memory: *mut HostMemory) {
