@@ -91,7 +91,7 @@ fn every_promised_figure_is_printed_once_beside_its_best_peer() {
 
 #[test]
 fn the_table_names_every_peer() {
-    let output = bench(&["dispatch", "events"]);
+    let output = bench(&["device", "dispatch", "events"]);
     let table = String::from_utf8(output.stdout).unwrap();
     let rows: Vec<&str> = table.lines().collect();
     // Between the heading and what a ratio means.
@@ -148,7 +148,7 @@ fn an_area_that_is_not_there_is_said_to_be_planned_or_unknown() {
         assert_eq!(output.status.code(), Some(2), "{area}");
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(stderr.contains(complaint), "{stderr}");
-        assert!(stderr.contains("there are: dispatch, events, queue, timers"), "{stderr}");
+        assert!(stderr.contains("there are: device, dispatch, events, queue, timers"), "{stderr}");
         assert_eq!(output.stdout, b"", "nothing ran");
     }
 }
