@@ -237,6 +237,85 @@ fn memory_that_is_not_there_or_of_another_size_is_an_error_of_its_own() {
 }
 
 #[test]
+fn more_than_four_kilobytes_go_both_ways_as_memory_that_the_client_offers() {
+    let (system, _device) = System::with_driver("probe");
+    let session = system.connect().open("edu0").unwrap();
+    let probe = session.client::<probe_api::Client>().unwrap();
+    for len in [1, 4096, 4097, 1_000_003] {
+        let from = session.offer_memory(len, true).unwrap();
+        let to = session.offer_memory(len, false).unwrap();
+        let mut sent: Vec<u8> = (0..len).map(|n| (n * 7 + n / 256) as u8).collect();
+        from.write_at(0, &sent).unwrap();
+        assert_eq!(probe.reverse(from.number(), to.number()).wait(), Ok(len as u64));
+        let mut received = vec![0; len];
+        to.read_at(0, &mut received).unwrap();
+        sent.reverse();
+        assert!(received == sent, "{len} bytes");
+    }
+    let outside = NoAccess::Outside { offset: 10, len: 1, size: 10 };
+    assert_eq!(session.offer_memory(10, false).unwrap().write_at(10, &[0]), Err(outside));
+}
+
+#[test]
+fn a_driver_cannot_write_memory_that_is_offered_for_reading_or_use_what_is_not_there() {
+    let (system, _device) = System::with_driver("probe");
+    let session = system.connect().open("edu0").unwrap();
+    let probe = session.client::<probe_api::Client>().unwrap();
+    let (from, reading) =
+        (session.offer_memory(10, true).unwrap(), session.offer_memory(10, true).unwrap());
+    let refused = probe.reverse(from.number(), reading.number()).wait();
+    assert_eq!(refused, Err(IOReturn::NOT_WRITABLE));
+    let shorter = session.offer_memory(9, false).unwrap();
+    let refused = probe.reverse(from.number(), shorter.number()).wait();
+    assert_eq!(refused, Err(IOReturn::OVERRUN));
+    for unknown in [0, 1000, u64::MAX] {
+        let refused = probe.reverse(from.number(), unknown).wait();
+        assert_eq!(refused, Err(IOReturn::NOT_FOUND), "{unknown}");
+    }
+    // Nor that of another client, whose numbers are its own.
+    let other = system.connect().open("edu0").unwrap();
+    let others = other.client::<probe_api::Client>().unwrap();
+    let (number, taken_back) = (from.number(), shorter.number());
+    assert_eq!(others.reverse(number, number).wait(), Err(IOReturn::NOT_FOUND));
+    drop(shorter);
+    assert_eq!(probe.reverse(number, taken_back).wait(), Err(IOReturn::NOT_FOUND));
+    let err = session.offer_memory(0, false).unwrap_err();
+    assert!(matches!(err, ClientError::Offer { bytes: 0, .. }), "{err}");
+}
+
+#[test]
+fn memory_is_offered_64_at_a_time_as_often_as_one_likes() {
+    let (system, _device) = System::with_driver("probe");
+    let session = system.connect().open("edu0").unwrap();
+    let probe = session.client::<probe_api::Client>().unwrap();
+    let mut numbers = std::collections::BTreeSet::new();
+    for _ in 0..5 {
+        let all: Vec<_> = (0..64).map(|_| session.offer_memory(10, false).unwrap()).collect();
+        let (first, last) = (all[0].number(), all[63].number());
+        assert_eq!(probe.reverse(first, last).wait(), Ok(10));
+        numbers.extend(all.iter().map(iohost_client::OfferedMemory::number));
+    }
+    assert_eq!(numbers.len(), 320, "a number is never used twice");
+}
+
+#[test]
+fn memory_of_a_client_that_is_gone_is_not_ready() {
+    let (system, _device) = System::with_driver("probe");
+    let leaving = system.connect().open("edu0").unwrap();
+    let memory = leaving.offer_memory(10, false).unwrap();
+    let held = leaving.client::<probe_api::Client>().unwrap().hold();
+    let session = system.connect().open("edu0").unwrap();
+    let probe = session.client::<probe_api::Client>().unwrap();
+    let look = || IOReturn(probe.look_for_memory_of_held(memory.number()).wait().unwrap());
+    eventually("the call that is held", || {
+        probe.look_for_memory_of_held(memory.number()).wait().is_ok()
+    });
+    assert_eq!(look(), IOReturn::SUCCESS);
+    drop((held, leaving));
+    eventually("the end of the session", || look() == IOReturn::NOT_READY);
+}
+
+#[test]
 fn queues_and_sessions_over_the_limits_are_refused_by_name() {
     let mut system = System::new();
     let _device = system.start_edu_device("edu0");

@@ -6,8 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use iohost_event::{PacketError, Packets};
-use iohost_interface::packet::{Call, LONGEST, ReplyPacket};
+use iohost_interface::packet::{Call, LONGEST, ReplyPacket, encode_offer, encode_withdraw};
 use iohost_interface::{Arguments, IOReturn};
+use iohost_memory::SharedMemory;
 use iohost_tests::{System, eventually};
 
 /// The driver still serves others, in the process it was in.
@@ -62,6 +63,47 @@ fn a_session_that_sends_descriptors_nobody_asked_for_ends() {
     socket.send(&factorial(1, 5).encode().unwrap(), &fds).unwrap();
     assert!(matches!(reply(&socket), Err(PacketError::Closed)));
     assert_alive(&system, host);
+}
+
+#[test]
+fn a_session_that_offers_what_is_no_memory_ends_and_no_other_one_does() {
+    let (system, _device) = System::with_edu();
+    let host = system.await_ready("edu0");
+    let sealed = SharedMemory::create(c"offer", 100).unwrap();
+    let pipe = std::io::pipe().unwrap();
+    let loose = std::fs::File::open("/proc/self/exe").unwrap();
+    let good: &dyn Fn(&Packets, u64) = &|socket, memory| {
+        socket.send(&encode_offer(memory, false), &[sealed.as_fd()]).unwrap();
+    };
+    type Offence<'a> = (&'a str, &'a dyn Fn(&Packets));
+    let offences: [Offence<'_>; 8] = [
+        ("no file", &|socket| socket.send(&encode_offer(2, false), &[]).unwrap()),
+        ("a pipe", &|socket| socket.send(&encode_offer(2, false), &[pipe.0.as_fd()]).unwrap()),
+        ("no sealed file", &|socket| {
+            socket.send(&encode_offer(2, true), &[loose.as_fd()]).unwrap();
+        }),
+        ("two files", &|socket| {
+            let two = [sealed.as_fd(), sealed.as_fd()];
+            socket.send(&encode_offer(2, false), &two).unwrap();
+        }),
+        ("a number twice", &|socket| good(socket, 1)),
+        ("more than there may be", &|socket| (2..=65).for_each(|memory| good(socket, memory))),
+        ("back what was not offered", &|socket| {
+            socket.send(&encode_withdraw(2), &[]).unwrap();
+        }),
+        ("a file with what has none", &|socket| {
+            socket.send(&encode_withdraw(1), &[sealed.as_fd()]).unwrap();
+        }),
+    ];
+    for (offence, commit) in offences {
+        let (socket, _queues) = system.open_raw("edu0");
+        good(&socket, 1);
+        socket.send(&factorial(1, 5).encode().unwrap(), &[]).unwrap();
+        assert!(reply(&socket).is_ok(), "the session works before {offence}");
+        commit(&socket);
+        assert!(matches!(reply(&socket), Err(PacketError::Closed)), "{offence} ends the session");
+        assert_alive(&system, host);
+    }
 }
 
 #[test]

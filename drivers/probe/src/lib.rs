@@ -7,8 +7,8 @@
 
 use iohost_driver::prelude::*;
 use iohost_driver::{
-    ClientMemory, DeviceEvent, DeviceEventSource, IOServiceNotificationDispatchSource,
-    ServiceMatching, ServiceNotification,
+    ClientMemory, DeviceEvent, DeviceEventSource, IOMemoryDescriptor,
+    IOServiceNotificationDispatchSource, Results, ServiceMatching, ServiceNotification,
 };
 
 mod regs {
@@ -150,6 +150,17 @@ impl probe_api::Server for Probe {
         reply.finish(read.map(|()| data).map_err(|err| err.code()));
     }
 
+    fn reverse(&mut self, from: u64, to: u64, reply: Reply<u64>) {
+        let reversed = Self::reverse_memory(&reply, from, to);
+        reply.finish(reversed.map_err(|err| err.code()));
+    }
+
+    fn look_for_memory_of_held(&mut self, memory: u64, reply: Reply<i32>) {
+        let Some(held) = self.held.first() else { return reply.fail(IOReturn::NOT_FOUND) };
+        let found = IOMemoryDescriptor::from_client(held, memory);
+        reply.complete(found.map_or_else(|err| err.code().0, |_| 0));
+    }
+
     fn poke(&mut self, memory: u64, offset: u32, data: Vec<u8>, reply: Reply<()>) {
         let memory = self.memory.get_mut(memory as usize);
         let memory = memory.ok_or(IOReturn::NOT_FOUND);
@@ -188,6 +199,18 @@ impl probe_api::Server for Probe {
 }
 
 impl Probe {
+    fn reverse_memory<T: Results>(reply: &Reply<T>, from: u64, to: u64) -> Result<u64> {
+        let (from, to) = (
+            IOMemoryDescriptor::from_client(reply, from)?,
+            IOMemoryDescriptor::from_client(reply, to)?,
+        );
+        let mut bytes = vec![0; from.length() as usize];
+        from.read_at(0, &mut bytes)?;
+        bytes.reverse();
+        to.write_at(0, &bytes)?;
+        Ok(from.length())
+    }
+
     fn memory(&self, memory_type: u64) -> Result<&IOBufferMemoryDescriptor> {
         let memory = self.memory.get(memory_type as usize);
         memory.ok_or_else(|| Error::new(IOReturn::NOT_FOUND, "the probe has two"))

@@ -1,6 +1,8 @@
 //! Accesses that a PCI function can make, and what its BARs are.
 
-use crate::{DeviceBackend, DeviceError};
+use std::path::Path;
+
+use crate::{DeviceBackend, DeviceError, PciAddress};
 
 /// The command register, and two of its bits.
 ///
@@ -63,6 +65,11 @@ fn kind_of(register: u32) -> u8 {
     }
 }
 
+/// The address that a function's folder in sysfs is named after.
+pub(crate) fn location(sysfs: &Path) -> Option<PciAddress> {
+    sysfs.file_name()?.to_str()?.parse().ok()
+}
+
 /// Sets and clears bits of the command register.
 pub(crate) fn change_command(
     device: &dyn DeviceBackend,
@@ -93,6 +100,13 @@ mod tests {
     fn a_refused_access_names_its_region_and_all_numbers() {
         let err = check(2, 0x1000, 4, 0x800, 8).unwrap_err();
         assert_eq!(err.to_string(), "4 bytes at 0x1000 of BAR 2, which has 0x800 bytes");
+    }
+
+    #[test]
+    fn a_folder_in_sysfs_is_named_after_the_functions_address() {
+        let address = location(Path::new("/sys/bus/pci/devices/0000:02:1f.7")).unwrap();
+        assert_eq!((address.bus, address.device, address.function), (2, 0x1f, 7));
+        assert_eq!(location(Path::new("/sys/bus/pci/devices")), None);
     }
 
     #[test]

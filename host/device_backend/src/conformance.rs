@@ -37,6 +37,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("one_kind_of_interrupt_replaces_another", one_kind_of_interrupt_replaces_another),
     ("dma_goes_both_ways", dma_goes_both_ways),
     ("a_bad_dma_mapping_is_refused", a_bad_dma_mapping_is_refused),
+    ("a_part_of_memory_is_mapped_and_no_more", a_part_of_memory_is_mapped_and_no_more),
     ("what_is_not_mapped_is_not_reached", what_is_not_mapped_is_not_reached),
     ("a_reset_leaves_the_device_quiet", a_reset_leaves_the_device_quiet),
     (
@@ -358,6 +359,40 @@ pub fn a_bad_dma_mapping_is_refused(device: &dyn DeviceBackend) {
     // The first refusal left nothing behind.
     device.dma_map(iova, &memory).unwrap();
     device.dma_unmap(iova, len).unwrap();
+}
+
+/// The device finds the part where it was put, and does not reach the pages on either side.
+pub fn a_part_of_memory_is_mapped_and_no_more(device: &dyn DeviceBackend) {
+    let memory = SharedMemory::create(c"conformance", 4 * PAGE).unwrap();
+    if !has_dma(device) {
+        return refuses_dma(device, &memory);
+    }
+    wake(device);
+    memory.write_at(0, &[0x5a; 4 * PAGE]);
+    let (page, part) = (PAGE as u64, PAGE as u64..3 * PAGE as u64);
+    let whole = IovaSpace::new(device.iova_ranges()).allocate(4 * page, ADDRESS_BITS, 1).unwrap();
+    let iova = whole + page;
+    device.dma_map_part(iova, &memory, part.clone()).unwrap();
+    let trigger = Trigger::new();
+    device.enable_interrupts(InterruptKind::Msi, &[trigger.fd()]).unwrap();
+
+    // The device's own memory, which is in an unknown state, is not like what is there already.
+    memory.write_at(PAGE, &[0xa5; TRANSFER]);
+    transfer(device, &trigger, iova, ONBOARD, 0);
+    for target in [whole, iova + page, iova + 2 * page] {
+        transfer(device, &trigger, ONBOARD, target, DMA_FROM_DEVICE);
+    }
+
+    let start = |page: usize| {
+        let mut bytes = [0; TRANSFER];
+        memory.read_at(page * PAGE, &mut bytes);
+        bytes
+    };
+    assert_eq!(start(2), [0xa5; TRANSFER], "inside of the part");
+    assert_eq!(start(0), [0x5a; TRANSFER], "the page before the part");
+    assert_eq!(start(3), [0x5a; TRANSFER], "the page behind the part");
+    device.disable_interrupts(InterruptKind::Msi).unwrap();
+    device.dma_unmap(iova, part.end - part.start).unwrap();
 }
 
 /// Memory that was taken back stays as it is, whatever the device is told. A backend that cannot

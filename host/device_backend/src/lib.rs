@@ -8,7 +8,6 @@
 
 mod access;
 pub mod conformance;
-mod iova;
 pub mod quiesce;
 mod uio;
 mod vfio;
@@ -24,9 +23,10 @@ use iohost_interface::IOReturn;
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 
+pub use iohost_memory::iova::{IovaError, IovaSpace};
+pub use iohost_pci::PciAddress;
 pub use iohost_uio::UioError;
 pub use iohost_vfio::{Access, VfioError};
-pub use iova::{IovaError, IovaSpace};
 pub use uio::UioBackend;
 pub use vfio::VfioBackend;
 pub use vfio_user::VfioUserBackend;
@@ -42,6 +42,11 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
     /// Whether the device reaches no memory but what [`dma_map`](Self::dma_map) gave it. Where it
     /// does not, nothing but the driver keeps it from the machine's memory.
     fn is_isolated(&self) -> bool;
+
+    /// Where the device is, `None` for one that is on no bus.
+    fn location(&self) -> Option<PciAddress> {
+        None
+    }
 
     /// Reads configuration space, 1, 2 or 4 bytes at their natural alignment.
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError>;
@@ -95,9 +100,21 @@ pub trait DeviceBackend: Send + Sync + fmt::Debug {
     fn iova_ranges(&self) -> &[RangeInclusive<u64>];
 
     /// Lets the device reach all of `memory` at `iova`, which is page-aligned.
-    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError>;
+    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
+        self.dma_map_part(iova, memory, 0..memory.len() as u64)
+    }
 
-    /// Takes back a mapping made by [`dma_map`](Self::dma_map), whole: `len` is the memory's.
+    /// Lets the device reach a part of `memory`, bytes that begin on a page and are inside, at
+    /// `iova`, which is page-aligned. An IOMMU gives it the rest of the last page too.
+    fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), DeviceError>;
+
+    /// Takes back a mapping made by [`dma_map`](Self::dma_map) or
+    /// [`dma_map_part`](Self::dma_map_part), whole: `len` is its length.
     fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError>;
 
     /// Stops interrupts and transfers and brings the device back to its state at power-on, as

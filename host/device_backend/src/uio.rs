@@ -11,7 +11,7 @@ use iohost_uio::{UioDevice, UioError};
 use iohost_vfio::CONFIG_REGION;
 
 use crate::access::{self, WIDEST_BAR, WIDEST_CONFIG};
-use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind, Reset, ResetLevel};
+use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind, PciAddress, Reset, ResetLevel};
 
 /// The BARs; the expansion ROM is not offered, as its decoder may share the BARs'.
 const BARS: u8 = 6;
@@ -21,6 +21,7 @@ const BARS: u8 = 6;
 pub struct UioBackend {
     device: UioDevice,
     bars: Vec<Option<BarInfo>>,
+    location: Option<PciAddress>,
 }
 
 impl UioBackend {
@@ -28,7 +29,7 @@ impl UioBackend {
     pub fn open(sysfs: &Path) -> Result<Self, UioError> {
         let device = UioDevice::open(sysfs)?;
         let bars = (0..BARS).map(|index| bar(&device, index)).collect::<Result<_, _>>()?;
-        Ok(Self { device, bars })
+        Ok(Self { device, bars, location: access::location(sysfs) })
     }
 
     fn check_bar(&self, index: u8, offset: u64, len: usize) -> Result<(), DeviceError> {
@@ -54,6 +55,10 @@ impl DeviceBackend for UioBackend {
 
     fn is_isolated(&self) -> bool {
         false
+    }
+
+    fn location(&self) -> Option<PciAddress> {
+        self.location
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
@@ -130,7 +135,12 @@ impl DeviceBackend for UioBackend {
         &[]
     }
 
-    fn dma_map(&self, _iova: u64, _memory: &SharedMemory) -> Result<(), DeviceError> {
+    fn dma_map_part(
+        &self,
+        _iova: u64,
+        _memory: &SharedMemory,
+        _part: Range<u64>,
+    ) -> Result<(), DeviceError> {
         Err(DeviceError::NoDma { backend: self.kind() })
     }
 

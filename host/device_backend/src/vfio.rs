@@ -14,13 +14,16 @@ use iohost_vfio::{
 };
 
 use crate::access::{self, COMMAND, MEMORY_SPACE, WIDEST_BAR, WIDEST_CONFIG};
-use crate::{BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, Reset, ResetLevel};
+use crate::{
+    BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, PciAddress, Reset, ResetLevel,
+};
 
 /// A PCI function that is bound to `vfio-pci`, open.
 #[derive(Debug)]
 pub struct VfioBackend {
     device: VfioDevice,
     bars: Vec<Bar>,
+    location: Option<PciAddress>,
 }
 
 #[derive(Debug)]
@@ -37,7 +40,7 @@ impl VfioBackend {
         let bars = (0..=ROM_REGION as u8)
             .map(|index| Bar::new(&device, index))
             .collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { device, bars })
+        Ok(Self { device, bars, location: access::location(sysfs) })
     }
 
     /// An access of 8 bytes through a mapping, where there can be one: there it is one access on
@@ -114,6 +117,10 @@ impl DeviceBackend for VfioBackend {
 
     fn is_isolated(&self) -> bool {
         self.device.access() != Access::NoIommu
+    }
+
+    fn location(&self) -> Option<PciAddress> {
+        self.location
     }
 
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
@@ -193,8 +200,13 @@ impl DeviceBackend for VfioBackend {
         self.device.iova_ranges()
     }
 
-    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
-        match self.device.map_dma(iova, memory) {
+    fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), DeviceError> {
+        match self.device.map_dma(iova, memory, part) {
             Err(VfioError::NoDma) => Err(DeviceError::NoDma { backend: self.kind() }),
             done => Ok(done?),
         }

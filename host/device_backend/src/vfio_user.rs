@@ -140,8 +140,13 @@ impl DeviceBackend for VfioUserBackend {
         &IOVA_RANGES
     }
 
-    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
-        Ok(self.client.dma_map(iova, memory)?)
+    fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), DeviceError> {
+        Ok(self.client.dma_map_part(iova, memory, part)?)
     }
 
     fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError> {

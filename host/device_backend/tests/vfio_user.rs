@@ -77,6 +77,7 @@ conformance! {
     one_kind_of_interrupt_replaces_another
     dma_goes_both_ways
     a_bad_dma_mapping_is_refused
+    a_part_of_memory_is_mapped_and_no_more
     what_is_not_mapped_is_not_reached
     a_reset_leaves_the_device_quiet
     a_device_in_the_middle_of_its_work_is_made_safe

@@ -651,6 +651,12 @@ catalogue! {
         check: "the message has the reason",
         fix: "Install iohost and the program of the same version.",
     }
+    OfferNotSent = "offer-not-sent", None, {
+        means: "Memory that the program offered did not get to the driver.",
+        why: "The session has ended, or the driver has not taken what was sent before.",
+        check: "iohost status SERVICE",
+        fix: "Open the session anew, or wait for the calls under way.",
+    }
     WrongSize = "wrong-size", None, {
         means: "A value that the driver sent has another size than the program expects.",
         why: "Driver and program were built from different versions of their interface.",

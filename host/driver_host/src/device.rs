@@ -1,31 +1,39 @@
 //! A device as its driver sees it: interrupts by index, memory by address.
 
-use std::collections::{BTreeMap, HashSet};
+mod config_state;
+mod dma;
+
+use std::collections::HashSet;
+use std::collections::btree_map::{BTreeMap, Entry};
+use std::ops::Range;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel, Ordering::Acquire, Ordering::Release};
 use std::sync::{Arc, Mutex};
 
 use iohost_device_backend::quiesce::{Outcome, Quiesced, SavedBars, answers, quiesce};
 use iohost_device_backend::{
-    DeviceBackend, DeviceError, DeviceEvent, InterruptKind, IovaError, IovaSpace, ResetLevel,
+    DeviceBackend, DeviceError, DeviceEvent, InterruptKind, IovaSpace, ResetLevel,
 };
 use iohost_dispatch::{InterruptLine, Signal};
 use iohost_interface::IOReturn;
-use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 use log::warn;
 
+use self::config_state::ConfigState;
+use self::dma::Dma;
+pub(crate) use self::dma::{Limits, Piece, Segment};
 use crate::device_events::Events;
 
 /// Why the device's locks are never poisoned.
 const NO_PANIC: &str = "no foreign code runs under a device lock";
 
-/// Why an address can be freed.
-const ALLOCATED: &str = "allocated by `prepare`";
-
 /// Offsets and bits of configuration space (PCI Local Bus 3.0, section 6.2).
 const COMMAND: u16 = 0x04;
 const MEMORY_SPACE: u16 = 0x002;
 const BUS_MASTER: u16 = 0x004;
+
+/// The snapshot that lasts until the device is closed.
+const PERMANENT: usize = 1;
 
 /// One device and everything its driver has of it. What is left when the driver is gone is taken
 /// back on drop: interrupts, mappings, bus mastering.
@@ -38,8 +46,13 @@ pub struct Device {
     events: Events,
     interrupts: Mutex<Interrupts>,
     dma: Mutex<Dma>,
-    /// BARs that are mapped, for as long as the device is there: a driver may hold addresses.
-    mapped: Mutex<BTreeMap<u8, MappedRegion>>,
+    /// What is mapped, by BAR and start, for as long as the device is open: a driver may hold
+    /// addresses.
+    mapped: Mutex<BTreeMap<(u8, u64), MappedRegion>>,
+    /// Its driver has closed it.
+    closed: AtomicBool,
+    /// What the driver had kept: the last snapshot, and the permanent one.
+    kept: Mutex<[Option<ConfigState>; 2]>,
 }
 
 #[derive(Debug, Default)]
@@ -68,15 +81,6 @@ impl Interrupts {
         let signals = self.signals.get(vectors).unwrap_or_default();
         self.dropped += signals.iter().map(|signal| signal.take()).sum::<u64>();
     }
-}
-
-#[derive(Debug)]
-struct Dma {
-    space: IovaSpace,
-    /// What is mapped, by address.
-    prepared: BTreeMap<u64, Arc<SharedMemory>>,
-    /// Why the last mapping that was refused was refused.
-    last_refusal: Option<DeviceError>,
 }
 
 /// An interrupt that has been taken for a source.
@@ -111,8 +115,10 @@ impl Device {
             saved,
             events,
             interrupts: Mutex::default(),
-            dma: Mutex::new(Dma { space, prepared: BTreeMap::new(), last_refusal: None }),
+            dma: Mutex::new(Dma::new(space)),
             mapped: Mutex::default(),
+            closed: AtomicBool::new(false),
+            kept: Mutex::default(),
             backend,
         };
         Ok((Arc::new(device), quiesced))
@@ -192,17 +198,72 @@ impl Device {
         done
     }
 
-    /// Maps the start of a BAR; `UNSUPPORTED` unless the backend offers those bytes.
-    pub(crate) fn map_bar(&self, bar: u8, len: u64) -> Result<*mut u8, IOReturn> {
-        let info = self.backend.bar(bar).ok_or(IOReturn::NOT_FOUND)?;
-        let range = info.mappable.iter().find(|range| range.start == 0 && range.end >= len);
-        let range = range.ok_or(IOReturn::UNSUPPORTED)?.clone();
-        let mut mapped = self.mapped.lock().expect(NO_PANIC);
-        if let Some(region) = mapped.get(&bar) {
-            return Ok(region.address());
+    /// The device, unless its driver has closed it.
+    pub(crate) fn opened(&self) -> Result<&dyn DeviceBackend, IOReturn> {
+        if self.closed.load(Acquire) { Err(IOReturn::NOT_OPEN) } else { Ok(&*self.backend) }
+    }
+
+    /// Opens the device that its driver had closed.
+    pub(crate) fn open(&self) -> Result<(), IOReturn> {
+        if self.closed.compare_exchange(true, false, AcqRel, Acquire).is_err() {
+            return Err(IOReturn::NOT_OPEN);
         }
-        let region = self.backend.map_bar(bar, range).map_err(|err| refused(&err))?;
-        Ok(mapped.entry(bar).or_insert(region).address())
+        change_command(&*self.backend, MEMORY_SPACE, BUS_MASTER).map_err(|err| {
+            self.closed.store(true, Release);
+            refused(&err)
+        })
+    }
+
+    /// Takes everything back that the driver has of the device. It holds no mapping of a BAR.
+    pub(crate) fn close(&self) -> Result<(), IOReturn> {
+        if self.closed.swap(true, AcqRel) {
+            return Err(IOReturn::NOT_OPEN);
+        }
+        self.disable_interrupts();
+        let quieted = change_command(&*self.backend, 0, MEMORY_SPACE | BUS_MASTER);
+        self.unmap_all();
+        self.mapped.lock().expect(NO_PANIC).clear();
+        self.kept.lock().expect(NO_PANIC)[PERMANENT] = None;
+        quieted.map_err(|err| refused(&err))
+    }
+
+    /// Keeps what configuration space says, in one of two places.
+    pub(crate) fn save_state(&self, place: u32) -> Result<(), IOReturn> {
+        let backend = self.opened()?;
+        let mut kept = self.kept.lock().expect(NO_PANIC);
+        let place = kept.get_mut(place as usize).ok_or(IOReturn::BAD_ARGUMENT)?;
+        *place = Some(ConfigState::save(backend).map_err(|err| refused(&err))?);
+        Ok(())
+    }
+
+    /// Writes back what was kept there.
+    pub(crate) fn restore_state(&self, place: u32) -> Result<(), IOReturn> {
+        let backend = self.opened()?;
+        let kept = self.kept.lock().expect(NO_PANIC);
+        let state = kept.get(place as usize).ok_or(IOReturn::BAD_ARGUMENT)?;
+        state.as_ref().ok_or(IOReturn::NOT_READY)?.restore(backend).map_err(|err| {
+            warn!(reason = with_sources(&err); "the device's state was not restored");
+            err.code()
+        })
+    }
+
+    /// Maps bytes of a BAR; `UNSUPPORTED` unless the backend offers them, `OVERRUN` past its end.
+    pub(crate) fn map_bar(&self, bar: u8, offset: u64, len: u64) -> Result<*mut u8, IOReturn> {
+        let backend = self.opened()?;
+        let info = backend.bar(bar).ok_or(IOReturn::NOT_FOUND)?;
+        let end = offset.checked_add(len).filter(|end| len > 0 && *end <= info.size);
+        let end = end.ok_or(IOReturn::OVERRUN)?;
+        let holds = |range: &&Range<u64>| range.start <= offset && end <= range.end;
+        let range = info.mappable.iter().find(holds).ok_or(IOReturn::UNSUPPORTED)?.clone();
+        let start = range.start;
+        let mut mapped = self.mapped.lock().expect(NO_PANIC);
+        let region = match mapped.entry((bar, start)) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                entry.insert(backend.map_bar(bar, range).map_err(|err| refused(&err))?)
+            }
+        };
+        Ok(region.address().wrapping_add((offset - start) as usize))
     }
 
     /// Chooses a kind of interrupt. See `IOPCIDevice::configure_interrupts` for the rules.
@@ -385,38 +446,20 @@ impl Device {
         change_command(&*self.backend, MEMORY_SPACE, 0)
     }
 
-    /// Lets the device reach memory, at an address below `2^bits`.
-    pub(crate) fn prepare(&self, memory: Arc<SharedMemory>, bits: u8) -> Result<u64, IOReturn> {
-        let bits = if bits == 0 { 64 } else { bits };
+    /// Lets the device reach pieces of memory; see [`Dma::prepare`].
+    pub(crate) fn prepare(
+        &self,
+        pieces: Vec<Piece>,
+        limits: Limits,
+    ) -> Result<Vec<Segment>, IOReturn> {
         let mut dma = self.dma.lock().expect(NO_PANIC);
-        if self.backend.iova_ranges().is_empty() {
-            let err = DeviceError::NoDma { backend: self.backend.kind() };
-            let status = refused(&err);
-            dma.last_refusal = Some(err);
-            return Err(status);
-        }
-        let address =
-            dma.space.allocate(memory.len() as u64, bits, 1).map_err(|err| no_room(&err))?;
-        if let Err(err) = self.backend.dma_map(address, &memory) {
-            dma.space.free(address).expect(ALLOCATED);
-            let status = refused(&err);
-            dma.last_refusal = Some(err);
-            return Err(status);
-        }
-        dma.prepared.insert(address, memory);
-        Ok(address)
+        // Asked under the lock, so that nothing is mapped after `close` has unmapped all.
+        dma.prepare(self.opened()?, pieces, limits)
     }
 
-    /// Takes memory back from the device. On an error it stays where it is: the device may
-    /// still reach it.
+    /// Takes memory back from the device; see [`Dma::complete`].
     pub(crate) fn complete(&self, address: u64) -> Result<(), IOReturn> {
-        let mut dma = self.dma.lock().expect(NO_PANIC);
-        let memory = dma.prepared.get(&address).ok_or(IOReturn::NOT_READY)?;
-        let len = memory.len() as u64;
-        self.backend.dma_unmap(address, len).map_err(|err| refused(&err))?;
-        dma.prepared.remove(&address);
-        dma.space.free(address).expect(ALLOCATED);
-        Ok(())
+        self.dma.lock().expect(NO_PANIC).complete(&*self.backend, address)
     }
 
     /// Why the backend refused the last mapping that it refused; told once.
@@ -504,20 +547,11 @@ impl Device {
     }
 
     fn unmap_all(&self) {
-        let mut dma = self.dma.lock().expect(NO_PANIC);
-        for (address, memory) in std::mem::take(&mut dma.prepared) {
-            if let Err(err) = self.backend.dma_unmap(address, memory.len() as u64) {
-                warn!(address, reason = with_sources(&err); "a DMA mapping stays");
-                // The device may still reach it: better lost than used for something else.
-                std::mem::forget(memory);
-            }
-        }
+        self.dma.lock().expect(NO_PANIC).complete_all(&*self.backend);
     }
 
-    /// Keeps what the device may still reach from being used for something else.
     fn keep_all(&self) {
-        let mut dma = self.dma.lock().expect(NO_PANIC);
-        std::mem::take(&mut dma.prepared).into_values().for_each(std::mem::forget);
+        self.dma.lock().expect(NO_PANIC).keep_all();
     }
 }
 
@@ -547,11 +581,6 @@ fn change_command(backend: &dyn DeviceBackend, set: u16, clear: u16) -> Result<(
 pub(crate) fn refused(err: &DeviceError) -> IOReturn {
     warn!(reason = with_sources(err); "the device refused");
     err.code()
-}
-
-fn no_room(err: &IovaError) -> IOReturn {
-    warn!(reason = with_sources(err); "no DMA address");
-    IOReturn::NO_SPACE
 }
 
 /// An error with everything it was caused by, on one line.

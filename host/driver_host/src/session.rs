@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, Weak};
 use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket};
-use iohost_interface::{ActionTarget, Arguments, Completion, IOReturn, ReplySink};
+use iohost_interface::{ActionTarget, Arguments, ClientFile, Completion, IOReturn, ReplySink};
 use log::warn;
 
 use crate::Driver;
@@ -23,6 +23,9 @@ use crate::session_actions::SessionActions;
 /// actions that wait for their end. A client that sends more is not read until some are done; its
 /// own sends block then.
 const MOST_CALLS: usize = 64;
+
+/// The most memory files that one session offers at a time.
+const MOST_OFFERS: usize = 64;
 
 /// Packets of one session that are dealt with before others get their turn.
 const PACKETS_PER_TURN: usize = 256;
@@ -50,6 +53,15 @@ struct Session {
     /// Calls that wait for their answer, and invocations that wait for their end.
     waiting: AtomicUsize,
     actions: SessionActions,
+    /// Memory that the client has offered, by its numbers; `None` once the session is over.
+    offers: Mutex<Option<HashMap<u64, Offer>>>,
+}
+
+/// Memory of a client's, checked.
+struct Offer {
+    file: OwnedFd,
+    len: u64,
+    read_only: bool,
 }
 
 impl Sessions {
@@ -89,6 +101,7 @@ impl Sessions {
             source: Mutex::new(None),
             waiting: AtomicUsize::new(0),
             actions: SessionActions::new(),
+            offers: Mutex::new(Some(HashMap::new())),
         });
         self.open.lock().expect(NO_PANIC).insert(id, session.clone());
         let (sessions, reading) = (self.this.clone(), Arc::downgrade(&session));
@@ -122,8 +135,8 @@ impl Sessions {
                 // Goes on when there is one less.
                 return;
             }
-            let packet = match session.socket.receive(&mut buffer, 0) {
-                Ok(packet) => FromClient::decode(&buffer[..packet.len]),
+            let (packet, mut files) = match session.socket.receive(&mut buffer, 1) {
+                Ok(packet) => (FromClient::decode(&buffer[..packet.len]), packet.fds.into_iter()),
                 Err(PacketError::WouldBlock) => return,
                 Err(PacketError::Closed) => return self.end(session.id, ""),
                 Err(err) => return self.end(session.id, &with_sources(&err)),
@@ -134,6 +147,11 @@ impl Sessions {
                     self.map(session, id, memory);
                     Ok(())
                 }
+                FromClient::Offer { memory, read_only } => {
+                    let file = files.next().ok_or("offers memory without a file")?;
+                    session.offer(memory, file, read_only)
+                }
+                FromClient::Withdraw { memory } => session.withdraw(memory),
                 FromClient::Invoke(invocation) => self.invoke(session, invocation),
                 FromClient::Release { action } => {
                     let held = session.actions.take_back(action);
@@ -146,6 +164,10 @@ impl Sessions {
                     }
                 }
             });
+            let done = match files.next() {
+                Some(_) => Err("sends a descriptor that nobody asked for".to_owned()),
+                None => done,
+            };
             if let Err(reason) = done {
                 return self.end(session.id, &reason);
             }
@@ -216,6 +238,8 @@ impl Sessions {
         let source = session.source.lock().expect(NO_PANIC).take();
         drop(source);
         session.actions.end();
+        let offers = session.offers.lock().expect(NO_PANIC).take();
+        drop(offers);
         self.driver.session_closed(id);
         true
     }
@@ -237,6 +261,14 @@ impl ReplySink for Answer {
         let sent = self.session.socket.send(&reply, &[]);
         self.session.one_less();
         end_unless(sent, &self.sessions, self.session.id);
+    }
+
+    fn client_memory(&self, memory: u64) -> Result<ClientFile, IOReturn> {
+        let offers = self.session.offers.lock().expect(NO_PANIC);
+        let offers = offers.as_ref().ok_or(IOReturn::NOT_READY)?;
+        let Offer { file, len, read_only } = offers.get(&memory).ok_or(IOReturn::NOT_FOUND)?;
+        let file = file.try_clone().map_err(|_| IOReturn::NO_RESOURCES)?;
+        Ok(ClientFile { file, len: *len, read_only: *read_only })
     }
 }
 
@@ -285,6 +317,29 @@ impl Drop for MapReply {
 }
 
 impl Session {
+    /// Takes memory that the client offers, once it is sure that the client cannot take pages away
+    /// from under a mapping. An error ends the session.
+    fn offer(&self, memory: u64, file: OwnedFd, read_only: bool) -> Result<(), String> {
+        let len = iohost_memory::sealed_len(&file)
+            .map_err(|err| format!("offers memory {memory}: {}", with_sources(&err)))?;
+        let mut offers = self.offers.lock().expect(NO_PANIC);
+        let Some(offers) = &mut *offers else { return Ok(()) };
+        if offers.len() == MOST_OFFERS {
+            return Err(format!("offers more than {MOST_OFFERS} memories"));
+        }
+        match offers.insert(memory, Offer { file, len: len as u64, read_only }) {
+            Some(_) => Err(format!("offers memory {memory} a second time")),
+            None => Ok(()),
+        }
+    }
+
+    fn withdraw(&self, memory: u64) -> Result<(), String> {
+        let mut offers = self.offers.lock().expect(NO_PANIC);
+        let Some(offers) = &mut *offers else { return Ok(()) };
+        let known = offers.remove(&memory).is_some();
+        known.then_some(()).ok_or_else(|| format!("takes back memory {memory}, offered none"))
+    }
+
     /// A call was answered, or an invocation has ended.
     fn one_less(&self) {
         if self.waiting.fetch_sub(1, AcqRel) == MOST_CALLS {

@@ -19,7 +19,8 @@ pub struct Arguments {
 impl Arguments {
     /// The most integers of one call.
     pub const MOST_SCALARS: usize = 16;
-    /// The most bytes of one call; more goes through a data queue.
+    /// The most bytes of one call; more goes through a data queue, or as memory that the client
+    /// offers.
     pub const LONGEST_STRUCTURE: usize = 4096;
 
     /// Whether both parts are within their limits.

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::os::fd::OwnedFd;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex};
 use std::task::{Context, Poll, Waker};
@@ -23,6 +24,22 @@ pub struct Reply<T> {
 pub trait ReplySink: Send {
     /// Delivers the answer. Called once.
     fn deliver(self: Box<Self>, answer: Result<Arguments, IOReturn>);
+
+    /// Memory that the caller has offered. See [`Reply::client_memory`].
+    fn client_memory(&self, _memory: u64) -> Result<ClientFile, IOReturn> {
+        Err(IOReturn::UNSUPPORTED)
+    }
+}
+
+/// Memory of a client's: a file that is sealed against changes of its length.
+#[derive(Debug)]
+pub struct ClientFile {
+    /// The file.
+    pub file: OwnedFd,
+    /// Its bytes.
+    pub len: u64,
+    /// Whether it is for reading only.
+    pub read_only: bool,
 }
 
 impl<T: Results> Reply<T> {
@@ -48,6 +65,15 @@ impl<T: Results> Reply<T> {
             Ok(results) => self.complete(results),
             Err(status) => self.fail(status),
         }
+    }
+
+    /// Memory that the caller has offered in its session, by the number that it gave it.
+    ///
+    /// Errors: `NOT_FOUND` for a number without memory; `NOT_READY` when the caller is gone;
+    /// `NO_RESOURCES` when no descriptor is left; `UNSUPPORTED` for a caller without a session.
+    pub fn client_memory(&self, memory: u64) -> Result<ClientFile, IOReturn> {
+        let sink = self.sink.as_ref().expect("taken by what consumes the reply");
+        sink.client_memory(memory)
     }
 
     fn answer(mut self, answer: Result<Arguments, IOReturn>) {

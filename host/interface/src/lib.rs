@@ -20,7 +20,8 @@ pub mod packet;
 pub use action::{Action, ActionTarget, Completion, PassedAction};
 pub use arguments::{Argument, Arguments, Results, Taken};
 pub use call::{
-    Answer, AnswerFuture, Caller, InterfaceClient, PendingAnswer, Reply, ReplySink, answer_pair,
+    Answer, AnswerFuture, Caller, ClientFile, InterfaceClient, PendingAnswer, Reply, ReplySink,
+    answer_pair,
 };
 pub use declaration::{ToClient, ToDriver};
 pub use description::{Description, DescriptionError, Direction, Method, Queue};

@@ -10,13 +10,15 @@
 //! | 4 | u32 | number of scalars |
 //! | 8 | u32 | bytes of structure |
 //! | 12 | i32 | reply: status; else: which scalars of a call are actions |
-//! | 16 | u64 | call, memory, reply: the call's number, chosen by the client; else: the action's |
-//! | 24 | u64 | call: selector; memory: its type; reply: which scalars are actions; taken: how many |
+//! | 16 | u64 | call, memory, reply: the call's number, chosen by the client; offers: the offer's number, likewise; else: the action's |
+//! | 24 | u64 | call: selector; memory: its type; reply: which scalars are actions; taken: how many; offers: 1 for reading only, else 0 |
 //!
 //! | magic | kind | from |
 //! | --- | --- | --- |
 //! | `IOC1` | a call | the client |
 //! | `IOM1` | asks for memory that the driver offers, by type | the client |
+//! | `IOF1` | offers memory, its file beside it, for the driver of any call to use | the client |
+//! | `IOW1` | takes an offer back | the client |
 //! | `IOR1` | a reply; beside the one to `IOM1`, the memory file | the driver host |
 //! | `IOI1` | invokes an action that the receiver passed | both |
 //! | `IOX1` | the last handle to an action that the receiver passed is gone | both |
@@ -25,7 +27,7 @@
 //! Which scalars are actions is a bit for each, bit 0 the first. Such a scalar is a number that
 //! its sender gave the action in this session, never twice. The reply to `IOM1` has two scalars:
 //! the bytes of the memory file beside it, and 1 if it is for reading only, else 0. Fields without
-//! a meaning are zero; in `IOM1` and in the packets of actions that is checked.
+//! a meaning are zero; in `IOM1`, in offers and in the packets of actions that is checked.
 
 use crate::{Arguments, IOReturn, PassedAction};
 
@@ -38,6 +40,8 @@ const REPLY: u32 = u32::from_be_bytes(*b"IOR1");
 const INVOKE: u32 = u32::from_be_bytes(*b"IOI1");
 const RELEASE: u32 = u32::from_be_bytes(*b"IOX1");
 const MAP: u32 = u32::from_be_bytes(*b"IOM1");
+const OFFER: u32 = u32::from_be_bytes(*b"IOF1");
+const WITHDRAW: u32 = u32::from_be_bytes(*b"IOW1");
 const TAKEN: u32 = u32::from_be_bytes(*b"IOT1");
 
 /// A packet from a client.
@@ -50,6 +54,18 @@ pub enum FromClient {
         /// The client's number for the request, which is one of a call.
         id: u64,
         /// Which memory: a number of the driver's.
+        memory: u64,
+    },
+    /// Offers memory, whose file is beside the packet.
+    Offer {
+        /// The client's number for it.
+        memory: u64,
+        /// The driver may read only.
+        read_only: bool,
+    },
+    /// Takes an offer back.
+    Withdraw {
+        /// The client's number for it.
         memory: u64,
     },
     /// Invokes an action of the driver's.
@@ -175,6 +191,20 @@ impl FromClient {
                 let (header, _) = decode_bare(MAP, packet)?;
                 Ok(Self::Map { id: header.id, memory: header.last })
             }
+            OFFER => {
+                let (header, _) = decode_bare(OFFER, packet)?;
+                let read_only = match header.last {
+                    0 => false,
+                    1 => true,
+                    value => return Err(PacketFault::Field { magic: OFFER, offset: 24, value }),
+                };
+                Ok(Self::Offer { memory: header.id, read_only })
+            }
+            WITHDRAW => {
+                let (header, _) = decode_bare(WITHDRAW, packet)?;
+                header.has_zero_last(WITHDRAW)?;
+                Ok(Self::Withdraw { memory: header.id })
+            }
             TAKEN => {
                 let (header, _) = decode_bare(TAKEN, packet)?;
                 let count = header.last;
@@ -267,6 +297,16 @@ pub fn encode_taken(action: u64, count: u64) -> Vec<u8> {
 /// The packet that asks for memory that the driver offers.
 pub fn encode_map(id: u64, memory: u64) -> Vec<u8> {
     encode(MAP, 0, id, memory, &Arguments::default())
+}
+
+/// The packet that offers memory; its file goes beside it.
+pub fn encode_offer(memory: u64, read_only: bool) -> Vec<u8> {
+    encode(OFFER, 0, memory, read_only.into(), &Arguments::default())
+}
+
+/// The packet that takes an offer back.
+pub fn encode_withdraw(memory: u64) -> Vec<u8> {
+    encode(WITHDRAW, 0, memory, 0, &Arguments::default())
 }
 
 fn decode_release(packet: &[u8]) -> Result<u64, PacketFault> {
@@ -389,6 +429,25 @@ mod tests {
         let arguments =
             Arguments { scalars: vec![5, 6], structure: b"abc".to_vec(), ..Default::default() };
         Call { id: 1, selector: 2, arguments }
+    }
+
+    #[test]
+    fn offers_of_memory_come_back_as_they_went_and_other_fields_are_zero() {
+        for read_only in [false, true] {
+            let packet = encode_offer(7, read_only);
+            assert_eq!(FromClient::decode(&packet), Ok(FromClient::Offer { memory: 7, read_only }));
+        }
+        let packet = encode_withdraw(7);
+        assert_eq!(FromClient::decode(&packet), Ok(FromClient::Withdraw { memory: 7 }));
+        for (mut packet, value) in [(encode_offer(7, true), 2), (encode_withdraw(7), 1)] {
+            packet[24] = value;
+            let fault = FromClient::decode(&packet).unwrap_err();
+            assert!(matches!(fault, PacketFault::Field { offset: 24, .. }), "{fault}");
+        }
+        let mut packet = encode_offer(7, false);
+        packet[12] = 1;
+        let fault = FromClient::decode(&packet).unwrap_err();
+        assert!(matches!(fault, PacketFault::Field { offset: 12, .. }), "{fault}");
     }
 
     #[test]

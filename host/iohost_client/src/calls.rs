@@ -6,14 +6,15 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread;
 
 use iohost_event::{PacketError, Packets, Poller, Ready};
 use iohost_interface::packet::{
-    self, Call, FromDriver, Invocation, ReplyPacket, encode_map, encode_release, encode_taken,
+    self, Call, FromDriver, Invocation, ReplyPacket, encode_map, encode_offer, encode_release,
+    encode_taken, encode_withdraw,
 };
 use iohost_interface::{
     ActionTarget, Arguments, Caller, Completion, IOReturn, PassedAction, PendingAnswer, ReplySink,
@@ -40,6 +41,8 @@ struct Waiting {
     /// Our actions that the driver holds, by the number we gave them.
     actions: HashMap<u64, Arc<dyn ActionTarget>>,
     next_action: u64,
+    /// Of our memory that was offered.
+    next_offer: u64,
     is_offline: bool,
 }
 
@@ -62,6 +65,7 @@ impl Calls {
             next_id: 1,
             actions: HashMap::new(),
             next_action: 1,
+            next_offer: 1,
             is_offline: false,
         };
         let calls = Arc::new_cyclic(|this| Self {
@@ -194,6 +198,32 @@ impl Calls {
         receiver.recv().await.unwrap_or(Err(IOReturn::OFFLINE))
     }
 
+    /// Offers memory of ours to the driver; its number.
+    ///
+    /// Errors: `OFFLINE`, `BUSY` when the driver host has not read the earlier calls.
+    pub(crate) fn offer_memory(
+        &self,
+        file: BorrowedFd<'_>,
+        read_only: bool,
+    ) -> Result<u64, IOReturn> {
+        let number = {
+            let mut waiting = self.waiting();
+            if waiting.is_offline {
+                return Err(IOReturn::OFFLINE);
+            }
+            let number = waiting.next_offer;
+            waiting.next_offer += 1;
+            number
+        };
+        self.send_with(&encode_offer(number, read_only), &[file])?;
+        Ok(number)
+    }
+
+    /// Takes an offer back.
+    pub(crate) fn withdraw_memory(&self, number: u64) {
+        self.send_for_sure(encode_withdraw(number));
+    }
+
     /// Numbers our actions among arguments, and keeps them for the driver to invoke.
     fn offer(&self, waiting: &mut Waiting, arguments: &mut Arguments) -> Vec<u64> {
         let mut numbers = Vec::new();
@@ -228,10 +258,14 @@ impl Calls {
     }
 
     fn send(&self, packet: &[u8]) -> Result<(), IOReturn> {
+        self.send_with(packet, &[])
+    }
+
+    fn send_with(&self, packet: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), IOReturn> {
         if !self.send_unsent() {
             return Err(IOReturn::BUSY);
         }
-        self.socket.send(packet, &[]).map_err(|err| match err {
+        self.socket.send(packet, fds).map_err(|err| match err {
             PacketError::WouldBlock => IOReturn::BUSY,
             PacketError::Closed => IOReturn::OFFLINE,
             _ => IOReturn::IPC_ERROR,

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::OfferError;
 use iohost_control::host::Failure;
 use iohost_interface::IOReturn;
 use iohost_memory::AttachError;
@@ -140,6 +141,14 @@ pub enum ClientError {
         /// What is wrong with it.
         source: AttachError,
     },
+    /// Memory was not offered to the driver.
+    #[error("offering {bytes} bytes of memory to the driver")]
+    Offer {
+        /// Its bytes.
+        bytes: usize,
+        /// Why not.
+        source: OfferError,
+    },
     /// This process lacks descriptors or threads.
     #[error("setting up a session")]
     Resources(#[from] io::Error),
@@ -194,6 +203,13 @@ impl ClientError {
             }
             ClientError::Mapping { .. } => {
                 ("bad-memory", "install iohost and this program of the same version".to_owned())
+            }
+            ClientError::Offer { source: OfferError::Driver(_), .. } => (
+                "offer-not-sent",
+                "open the session anew, or wait for the calls under way".to_owned(),
+            ),
+            ClientError::Offer { .. } => {
+                ("no-memory", "offer fewer bytes, and at least one".to_owned())
             }
             ClientError::Resources(_) => {
                 ("no-resources", "raise this process's limit of open files".to_owned())

@@ -58,7 +58,7 @@ pub use iohost_control::varlink::{BindOptions, EventKind, ServiceEvent};
 pub use iohost_interface::Action;
 pub use iohost_memory::ring::{Entry, QueueError, WaitError};
 pub use matching::ServiceMatch;
-pub use memory::{ClientMemory, NoAccess};
+pub use memory::{ClientMemory, NoAccess, OfferError, OfferedMemory};
 pub use queue::{QueueConsumer, QueueProducer};
 pub use session::Session;
 pub use watch::{AsyncServiceWatch, ServiceWatch};

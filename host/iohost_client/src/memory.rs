@@ -1,8 +1,14 @@
-//! Memory of a driver's in this process.
+//! Memory of a driver's in this process, and of this process's for a driver.
 
-use std::os::fd::OwnedFd;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Weak;
 
+use iohost_interface::IOReturn;
 use iohost_memory::{AttachError, SharedMemory};
+
+use crate::calls::Calls;
 
 /// Memory that a driver offers, mapped; from
 /// [`Session::map_memory`](crate::Session::map_memory). Dropping it unmaps it.
@@ -30,6 +36,85 @@ pub enum NoAccess {
     /// The driver offers the memory for reading.
     #[error("the driver offers this memory for reading only")]
     ReadOnly,
+}
+
+/// Memory of this program's that the driver of a session can use, from
+/// [`Session::offer_memory`](crate::Session::offer_memory): for what is too long for a call's
+/// bytes, either way, and for what a device is to read or write in place. A call passes its
+/// [`number`](Self::number).
+///
+/// Dropping it takes the offer back. A driver that has it already keeps it until it is done. Bytes
+/// are copied in and out, as the driver and its device may write at any time. Callable from any
+/// thread.
+pub struct OfferedMemory {
+    memory: ClientMemory,
+    number: u64,
+    calls: Weak<Calls>,
+}
+
+impl OfferedMemory {
+    pub(crate) fn offer(
+        calls: Weak<Calls>,
+        bytes: usize,
+        read_only: bool,
+    ) -> Result<Self, OfferError> {
+        let memory = SharedMemory::create(c"iohost-offer", bytes).map_err(OfferError::Memory)?;
+        let file = memory.as_fd().try_clone_to_owned().map_err(OfferError::Memory)?;
+        let (file, _) = iohost_memory::offer(file, read_only).map_err(OfferError::Attach)?;
+        let session = calls.upgrade().ok_or(IOReturn::OFFLINE).map_err(OfferError::Driver)?;
+        let number = session.offer_memory(file.as_fd(), read_only).map_err(OfferError::Driver)?;
+        Ok(Self { memory: ClientMemory(memory), number, calls })
+    }
+
+    /// What a call passes for it: a number that is never used twice in its session.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Bytes; never zero.
+    #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    pub fn len(&self) -> usize {
+        self.memory.len()
+    }
+
+    /// Copies bytes out. Errors: `Outside`.
+    pub fn read_at(&self, offset: usize, data: &mut [u8]) -> Result<(), NoAccess> {
+        self.memory.read_at(offset, data)
+    }
+
+    /// Copies bytes in. Errors: `Outside`.
+    pub fn write_at(&self, offset: usize, data: &[u8]) -> Result<(), NoAccess> {
+        self.memory.write_at(offset, data)
+    }
+}
+
+impl Drop for OfferedMemory {
+    fn drop(&mut self) {
+        if let Some(calls) = self.calls.upgrade() {
+            calls.withdraw_memory(self.number);
+        }
+    }
+}
+
+impl fmt::Debug for OfferedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "OfferedMemory({}, {} bytes)", self.number, self.len())
+    }
+}
+
+/// Why memory was not offered.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OfferError {
+    /// There is none, or none of that length.
+    #[error("making the memory")]
+    Memory(#[source] io::Error),
+    /// It cannot be shared.
+    #[error("sharing the memory")]
+    Attach(#[source] AttachError),
+    /// The driver was not told: `OFFLINE`; `BUSY` when it has not read the earlier calls.
+    #[error("telling the driver: {0}")]
+    Driver(IOReturn),
 }
 
 impl ClientMemory {

@@ -11,7 +11,7 @@ use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, Ring};
 
 use crate::calls::Calls;
 use crate::queue::Line;
-use crate::{ClientError, ClientMemory, QueueConsumer, QueueProducer};
+use crate::{ClientError, ClientMemory, OfferedMemory, QueueConsumer, QueueProducer};
 
 /// A conversation with one driver. Dropped, it ends: calls under way and ends of queues that were
 /// taken from it become `OFFLINE`.
@@ -134,6 +134,20 @@ impl Session {
         }
         ClientMemory::map(file, found, read_only)
             .map_err(|source| ClientError::Mapping { memory, source })
+    }
+
+    /// Makes `bytes` zeroed bytes that the driver of this session can use: read, with `read_only`,
+    /// or write too. A session can have 64 of them at a time. The client's side of
+    /// `CreateMemoryDescriptorFromClient`.
+    ///
+    /// Errors: `Offer`.
+    pub fn offer_memory(
+        &self,
+        bytes: usize,
+        read_only: bool,
+    ) -> Result<OfferedMemory, ClientError> {
+        OfferedMemory::offer(Arc::downgrade(&self.calls), bytes, read_only)
+            .map_err(|source| ClientError::Offer { bytes, source })
     }
 
     /// Takes a client's end of a queue to the driver.

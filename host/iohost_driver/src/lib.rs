@@ -10,7 +10,8 @@
 //! - [`OSAction`] and [`Action`]: methods of it that others can invoke.
 //! - [`IOServiceNotificationDispatchSource`], [`IOServiceStateNotificationDispatchSource`]: news of
 //!   other services, and of its own state.
-//! - [`IOBufferMemoryDescriptor`], [`IODMACommand`]: memory it shares with the device.
+//! - [`IOMemoryDescriptor`], [`IOBufferMemoryDescriptor`], [`IOMemoryMap`]: memory, and
+//!   [`IODMACommand`] and [`DmaArena`] to share it with the device.
 //! - [`Session`], [`Reply`]: its clients. The calls they can make come from
 //!   [`iohost_interface::interface!`].
 //! - [`export_driver!`]: makes the crate a plugin.
@@ -29,6 +30,7 @@ mod error;
 mod expected_interrupt;
 mod interrupt;
 mod logger;
+mod memory;
 mod notification;
 mod pci;
 mod raw_queue;
@@ -41,20 +43,27 @@ pub use data_queue::IODataQueueDispatchSource;
 pub use device_event::{DeviceEvent, DeviceEventSource};
 pub use dispatch_queue::IODispatchQueue;
 pub use dispatch_source::IODispatchSource;
-pub use dma::{ClientMemory, IOBufferMemoryDescriptor, IODMACommand, PreparedDma};
+pub use dma::{AddressSegment, DmaOperation, DmaSpecification, IODMACommand, PreparedDma};
 pub use error::{Error, Result};
 pub use expected_interrupt::ExpectedInterrupt;
 pub use interrupt::{EventfdInterrupt, IOInterruptDispatchSource, InterruptEvent, InterruptType};
-pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, ToClient, ToDriver};
+pub use iohost_interface::{Action, IOReturn, Reply, ReplySink, Results, ToClient, ToDriver};
 pub use iohost_memory::SharedMemory;
 pub use iohost_memory::ring::{Bell, Consumer, Entry, Producer, QueueError, Slot};
-pub use iohost_registers::{RegisterMap, register_bits, register_map};
+pub use iohost_registers::{MapWindow, RegisterMap, register_bits, register_map};
 pub use log;
+pub use memory::{
+    CacheMode, ClientMemory, DmaArena, DmaArenaOptions, IOBufferMemoryDescriptor,
+    IOMemoryDescriptor, IOMemoryMap, MappingOptions, MemoryDirection,
+};
 pub use notification::{
     IOServiceNotificationDispatchSource, IOServiceState, IOServiceStateNotificationDispatchSource,
     ServiceInfo, ServiceMatching, ServiceNotification, StateItem,
 };
-pub use pci::{Bar, BarInfo, Command, IOPCIDevice, ResetType};
+pub use pci::{
+    AspmStates, Bar, BarInfo, Capability, Command, DevicePowerState, IOPCIDevice, LinkStatus,
+    ResetType,
+};
 pub use raw_queue::IORawDispatchQueue;
 pub use service::{Exported, IOService, Needs, Personality, QueueEnd, Session, SessionId};
 pub use timer::{IOTimerClock, IOTimerDispatchSource};

@@ -1,22 +1,60 @@
 //! PCI devices and their registers.
 
+mod capability;
+mod link;
+
 use std::fmt;
-use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Release};
 
 use iohost_interface::IOReturn;
 use iohost_registers::{
-    Readable, Register, RegisterMap, RegisterValue, RegisterWindow, Width, Writable, register_bits,
+    MapWindow, Readable, Register, RegisterMap, RegisterValue, Width, Writable, register_bits,
 };
 
-use crate::{InterruptType, Result, abi, ensure};
+use crate::memory::{DeviceMemory, Source};
+use crate::{IOMemoryDescriptor, InterruptType, MemoryDirection, Result, abi, ensure};
+
+pub use self::capability::Capability;
+pub use self::link::{AspmStates, DevicePowerState, LinkStatus};
 
 /// `IOPCIDevice`: one PCI function, owned by the driver it was given to.
 ///
-/// A value of this type is a handle; clones are the same device. Callable from any thread.
+/// A value of this type is a handle; clones are the same device. It is given to the driver open.
+/// Callable from any thread.
 #[derive(Clone)]
 pub struct IOPCIDevice {
-    device: Arc<abi::Device>,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    device: abi::Device,
+    /// How many [`InUse`] there are, or [`CLOSED`].
+    users: AtomicUsize,
+}
+
+/// There is no use of the device, and can be none.
+const CLOSED: usize = usize::MAX;
+
+/// A use of the device that keeps it open: registers, mappings, memory it was given.
+pub(crate) struct InUse {
+    device: IOPCIDevice,
+}
+
+impl InUse {
+    pub(crate) fn raw(&self) -> &abi::Device {
+        self.device.raw()
+    }
+
+    pub(crate) fn is(&self, device: &IOPCIDevice) -> bool {
+        Arc::ptr_eq(&self.device.shared, &device.shared)
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.device.shared.users.fetch_sub(1, Release);
+    }
 }
 
 /// What a base address register covers. `GetBARInfo`.
@@ -43,11 +81,56 @@ const COMMAND: u64 = 0x04;
 
 impl IOPCIDevice {
     pub(crate) fn new(device: abi::Device) -> Self {
-        Self { device: Arc::new(device) }
+        Self { shared: Arc::new(Shared { device, users: AtomicUsize::new(0) }) }
     }
 
     pub(crate) fn raw(&self) -> &abi::Device {
-        &self.device
+        &self.shared.device
+    }
+
+    /// Keeps the device open. Errors: `NOT_OPEN`.
+    pub(crate) fn in_use(&self) -> Result<InUse> {
+        let one_more = |users| (users != CLOSED).then(|| users + 1);
+        let counted = self.shared.users.fetch_update(Acquire, Acquire, one_more);
+        ensure!(counted.is_ok(), IOReturn::NOT_OPEN, "the device was closed");
+        Ok(InUse { device: self.clone() })
+    }
+
+    /// Opens the device that was closed. It decodes memory then, and is no bus master. A driver
+    /// gets its device open, so there is a use for this after [`close`](Self::close) alone.
+    ///
+    /// Errors: `NOT_OPEN` when it is open: as in DriverKit, a device has one owner, who opens it
+    /// once.
+    pub fn open(&self) -> Result<()> {
+        self.raw().open()?;
+        // The host opened it for us, and nobody else: it is marked as closed here too.
+        self.shared.users.store(0, Release);
+        Ok(())
+    }
+
+    /// Gives back everything of the device: its interrupts are disabled, it is no bus master and
+    /// decodes no memory, and a saved state that was to last is forgotten. Afterwards reads of
+    /// configuration space give all ones, and everything else is `NOT_OPEN`.
+    ///
+    /// Errors: `STILL_OPEN` while there are [`Bar`]s, mappings of its memory, preparations or
+    /// arenas: drop them first; `NOT_OPEN` when it was closed before.
+    pub fn close(&self) -> Result<()> {
+        match self.shared.users.compare_exchange(0, CLOSED, AcqRel, Acquire) {
+            Ok(_) => Ok(self.raw().close()?),
+            Err(CLOSED) => Err(crate::Error::new(IOReturn::NOT_OPEN, "the device was closed")),
+            Err(users) => Err(crate::Error::new(
+                IOReturn::STILL_OPEN,
+                format!("{users} BARs, mappings or preparations of the device are in use"),
+            )),
+        }
+    }
+
+    /// Bus, device and function. `GetBusDeviceFunction`.
+    ///
+    /// Errors: `NOT_FOUND` for an emulated device, which is on no bus.
+    pub fn bus_device_function(&self) -> Result<(u8, u8, u8)> {
+        let (bus, device, function) = self.raw().location()?;
+        Ok((bus as u8, device as u8, function as u8))
     }
 
     /// Reads configuration space; all ones when the offset is out of range or not aligned.
@@ -82,12 +165,12 @@ impl IOPCIDevice {
 
     fn configuration_read<T: Width>(&self, offset: u64) -> T {
         let width = size_of::<T>() as u32;
-        T::from_u64(self.device.config_read(offset, width).unwrap_or(u64::MAX))
+        T::from_u64(self.raw().config_read(offset, width).unwrap_or(u64::MAX))
     }
 
     fn configuration_write<T: Width>(&self, offset: u64, value: T) {
         // DriverKit's rule: a write that cannot be made is not made, and nobody is told.
-        let _ = self.device.config_write(offset, size_of::<T>() as u32, value.to_u64());
+        let _ = self.raw().config_write(offset, size_of::<T>() as u32, value.to_u64());
     }
 
     /// Lets the device read and write memory on its own, or forbids it: bit 2 of the command
@@ -107,7 +190,7 @@ impl IOPCIDevice {
     /// Errors: `NOT_FOUND` for a BAR that is absent or the upper half of a 64-bit one,
     /// `BAD_ARGUMENT` above 6.
     pub fn bar_info(&self, bar: u8) -> Result<BarInfo> {
-        let info = self.device.bar_info(bar)?;
+        let info = self.raw().bar_info(bar)?;
         Ok(BarInfo { size: info.size, kind: info.kind })
     }
 
@@ -124,12 +207,45 @@ impl IOPCIDevice {
             info.size,
             M::SIZE
         );
-        let window = match self.device.bar_map(bar, M::SIZE) {
-            Ok(window) => Some(window),
+        let device = self.in_use()?;
+        let window = match self.raw().bar_map(bar, 0, M::SIZE) {
+            Ok(window) => MapWindow::new(window),
             Err(IOReturn::UNSUPPORTED) => None,
             Err(status) => return Err(status.into()),
         };
-        Ok(Bar { device: self.clone(), bar, window, map: PhantomData })
+        Ok(Bar { device, bar, window })
+    }
+
+    /// A BAR's memory, to be mapped whole or in part. `_CopyDeviceMemoryWithIndex`.
+    ///
+    /// Errors: as [`bar_info`](Self::bar_info); `UNSUPPORTED` for a BAR of I/O ports; `NOT_OPEN`.
+    pub fn copy_device_memory(&self, bar: u8) -> Result<IOMemoryDescriptor> {
+        const IO_PORTS: u32 = 0x1;
+        let info = self.bar_info(bar)?;
+        ensure!(
+            info.kind & IO_PORTS == 0,
+            IOReturn::UNSUPPORTED,
+            "BAR {bar} is I/O ports: they can be read and written, and not be mapped"
+        );
+        let source = Source::Device(DeviceMemory { device: self.clone(), bar });
+        Ok(IOMemoryDescriptor::of(MemoryDirection::InOut, source, 0..info.size))
+    }
+
+    /// Keeps what configuration space says, for [`restore_device_state`](Self::restore_device_state):
+    /// the header, the MSI capability but for its enable bit, and the control registers of PCI
+    /// Express. A snapshot that is `permanent` stands apart, until the device is closed.
+    ///
+    /// Errors: what the device says; `NOT_OPEN`.
+    pub fn save_device_state(&self, permanent: bool) -> Result<()> {
+        Ok(self.raw().save_state(permanent.into())?)
+    }
+
+    /// Writes a snapshot back, and reads what it wrote.
+    ///
+    /// Errors: `NOT_READY` when there is no such snapshot; `IO_ERROR` when a register does not
+    /// read as it did; what the device says; `NOT_OPEN`.
+    pub fn restore_device_state(&self, permanent: bool) -> Result<()> {
+        Ok(self.raw().restore_state(permanent.into())?)
     }
 
     /// Chooses the kind of interrupt and how many: at least `required`, `requested` if the device
@@ -151,7 +267,7 @@ impl IOPCIDevice {
             InterruptType::MessagedX => 0x2_0000,
             other => other as u32,
         };
-        Ok(self.device.configure_interrupts(kind, required, requested)?)
+        Ok(self.raw().configure_interrupts(kind, required, requested)?)
     }
 
     /// Enables the first `count` vectors of what [`configure_interrupts`](Self::configure_interrupts)
@@ -168,12 +284,12 @@ impl IOPCIDevice {
     /// Errors: `NOT_READY` before `configure_interrupts`, `UNSUPPORTED` for the line, `NO_SPACE`
     /// when the device has fewer.
     pub fn resize_interrupts(&self, count: u32) -> Result<()> {
-        Ok(self.device.resize_interrupts(count)?)
+        Ok(self.raw().resize_interrupts(count)?)
     }
 
     /// How many interrupts came to nobody: of vectors that were disabled, or that had no source.
     pub fn dropped_interrupts(&self) -> u64 {
-        self.device.dropped_interrupts()
+        self.raw().dropped_interrupts()
     }
 
     /// Brings the device back to its state at power-on, in the gentlest way it has. Its base
@@ -182,7 +298,7 @@ impl IOPCIDevice {
     ///
     /// Errors: `UNSUPPORTED` when it cannot be reset; `OFFLINE` when it does not answer afterwards.
     pub fn reset(&self) -> Result<()> {
-        Ok(self.device.reset()?)
+        Ok(self.raw().reset()?)
     }
 
     /// [`reset`](Self::reset), in one way only.
@@ -190,7 +306,7 @@ impl IOPCIDevice {
     /// Errors: as there; `UNSUPPORTED` also for a reset of the bus that would reset devices of
     /// others.
     pub fn reset_by(&self, kind: ResetType) -> Result<()> {
-        Ok(self.device.reset_by(kind as u32)?)
+        Ok(self.raw().reset_by(kind as u32)?)
     }
 
     /// Whether the device has stopped to answer: its vendor id reads as all ones. To be asked when
@@ -224,39 +340,47 @@ impl fmt::Debug for IOPCIDevice {
 /// device does not answer gives all ones, as on a bus; such a write is lost.
 pub struct Bar<M> {
     /// Keeps the mapping alive.
-    device: IOPCIDevice,
+    device: InUse,
     bar: u8,
-    window: Option<RegisterWindow>,
-    map: PhantomData<fn() -> M>,
+    window: Option<MapWindow<M>>,
 }
 
 impl<M: RegisterMap> Bar<M> {
     /// Reads a register.
+    #[inline]
     pub fn read<T: RegisterValue, A: Readable>(&self, register: Register<M, T, A>) -> T {
-        let offset = register.offset();
-        let bits = match &self.window {
-            Some(window) => window.read::<T::Bits>(offset as usize),
-            None => {
-                let width = size_of::<T::Bits>() as u32;
-                let value = self.device.raw().bar_read(self.bar, offset, width);
-                value.ok().map(T::Bits::from_u64)
-            }
-        };
-        T::from_register(bits.unwrap_or(T::Bits::from_u64(u64::MAX)))
+        match &self.window {
+            Some(window) => window.read(register),
+            None => self.read_by_call(register),
+        }
     }
 
     /// Writes a register.
+    #[inline]
     pub fn write<T: RegisterValue, A: Writable>(&self, register: Register<M, T, A>, value: T) {
-        let (offset, bits) = (register.offset(), value.to_register());
         match &self.window {
-            Some(window) => {
-                let _ = window.write(offset as usize, bits);
-            }
-            None => {
-                let width = size_of::<T::Bits>() as u32;
-                let _ = self.device.raw().bar_write(self.bar, offset, width, bits.to_u64());
-            }
+            Some(window) => window.write(register, value),
+            None => self.write_by_call(register, value),
         }
+    }
+
+    /// The registers as they are mapped, for a path on which even the question whether they are
+    /// is too much: an access is one instruction. `None` where they are reached by calls.
+    pub fn mapped(&self) -> Option<&MapWindow<M>> {
+        self.window.as_ref()
+    }
+
+    #[cold]
+    fn read_by_call<T: RegisterValue, A>(&self, register: Register<M, T, A>) -> T {
+        let width = size_of::<T::Bits>() as u32;
+        let value = self.device.raw().bar_read(self.bar, register.offset(), width);
+        T::from_register(T::Bits::from_u64(value.unwrap_or(u64::MAX)))
+    }
+
+    #[cold]
+    fn write_by_call<T: RegisterValue, A>(&self, register: Register<M, T, A>, value: T) {
+        let (width, value) = (size_of::<T::Bits>() as u32, value.to_register().to_u64());
+        let _ = self.device.raw().bar_write(self.bar, register.offset(), width, value);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::ops::{Range, RangeInclusive};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use iohost_device_backend::{
@@ -13,11 +13,13 @@ use iohost_device_models::{DeviceModel, DmaError, DmaMemory, Function, FunctionE
 use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 
-/// A [`DeviceBackend`] over a [`Function`] in this process. No BAR of it can be mapped: every
-/// access is a call, which the model sees.
+/// A [`DeviceBackend`] over a [`Function`] in this process. No BAR of it can be mapped, unless it
+/// is [made memory](Self::with_memory): every access is a call, which the model sees.
 pub struct FakeDevice<M: DeviceModel> {
     function: Arc<Function<M>>,
     bars: Vec<Option<BarInfo>>,
+    /// A BAR that is memory instead.
+    memory: Option<(u8, SharedMemory)>,
     /// The kind of interrupt that is enabled: a function has one at a time.
     enabled: Mutex<Option<InterruptKind>>,
     misfortunes: Mutex<Misfortunes>,
@@ -57,6 +59,7 @@ impl<M: DeviceModel> FakeDevice<M> {
         };
         Self {
             bars: bars.collect(),
+            memory: None,
             function,
             enabled: Mutex::new(None),
             misfortunes: Mutex::new(misfortunes),
@@ -113,6 +116,36 @@ impl<M: DeviceModel> FakeDevice<M> {
             ResetEffect::Kills => self.set_lost(true),
         }
         Ok(())
+    }
+
+    /// Has a BAR be memory, of which the model sees nothing, and which can be mapped: as registers
+    /// can that a driver reaches without a call.
+    #[must_use]
+    pub fn with_memory(mut self, bar: u8, memory: SharedMemory) -> Self {
+        let size = memory.len() as u64;
+        let mappable = std::iter::once(0..size).collect();
+        self.bars.resize(self.bars.len().max(usize::from(bar) + 1), None);
+        self.bars[usize::from(bar)] = Some(BarInfo { size, kind: 0, mappable });
+        self.memory = Some((bar, memory));
+        self
+    }
+
+    /// The memory that a BAR is, if it is.
+    fn memory(&self, index: u8) -> Option<&SharedMemory> {
+        self.memory.as_ref().filter(|(bar, _)| *bar == index).map(|(_, memory)| memory)
+    }
+
+    /// Refuses an access past the end of such memory.
+    fn check_memory(
+        index: u8,
+        memory: &SharedMemory,
+        offset: u64,
+        len: usize,
+    ) -> Result<usize, DeviceError> {
+        let size = memory.len() as u64;
+        let fits = offset.checked_add(len as u64).is_some_and(|end| end <= size);
+        let region = format!("BAR {index}");
+        fits.then_some(offset as usize).ok_or(DeviceError::Range { region, offset, len, size })
     }
 
     /// Refuses what the other backends refuse: an access off its natural alignment, or too wide.
@@ -186,6 +219,11 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
         if self.reads_ones(data) {
             return Ok(());
         }
+        if let Some(memory) = self.memory(index) {
+            let at = Self::check_memory(index, memory, offset, data.len())?;
+            memory.read_at(at, data);
+            return Ok(());
+        }
         self.function.bar_read(index, offset, data).map_err(refusal)
     }
 
@@ -194,12 +232,28 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
         if self.misfortunes().lost {
             return Ok(());
         }
+        if let Some(memory) = self.memory(index) {
+            let at = Self::check_memory(index, memory, offset, data.len())?;
+            memory.write_at(at, data);
+            return Ok(());
+        }
         self.function.bar_write(index, offset, data).map_err(refusal)
     }
 
     fn map_bar(&self, index: u8, range: Range<u64>) -> Result<MappedRegion, DeviceError> {
-        self.bar(index).ok_or(DeviceError::NoSuchBar { index })?;
-        Err(DeviceError::NotMappable { index, start: range.start, end: range.end })
+        let bar = self.bar(index).ok_or(DeviceError::NoSuchBar { index })?;
+        let Range { start, end } = range;
+        let offered = |whole: &Range<u64>| {
+            whole.start <= start && start < end && end <= whole.end && start.is_multiple_of(4096)
+        };
+        match self.memory(index).filter(|_| bar.mappable.iter().any(offered)) {
+            Some(memory) => {
+                MappedRegion::map(memory, start, (end - start) as usize).map_err(|source| {
+                    DeviceError::Refused { operation: "mapping memory".to_owned(), source }
+                })
+            }
+            None => Err(DeviceError::NotMappable { index, start, end }),
+        }
     }
 
     fn interrupt_count(&self, kind: InterruptKind) -> u32 {
@@ -251,11 +305,17 @@ impl<M: DeviceModel> DeviceBackend for FakeDevice<M> {
         &[0..=u64::MAX]
     }
 
-    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
-        let memory = DmaMemory::try_from(memory).map_err(|source| DeviceError::Refused {
+    fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), DeviceError> {
+        let file = memory.as_fd().try_clone_to_owned().map_err(|source| DeviceError::Refused {
             operation: "sharing memory with the model".to_owned(),
             source,
         })?;
+        let memory = DmaMemory::new(file.into(), part.start, part.end - part.start);
         self.function.dma_map(iova, memory).map_err(refusal)
     }
 

@@ -455,11 +455,13 @@ pub struct DeviceTable {
     /// Size and kind of a BAR.
     pub bar_info:
         unsafe extern "C" fn(device: *mut HostDevice, bar: u32, info: *mut DeviceBar) -> i32,
-    /// Maps the first `len` bytes of a BAR, until the device's last reference goes.
-    /// `UNSUPPORTED` when they can only be reached by calls.
+    /// Maps `len` bytes of a BAR from `offset`, until the device is closed or its last reference
+    /// goes. The address is that of a page and the rest of `offset` in it. `UNSUPPORTED` when the
+    /// bytes can only be reached by calls.
     pub bar_map: unsafe extern "C" fn(
         device: *mut HostDevice,
         bar: u32,
+        offset: u64,
         len: u64,
         address: *mut *mut u8,
     ) -> i32,
@@ -491,20 +493,29 @@ pub struct DeviceTable {
         unsafe extern "C" fn(device: *mut HostDevice, index: u32, kind: *mut u64) -> i32,
     /// Resets the device.
     pub reset: unsafe extern "C" fn(device: *mut HostDevice) -> i32,
-    /// Makes zeroed memory that a device can be given. `fd` is the memory file, which the plugin
-    /// then owns and maps.
-    pub memory_create:
-        unsafe extern "C" fn(len: u64, memory: *mut *mut HostMemory, fd: *mut i32) -> i32,
+    /// Makes zeroed memory that a device can be given; option 1: of huge pages. `fd` is the memory
+    /// file, which the plugin then owns and maps.
+    pub memory_create: unsafe extern "C" fn(
+        len: u64,
+        options: u32,
+        memory: *mut *mut HostMemory,
+        fd: *mut i32,
+    ) -> i32,
     /// Gives the reference back. Memory that is still prepared stays until it is completed.
     pub memory_release: unsafe extern "C" fn(memory: *mut HostMemory),
-    /// Lets the device reach the memory, at an address below `2^address_bits` (0: any).
+    /// Lets the device reach pieces of memory, below `2^address_bits` (0: any), each segment's
+    /// address a multiple of `alignment`, a power of two. There is room for as many segments as
+    /// there are pieces; `segment_count` is how many were written, at least 1.
     pub dma_prepare: unsafe extern "C" fn(
         device: *mut HostDevice,
-        memory: *mut HostMemory,
+        pieces: *const DmaPiece,
+        piece_count: usize,
         address_bits: u32,
-        address: *mut u64,
+        alignment: u64,
+        segments: *mut DmaSegment,
+        segment_count: *mut usize,
     ) -> i32,
-    /// Takes the memory back from the device.
+    /// Takes back from the device what it was given with the first segment at `address`.
     pub dma_complete: unsafe extern "C" fn(device: *mut HostDevice, address: u64) -> i32,
     /// Resets the device in one way: 0x01 everything on its bus, 0x10 the function alone. `options`
     /// is 0. `BAD_ARGUMENT` for anything else.
@@ -516,6 +527,59 @@ pub struct DeviceTable {
     /// Makes an eventfd that the device's events add to, which the plugin then owns: 1 for each
     /// error, 2^16 for each request to give the device back, 2^32 when it is gone.
     pub event_signal: unsafe extern "C" fn(device: *mut HostDevice, fd: *mut i32) -> i32,
+    /// Opens a device that was closed; a driver starts with one that is open. All functions but
+    /// `retain`, `release` and this one say `NOT_OPEN` of one that is closed.
+    pub open: unsafe extern "C" fn(device: *mut HostDevice) -> i32,
+    /// Closes the device: interrupts are off, it reaches no memory and answers to nobody. The
+    /// plugin uses nothing any more that was mapped of it.
+    pub close: unsafe extern "C" fn(device: *mut HostDevice) -> i32,
+    /// Where the device is. `NOT_FOUND` for one that is on no bus.
+    pub location:
+        unsafe extern "C" fn(device: *mut HostDevice, location: *mut DeviceLocation) -> i32,
+    /// Keeps what configuration space says, in place of what was kept; option 1: apart from that,
+    /// until the device is closed.
+    pub save_state: unsafe extern "C" fn(device: *mut HostDevice, options: u32) -> i32,
+    /// Writes back what was kept, with the same options, and checks that it is there. `NOT_READY`
+    /// when nothing was kept.
+    pub restore_state: unsafe extern "C" fn(device: *mut HostDevice, options: u32) -> i32,
+    /// Makes memory that a device can be given of a sealed file of `len` bytes, which stays the
+    /// plugin's; option 1: for reading only.
+    pub memory_attach:
+        unsafe extern "C" fn(fd: i32, len: u64, options: u32, memory: *mut *mut HostMemory) -> i32,
+}
+
+/// Where a device is.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceLocation {
+    /// The bus, 0 to 255.
+    pub bus: u32,
+    /// The device, 0 to 31.
+    pub device: u32,
+    /// The function, 0 to 7.
+    pub function: u32,
+}
+
+/// Bytes of memory that a device is to reach.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct DmaPiece {
+    /// The memory.
+    pub memory: *mut HostMemory,
+    /// The first byte.
+    pub offset: u64,
+    /// How many; not 0.
+    pub len: u64,
+}
+
+/// Where a device finds memory, in order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DmaSegment {
+    /// The address of the first byte, as the device sees it.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
 }
 
 /// The name of [`DeviceTable`].
@@ -542,6 +606,25 @@ pub struct SessionTable {
     /// Answers a call, and consumes the reply.
     pub reply:
         unsafe extern "C" fn(reply: *mut HostReply, status: i32, results: *const CallArguments),
+    /// Memory that the caller has offered, by the number that it gave it, before the reply is
+    /// consumed. `NOT_FOUND`; `NOT_READY` when the caller is gone.
+    pub client_memory: unsafe extern "C" fn(
+        reply: *const HostReply,
+        memory: u64,
+        offered: *mut OfferedMemory,
+    ) -> i32,
+}
+
+/// Memory of a client's, for the driver, which gets the descriptor with it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct OfferedMemory {
+    /// The memory file, sealed against changes of its length.
+    pub fd: i32,
+    /// 1: the driver may read only; 0: it may write too.
+    pub options: u32,
+    /// Bytes of the file.
+    pub len: u64,
 }
 
 /// The name of [`SessionTable`].

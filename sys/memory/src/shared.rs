@@ -88,6 +88,29 @@ impl SharedMemory {
         Ok(Self { fd, map, is_writable: true })
     }
 
+    /// As [`create`](Self::create), of huge pages, so that an IOMMU needs one entry per page of
+    /// [`HUGE_PAGE`] bytes. The machine has as many as its administrator set aside
+    /// (`vm.nr_hugepages`; Linux, `Documentation/admin-guide/mm/hugetlbpage.rst`).
+    ///
+    /// Errors: `InvalidInput` for a length that is no multiple of [`HUGE_PAGE`], or zero;
+    /// `OutOfMemory` when fewer are free.
+    pub fn create_huge(name: &CStr, len: usize) -> io::Result<Self> {
+        if len == 0 || !len.is_multiple_of(HUGE_PAGE) {
+            let reason = format!("{len:#x} bytes are no whole number of huge pages");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        }
+        let flags = MFdFlags::MFD_CLOEXEC
+            | MFdFlags::MFD_ALLOW_SEALING
+            | MFdFlags::MFD_HUGETLB
+            | MFdFlags::MFD_HUGE_2MB;
+        let fd = memfd_create(name, flags)?;
+        nix::unistd::ftruncate(&fd, len.try_into().map_err(io::Error::other)?)?;
+        fcntl(&fd, FcntlArg::F_ADD_SEALS(SEALS))?;
+        // The kernel sets the pages aside for the mapping here, or refuses.
+        let map = Mapping::of_pages(fd.as_fd(), len, READ_WRITE, HUGE_PAGE)?;
+        Ok(Self { fd, map, is_writable: true })
+    }
+
     /// Maps a memory file that a peer made, after checking that it is sealed and has `len` bytes.
     pub fn attach(fd: OwnedFd, len: usize) -> Result<Self, AttachError> {
         check_file(&fd, len)?;
@@ -234,6 +257,9 @@ impl AsRawFd for SharedMemory {
     }
 }
 
+/// Bytes of a huge page.
+pub const HUGE_PAGE: usize = 2 << 20;
+
 const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
 /// The length of a sealed memory file, and a descriptor of it to give away: for reading only if
@@ -244,8 +270,7 @@ const READ_WRITE: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 ///
 /// Errors: `NotSealed`; `WrongLength` for an empty file; `Map` for what the kernel says.
 pub fn offer(fd: OwnedFd, read_only: bool) -> Result<(OwnedFd, usize), AttachError> {
-    let len = nix::sys::stat::fstat(&fd).map_err(io::Error::from)?.st_size as usize;
-    check_file(&fd, len)?;
+    let len = sealed_len(&fd)?;
     if !read_only {
         return Ok((fd, len));
     }
@@ -255,6 +280,15 @@ pub fn offer(fd: OwnedFd, read_only: bool) -> Result<(OwnedFd, usize), AttachErr
     let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC;
     let reading = open(path.as_str(), flags, Mode::empty()).map_err(io::Error::from)?;
     Ok((reading, len))
+}
+
+/// The length of a memory file that a peer made, once it is sure that it stays so.
+///
+/// Errors: `NotSealed`; `WrongLength` for an empty file; `Map` for what the kernel says.
+pub fn sealed_len(fd: &OwnedFd) -> Result<usize, AttachError> {
+    let len = nix::sys::stat::fstat(fd).map_err(io::Error::from)?.st_size as usize;
+    check_file(fd, len)?;
+    Ok(len)
 }
 
 fn check_file(fd: &OwnedFd, len: usize) -> Result<(), AttachError> {
@@ -276,29 +310,46 @@ struct Mapping {
     base: NonNull<u8>,
     /// Bytes of the file.
     len: usize,
-    /// Bytes of address space that are ours from `base`: whole pages, the guard included.
+    /// Where the address space starts that is ours: before `base` where that is aligned to more
+    /// than a page.
+    start: NonNull<u8>,
+    /// Bytes of it: whole pages, the guard included.
     reserved: NonZeroUsize,
 }
 
 impl Mapping {
     fn new(fd: BorrowedFd<'_>, len: usize, rights: ProtFlags) -> io::Result<Self> {
-        let too_long = || io::Error::from(nix::Error::ENOMEM);
         let page = sysconf(SysconfVar::PAGE_SIZE)?.expect("Linux has a page size") as usize;
+        Self::of_pages(fd, len, rights, page)
+    }
+
+    /// Of a file whose pages have `page` bytes.
+    fn of_pages(
+        fd: BorrowedFd<'_>,
+        len: usize,
+        rights: ProtFlags,
+        page: usize,
+    ) -> io::Result<Self> {
+        let too_long = || io::Error::from(nix::Error::ENOMEM);
         let pages = len.checked_next_multiple_of(page).and_then(NonZeroUsize::new);
         let pages = pages.ok_or_else(too_long)?;
+        // One page for the guard, or for what is skipped to be aligned and the guard.
         let reserved = pages.checked_add(page).ok_or_else(too_long)?;
 
         let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE;
         // SAFETY: without an address the kernel picks unused space, so nothing is replaced.
         let start = unsafe { mmap_anonymous(None, reserved, ProtFlags::PROT_NONE, flags) }?;
         // From here on the address space is released on every way out.
-        let mapping = Self { base: start.cast(), len, reserved };
+        let skipped = start.as_ptr().align_offset(page);
+        // SAFETY: less than `page`, which is what was reserved beyond `pages`.
+        let base = unsafe { start.cast::<u8>().add(skipped) };
+        let mapping = Self { base, len, start: start.cast(), reserved };
 
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED;
-        let at = NonZeroUsize::new(start.as_ptr().addr());
+        let at = NonZeroUsize::new(base.as_ptr().addr());
         // SAFETY:
-        // 1. MAP_FIXED replaces `pages` bytes from `start`, the first part of what was reserved
-        //    above for this alone; nothing has been put there since.
+        // 1. MAP_FIXED replaces `pages` bytes from `base`, inside of what was reserved above for
+        //    this alone; nothing has been put there since.
         // 2. The kernel keeps its own reference to the file behind `fd`.
         unsafe { mmap(at, pages, rights, flags, fd, 0) }?;
         Ok(mapping)
@@ -307,7 +358,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        let start: NonNull<c_void> = self.base.cast();
+        let start: NonNull<c_void> = self.start.cast();
         // SAFETY: the range was reserved by `new` and is ours alone; whoever copies through it
         // borrows or shares ownership of the `SharedMemory`, so nobody is left.
         let unmapped = unsafe { munmap(start, self.reserved.get()) };
@@ -333,6 +384,24 @@ mod tests {
         let mut seen = [0; 5];
         theirs.read_at(10, &mut seen);
         assert_eq!(&seen, b"hello");
+    }
+
+    #[test]
+    fn memory_of_huge_pages_is_aligned_to_them_or_refused_where_none_are_set_aside() {
+        match SharedMemory::create_huge(c"huge", HUGE_PAGE) {
+            Ok(memory) => {
+                assert!(memory.address().addr().is_multiple_of(HUGE_PAGE));
+                memory.write_at(HUGE_PAGE - 3, b"end");
+                let mut seen = [0; 3];
+                memory.read_at(HUGE_PAGE - 3, &mut seen);
+                assert_eq!(&seen, b"end");
+            }
+            Err(err) => assert_eq!(err.kind(), io::ErrorKind::OutOfMemory, "{err}"),
+        }
+        for len in [0, 4096, HUGE_PAGE + 1] {
+            let err = SharedMemory::create_huge(c"huge", len).unwrap_err();
+            assert_eq!(err.kind(), io::ErrorKind::InvalidInput, "{len}: {err}");
+        }
     }
 
     #[test]

@@ -49,7 +49,7 @@ mod region;
 mod register;
 
 pub use fault::lost_accesses;
-pub use region::{MappedRegion, RegisterWindow};
+pub use region::{MapWindow, MappedRegion, RegisterWindow};
 pub use register::{
     OutOfRegion, Readable, Register, RegisterArray, RegisterMap, RegisterSpace, RegisterValue, Ro,
     Rw, Width, Wo, Writable,

@@ -3,14 +3,18 @@
 #![expect(unsafe_code)]
 // UNSAFETY: device registers are memory that no Rust reference may describe.
 
+use std::fmt;
 use std::io;
+use std::marker::PhantomData;
 use std::os::fd::{AsFd, AsRawFd};
 use std::ptr::NonNull;
 
 use memmap2::{MmapOptions, MmapRaw};
 
 use crate::fault::Watched;
-use crate::{OutOfRegion, RegisterSpace, Width};
+use crate::{
+    OutOfRegion, Readable, Register, RegisterMap, RegisterSpace, RegisterValue, Width, Writable,
+};
 
 /// Part of a BAR in this process's memory, unmapped on drop.
 ///
@@ -109,6 +113,11 @@ impl RegisterWindow {
         self.len
     }
 
+    /// Where the first byte is in this process.
+    pub fn address(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
     /// Whether there is nothing in view.
     pub fn is_empty(&self) -> bool {
         self.len == 0
@@ -141,6 +150,58 @@ impl RegisterWindow {
 
     fn out_of_region(&self, offset: u64, width: usize) -> OutOfRegion {
         OutOfRegion { offset, width, size: self.len as u64 }
+    }
+}
+
+/// The registers of the map `M`, in a window that has room for all of them.
+///
+/// Invariant: the window has at least `M::SIZE` bytes. Whether a register lies in them is a
+/// question about constants, which the compiler has answered once it has inlined the access: that
+/// is one instruction then.
+pub struct MapWindow<M> {
+    window: RegisterWindow,
+    map: PhantomData<fn() -> M>,
+}
+
+impl<M: RegisterMap> MapWindow<M> {
+    /// `None` for a window that is smaller than the map.
+    pub fn new(window: RegisterWindow) -> Option<Self> {
+        (window.len as u64 >= M::SIZE).then_some(Self { window, map: PhantomData })
+    }
+
+    /// One volatile load.
+    #[inline(always)]
+    pub fn read<T: RegisterValue, A: Readable>(&self, register: Register<M, T, A>) -> T {
+        let at = self.at(register);
+        // SAFETY:
+        // 1. `at` showed that the register lies in the map and is aligned, and the map lies in
+        //    the window, which is mapped by the promise to `from_raw`.
+        // 2. Every bit pattern is a value of an unsigned integer, which `Width` is sealed to.
+        T::from_register(unsafe { at.read_volatile() })
+    }
+
+    /// One volatile store.
+    #[inline(always)]
+    pub fn write<T: RegisterValue, A: Writable>(&self, register: Register<M, T, A>, value: T) {
+        let at = self.at(register);
+        // SAFETY: as in `read`. Nobody holds a reference to these bytes, by the same promise.
+        unsafe { at.write_volatile(value.to_register()) };
+    }
+
+    /// Panics for a register that `register_map!` has not made.
+    #[inline(always)]
+    fn at<T: RegisterValue, A>(&self, register: Register<M, T, A>) -> *mut T::Bits {
+        let (offset, width) = (register.offset(), size_of::<T::Bits>() as u64);
+        let fits = offset.checked_add(width).is_some_and(|end| end <= M::SIZE);
+        // Widths are powers of two up to 8, and a window starts on 8 bytes.
+        assert!(fits && offset.is_multiple_of(width), "checked by `register_map!`");
+        self.window.start.as_ptr().wrapping_add(offset as usize).cast()
+    }
+}
+
+impl<M> fmt::Debug for MapWindow<M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("MapWindow").field(&self.window).finish()
     }
 }
 
@@ -205,6 +266,23 @@ mod tests {
         let region = region();
         assert_eq!(region.read::<u32>(2), None);
         assert_eq!(region.write(4, 1_u64), None);
+    }
+
+    #[test]
+    fn the_registers_of_a_map_are_where_it_says_in_a_window_that_has_room_for_it() {
+        crate::register_map! {
+            struct Whole[0x1000] { 0x8 Rw LONG: u64, 0xffc Rw LAST: u32 }
+        }
+        crate::register_map! {
+            struct Larger[0x1001] { 0x0 Ro FIRST: u8 }
+        }
+        let region = region();
+        let window = MapWindow::<Whole>::new(region.window()).unwrap();
+        window.write(LAST, 0x1234_5678);
+        assert_eq!(region.read::<u32>(0xffc), Some(0x1234_5678));
+        region.write(8, 7_u64).unwrap();
+        assert_eq!(window.read(LONG), 7);
+        assert!(MapWindow::<Larger>::new(region.window()).is_none());
     }
 
     #[test]

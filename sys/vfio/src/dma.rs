@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::MutexGuard;
 
 use iohost_memory::SharedMemory;
@@ -18,31 +19,40 @@ use crate::{VfioDevice, VfioError, cdev};
 const PAGE: u64 = 4096;
 
 impl VfioDevice {
-    /// Lets the device read and write all of `memory`, from the address `iova` on; the rest of
-    /// its last page too, which holds nothing. The pages are pinned until
+    /// Lets the device read and write a part of `memory`, bytes that begin on a page, from the
+    /// address `iova` on; the rest of the last page too. The pages are pinned until
     /// [`unmap_dma`](Self::unmap_dma), even when `memory` is dropped before.
+    ///
+    /// Panics when the part is not inside the memory.
     ///
     /// Errors: `NoDma` without an IOMMU; `LockedMemory` with the need and the limit when too much would be pinned;
     /// `MapDma` with `EINVAL` for an address that is not on a page or not in the
     /// [`iova_ranges`](Self::iova_ranges), with `EEXIST` for one that is mapped already.
-    pub fn map_dma(&self, iova: u64, memory: &SharedMemory) -> Result<(), VfioError> {
-        let len = (memory.len() as u64).next_multiple_of(PAGE);
+    pub fn map_dma(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), VfioError> {
+        let inside = part.start <= part.end && part.end <= memory.len() as u64;
+        assert!(inside && part.start.is_multiple_of(PAGE), "{part:x?} of {}", memory.len());
+        let len = (part.end - part.start).next_multiple_of(PAGE);
+        let address = memory.address().wrapping_add(part.start as usize);
         let mut mapped = self.mapped();
         let done = match &self.attachment {
             Attachment::Type1 { container, .. } => {
                 // SAFETY:
-                // 1. `memory` maps every byte of its last page that `len` adds, as any mapping
-                //    does.
+                // 1. The part is inside `memory`, which maps every byte of its last page that `len`
+                //    may add, as any mapping does.
                 // 2. `SharedMemory` never lends a reference to its bytes, so what the device
                 //    writes changes nothing that the compiler believes in.
                 // 3. The kernel pins the pages: should `memory` be unmapped, the device reaches
                 //    the pages of the file, never what is mapped in its place.
-                unsafe { container.vfio_dma_map(iova, len as usize, memory.address()) }
-                    .map_err(system_error)
+                unsafe { container.vfio_dma_map(iova, len as usize, address) }.map_err(system_error)
             }
             Attachment::Iommufd { iommufd, ioas } => {
                 // SAFETY: as above.
-                unsafe { iommufd.map(*ioas, iova, memory.address(), len) }
+                unsafe { iommufd.map(*ioas, iova, address, len) }
             }
             Attachment::NoIommu { .. } => return Err(VfioError::NoDma),
         };
@@ -58,7 +68,7 @@ impl VfioDevice {
         }
     }
 
-    /// Takes a mapping back, whole: `len` is the length of the memory that was mapped at `iova`.
+    /// Takes a mapping back, whole: `len` is the length of the part that was mapped at `iova`.
     /// The device reaches none of it afterwards.
     ///
     /// Errors: `NotMapped`; `UnmapDma` with what the kernel says.

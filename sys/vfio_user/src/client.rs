@@ -251,16 +251,31 @@ impl Client {
     ///
     /// Errors: `Overlap`, `Duplicate`, `Refused`; the rest ends the connection.
     pub fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), VfioUserError> {
+        self.dma_map_part(iova, memory, 0..memory.len() as u64)
+    }
+
+    /// As [`dma_map`](Self::dma_map), of a part that begins on a page. The server is told the
+    /// part; the descriptor it gets is that of the whole.
+    ///
+    /// Panics when the part is not inside the memory.
+    pub fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), VfioUserError> {
         use std::os::fd::AsFd;
+        let inside = part.start <= part.end && part.end <= memory.len() as u64;
+        assert!(inside, "{part:x?} of {}", memory.len());
         let request = Request::new(Command::DmaMap)
             .u32(32)
             .u32(DMA_READ_WRITE)
-            .u64(0)
+            .u64(part.start)
             .u64(iova)
-            .u64(memory.len() as u64);
+            .u64(part.end - part.start);
         self.with(|connection, _| {
             // Before the request: the server may use the memory before it has answered.
-            connection.dma.insert(iova, memory)?;
+            connection.dma.insert(iova, memory, &part)?;
             let mapped = connection.call(request, &[memory.as_fd()], Expect::bytes(0)).map(drop);
             mapped.inspect_err(|_| connection.dma.remove(iova))
         })

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 
@@ -31,11 +32,19 @@ pub(crate) struct DmaTable {
 struct Mapping {
     len: u64,
     memory: File,
+    /// Where the mapping starts in it.
+    offset: u64,
 }
 
 impl DmaTable {
-    pub(crate) fn insert(&mut self, iova: u64, memory: &SharedMemory) -> Result<(), VfioUserError> {
-        let len = memory.len() as u64;
+    /// `part` is inside `memory`.
+    pub(crate) fn insert(
+        &mut self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: &Range<u64>,
+    ) -> Result<(), VfioUserError> {
+        let len = part.end - part.start;
         let overlap = || VfioUserError::Overlap { iova, len };
         let end = iova.checked_add(len).ok_or_else(overlap)?;
         if let Some((below, mapping)) = self.mappings.range(..end).next_back()
@@ -47,7 +56,7 @@ impl DmaTable {
             .as_fd()
             .try_clone_to_owned()
             .map_err(|source| VfioUserError::Duplicate { iova, source })?;
-        self.mappings.insert(iova, Mapping { len, memory: memory.into() });
+        self.mappings.insert(iova, Mapping { len, memory: memory.into(), offset: part.start });
         Ok(())
     }
 
@@ -109,6 +118,6 @@ impl DmaTable {
         let (start, mapping) = self.mappings.range(..=iova).next_back()?;
         let offset = iova - start;
         let end = offset.checked_add(count)?;
-        (end <= mapping.len).then_some((&mapping.memory, offset))
+        (end <= mapping.len).then_some((&mapping.memory, mapping.offset + offset))
     }
 }

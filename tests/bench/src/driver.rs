@@ -1,4 +1,4 @@
-//! A driver that lends its queue and its interrupt to the benchmarks.
+//! A driver that lends its queue, its interrupt and its device to the benchmarks.
 
 use std::sync::atomic::{AtomicU64, Ordering::Release};
 use std::sync::{Arc, OnceLock};
@@ -12,6 +12,7 @@ use iohost_driver::{
     InterruptType, Personality,
 };
 use iohost_driver_host::{Device, Driver, Plugin};
+use iohost_memory::SharedMemory;
 use iohost_testkit::FakeDevice;
 
 use crate::latency::CLOCK;
@@ -31,18 +32,30 @@ pub struct Lent {
 pub static HANDLED: AtomicU64 = AtomicU64::new(0);
 
 static DEFAULT_QUEUE: OnceLock<IODispatchQueue<Lender>> = OnceLock::new();
+static DEVICE: OnceLock<IOPCIDevice> = OnceLock::new();
 
-/// Starts the driver as the driver host does, but linked, on an emulated device; to be done once.
-/// It ends with the process.
+/// Starts the driver on an emulated device; to be done once. It ends with the process.
 pub fn lend() -> Result<Lent> {
-    let engine = Box::leak(Box::new(Engine::start()?));
     let function = Arc::new(Function::new(edu::Edu::new(edu::Timing::Immediate)));
-    let backend = Arc::new(FakeDevice::new(function.clone()));
-    let (device, _) = Device::take_over(backend, vec![InterruptKind::Msi])?;
-    let plugin = Plugin::linked(Lender::descriptor());
-    Box::leak(Box::new(Driver::start(engine, plugin, device, Arc::default())?));
+    start_on(FakeDevice::new(function.clone()))?;
     let queue = DEFAULT_QUEUE.get().context("the driver started")?;
     Ok(Lent { queue, function })
+}
+
+/// The same on a device whose BAR 0 is memory.
+pub fn lend_device(bar: SharedMemory) -> Result<&'static IOPCIDevice> {
+    let function = Arc::new(Function::new(edu::Edu::new(edu::Timing::Immediate)));
+    start_on(FakeDevice::new(function).with_memory(0, bar))?;
+    DEVICE.get().context("the driver started")
+}
+
+/// As the driver host does, but linked.
+fn start_on(device: FakeDevice<edu::Edu>) -> Result<()> {
+    let engine = Box::leak(Box::new(Engine::start()?));
+    let (device, _) = Device::take_over(Arc::new(device), vec![InterruptKind::Msi])?;
+    let plugin = Plugin::linked(Lender::descriptor());
+    Box::leak(Box::new(Driver::start(engine, plugin, device, Arc::default())?));
+    Ok(())
 }
 
 impl IOService for Lender {
@@ -55,6 +68,7 @@ impl IOService for Lender {
         })?;
         interrupt.set_enable(true)?;
         let _ = DEFAULT_QUEUE.set(queue.clone());
+        let _ = DEVICE.set(device);
         Ok(Self { _interrupt: interrupt })
     }
 }

@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod device;
 mod dispatch;
 mod driver;
 mod events;
@@ -26,7 +27,7 @@ use clap::Parser;
 use rounds::{Case, Effort, Side};
 
 /// Areas that will have benchmarks.
-const PLANNED: [&str; 3] = ["device", "restart", "nvme"];
+const PLANNED: [&str; 2] = ["restart", "nvme"];
 
 /// What a usage error exits with, as `clap` has it.
 const USAGE: u8 = 2;
@@ -35,7 +36,7 @@ const USAGE: u8 = 2;
 #[derive(Parser)]
 #[command(name = "bench")]
 struct Options {
-    /// dispatch, events, queue, timers; all of them when none is named
+    /// device, dispatch, events, queue, timers; all of them when none is named
     areas: Vec<String>,
     /// One JSON object per figure and line, in place of the table
     #[arg(long)]
@@ -68,6 +69,7 @@ fn main() -> Result<ExitCode> {
         machine::die_after_a_minute();
         let (case, side) = contender(of)?;
         match case.bench {
+            "device" => device::other_end(case.name, side, effort)?,
             "events" => events::other_end(case.name, side)?,
             _ => queue::other_end(case.name, side, effort)?,
         }
@@ -103,7 +105,8 @@ fn run(options: &Options, rounds: usize, effort: Effort) -> Result<()> {
 }
 
 fn cases() -> impl Iterator<Item = &'static Case> {
-    [dispatch::CASES, events::CASES, queue::CASES, timers::CASES].into_iter().flatten()
+    let areas = [device::CASES, dispatch::CASES, events::CASES, queue::CASES, timers::CASES];
+    areas.into_iter().flatten()
 }
 
 /// What is wrong with the name of an area, if anything.

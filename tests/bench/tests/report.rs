@@ -34,6 +34,11 @@ const BETWEEN_PROCESSES: &[&str] = &["shmem-ipc", "pipe", "Unix seqpacket socket
 
 /// Area, metric, and the peers one of which is the best.
 const PROMISED: &[(&str, &str, &[&str])] = &[
+    ("device", "instructions_per_register_read", &["atomic word"]),
+    ("device", "instructions_per_register_write", &["atomic word"]),
+    ("device", "instructions_per_bar_read", &["atomic word"]),
+    ("device", "instructions_per_bar_write", &["atomic word"]),
+    ("device", "prepare_and_complete_ns", &["2 empty system calls"]),
     ("dispatch", "async_ops_per_s", CHANNELS),
     ("dispatch", "driver_async_ops_per_s", CHANNELS),
     ("dispatch", "async_2_producers_ops_per_s", CHANNELS),
@@ -86,7 +91,7 @@ fn every_promised_figure_is_printed_once_beside_its_best_peer() {
 
 #[test]
 fn the_table_names_every_peer() {
-    let output = bench(&["dispatch", "events"]);
+    let output = bench(&["device", "dispatch", "events"]);
     let table = String::from_utf8(output.stdout).unwrap();
     let rows: Vec<&str> = table.lines().collect();
     // Between the heading and what a ratio means.
@@ -143,7 +148,7 @@ fn an_area_that_is_not_there_is_said_to_be_planned_or_unknown() {
         assert_eq!(output.status.code(), Some(2), "{area}");
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(stderr.contains(complaint), "{stderr}");
-        assert!(stderr.contains("there are: dispatch, events, queue, timers"), "{stderr}");
+        assert!(stderr.contains("there are: device, dispatch, events, queue, timers"), "{stderr}");
         assert_eq!(output.stdout, b"", "nothing ran");
     }
 }

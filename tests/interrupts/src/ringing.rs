@@ -306,8 +306,13 @@ impl DeviceBackend for Ringing {
         self.device.iova_ranges()
     }
 
-    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
-        self.device.dma_map(iova, memory)
+    fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), DeviceError> {
+        self.device.dma_map_part(iova, memory, part)
     }
 
     fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError> {

@@ -57,6 +57,13 @@ iohost_interface::interface! {
 
         /// Has the device decode memory (1), or not (0), behind the back of its host.
         15 => fn decode(on: u32);
+
+        /// Writes the bytes of the caller's memory `from`, backwards, to its memory `to`. How many.
+        16 => fn reverse(from: u64, to: u64) -> u64;
+
+        /// The status of looking for the memory of the caller of the first `hold` that is not
+        /// answered.
+        17 => fn look_for_memory_of_held(memory: u64) -> i32;
     }
 
     queues {}

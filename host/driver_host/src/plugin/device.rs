@@ -3,10 +3,10 @@
 use std::os::fd::IntoRawFd;
 
 use iohost_device_backend::{InterruptKind, ResetLevel};
-use iohost_driver_abi::{DeviceBar, DeviceTable, HostDevice};
+use iohost_driver_abi::{DeviceBar, DeviceLocation, DeviceTable, HostDevice};
 use iohost_interface::IOReturn;
 
-use super::memory::{dma_complete, dma_prepare, memory_create, memory_release};
+use super::memory::{dma_complete, dma_prepare, memory_attach, memory_create, memory_release};
 use super::object::{object, released, shared, written};
 use crate::Device;
 use crate::device::refused;
@@ -32,6 +32,12 @@ pub(super) static DEVICE_TABLE: DeviceTable = DeviceTable {
     resize_interrupts,
     dropped_interrupts,
     event_signal,
+    open: device_open,
+    close: device_close,
+    location,
+    save_state,
+    restore_state,
+    memory_attach,
 };
 
 unsafe extern "C" fn device_retain(device: *mut HostDevice) {
@@ -90,7 +96,8 @@ unsafe extern "C" fn config_read(
 ) -> i32 {
     // SAFETY: contract 2.
     let device = unsafe { object::<Device>(device) };
-    let read = config_offset(offset).and_then(|offset| {
+    let read = device.opened().and_then(|_| {
+        let offset = config_offset(offset)?;
         read(width, |data| device.config_read(offset, data).map_err(|err| refused(&err)))
     });
     // SAFETY: contract 4.
@@ -105,16 +112,17 @@ unsafe extern "C" fn config_write(
 ) -> i32 {
     // SAFETY: contract 2.
     let device = unsafe { object::<Device>(device) };
-    IOReturn::code(&config_offset(offset).and_then(|offset| {
+    IOReturn::code(&device.opened().and_then(|_| {
+        let offset = config_offset(offset)?;
         write(width, value, |data| device.config_write(offset, data).map_err(|err| refused(&err)))
     }))
 }
 
 unsafe extern "C" fn bar_info(device: *mut HostDevice, bar: u32, info: *mut DeviceBar) -> i32 {
     // SAFETY: contract 2.
-    let backend = unsafe { object::<Device>(device) }.backend();
-    let found = bar_number(bar).and_then(|bar| {
-        let found = backend.bar(bar).ok_or(IOReturn::NOT_FOUND)?;
+    let backend = unsafe { object::<Device>(device) }.opened();
+    let found = backend.and_then(|backend| {
+        let found = backend.bar(bar_number(bar)?).ok_or(IOReturn::NOT_FOUND)?;
         Ok(DeviceBar { size: found.size, kind: u32::from(found.kind), reserved: 0 })
     });
     // SAFETY: contract 4.
@@ -124,12 +132,13 @@ unsafe extern "C" fn bar_info(device: *mut HostDevice, bar: u32, info: *mut Devi
 unsafe extern "C" fn bar_map(
     device: *mut HostDevice,
     bar: u32,
+    offset: u64,
     len: u64,
     address: *mut *mut u8,
 ) -> i32 {
     // SAFETY: contract 2.
     let device = unsafe { object::<Device>(device) };
-    let mapped = bar_number(bar).and_then(|bar| device.map_bar(bar, len));
+    let mapped = bar_number(bar).and_then(|bar| device.map_bar(bar, offset, len));
     // SAFETY: contract 4.
     unsafe { written(address, mapped) }
 }
@@ -143,7 +152,8 @@ unsafe extern "C" fn bar_read(
 ) -> i32 {
     // SAFETY: contract 2.
     let device = unsafe { object::<Device>(device) };
-    let read = bar_number(bar).and_then(|bar| {
+    let read = device.opened().and_then(|_| {
+        let bar = bar_number(bar)?;
         read(width, |data| device.bar_read(bar, offset, data).map_err(|err| refused(&err)))
     });
     // SAFETY: contract 4.
@@ -159,7 +169,8 @@ unsafe extern "C" fn bar_write(
 ) -> i32 {
     // SAFETY: contract 2.
     let device = unsafe { object::<Device>(device) };
-    IOReturn::code(&bar_number(bar).and_then(|bar| {
+    IOReturn::code(&device.opened().and_then(|_| {
+        let bar = bar_number(bar)?;
         write(width, value, |data| device.bar_write(bar, offset, data).map_err(|err| refused(&err)))
     }))
 }
@@ -178,14 +189,15 @@ unsafe extern "C" fn configure_interrupts(
         0x2_0000 => Ok(InterruptKind::MsiX),
         _ => Err(IOReturn::BAD_ARGUMENT),
     };
-    let chosen = kind.and_then(|kind| device.configure_interrupts(kind, required, requested));
+    let chosen = device.opened().and(kind);
+    let chosen = chosen.and_then(|kind| device.configure_interrupts(kind, required, requested));
     IOReturn::code(&chosen)
 }
 
 unsafe extern "C" fn interrupt_type(device: *mut HostDevice, index: u32, kind: *mut u64) -> i32 {
     // SAFETY: contract 2.
     let device = unsafe { object::<Device>(device) };
-    let found = device.interrupt_kind(index).map(|kind| match kind {
+    let found = device.opened().and_then(|_| device.interrupt_kind(index)).map(|kind| match kind {
         InterruptKind::IntX => 1,
         InterruptKind::Msi => 0x1_0000,
         InterruptKind::MsiX => 0x3_0000,
@@ -196,7 +208,8 @@ unsafe extern "C" fn interrupt_type(device: *mut HostDevice, index: u32, kind: *
 
 unsafe extern "C" fn device_reset(device: *mut HostDevice) -> i32 {
     // SAFETY: contract 2.
-    IOReturn::code(&unsafe { object::<Device>(device) }.reset(None))
+    let device = unsafe { object::<Device>(device) };
+    IOReturn::code(&device.opened().and_then(|_| device.reset(None)))
 }
 
 unsafe extern "C" fn reset_by(device: *mut HostDevice, kind: u32, options: u32) -> i32 {
@@ -208,12 +221,13 @@ unsafe extern "C" fn reset_by(device: *mut HostDevice, kind: u32, options: u32) 
         (0x10, 0) => Ok(ResetLevel::Function),
         _ => Err(IOReturn::BAD_ARGUMENT),
     };
-    IOReturn::code(&level.and_then(|level| device.reset(Some(level))))
+    IOReturn::code(&level.and_then(|level| device.opened().and_then(|_| device.reset(Some(level)))))
 }
 
 unsafe extern "C" fn resize_interrupts(device: *mut HostDevice, count: u32) -> i32 {
     // SAFETY: contract 2.
-    IOReturn::code(&unsafe { object::<Device>(device) }.resize_interrupts(count))
+    let device = unsafe { object::<Device>(device) };
+    IOReturn::code(&device.opened().and_then(|_| device.resize_interrupts(count)))
 }
 
 unsafe extern "C" fn dropped_interrupts(device: *mut HostDevice) -> u64 {
@@ -227,4 +241,37 @@ unsafe extern "C" fn event_signal(device: *mut HostDevice, fd: *mut i32) -> i32 
     let made = device.events().for_driver().map_err(|_| IOReturn::NO_RESOURCES);
     // SAFETY: contract 4.
     unsafe { written(fd, made.map(IntoRawFd::into_raw_fd)) }
+}
+
+unsafe extern "C" fn device_open(device: *mut HostDevice) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.open())
+}
+
+unsafe extern "C" fn device_close(device: *mut HostDevice) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.close())
+}
+
+unsafe extern "C" fn location(device: *mut HostDevice, location: *mut DeviceLocation) -> i32 {
+    // SAFETY: contract 2.
+    let backend = unsafe { object::<Device>(device) }.opened();
+    let found = backend.and_then(|backend| backend.location().ok_or(IOReturn::NOT_FOUND));
+    let found = found.map(|address| DeviceLocation {
+        bus: address.bus.into(),
+        device: address.device.into(),
+        function: address.function.into(),
+    });
+    // SAFETY: contract 4.
+    unsafe { written(location, found) }
+}
+
+unsafe extern "C" fn save_state(device: *mut HostDevice, options: u32) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.save_state(options))
+}
+
+unsafe extern "C" fn restore_state(device: *mut HostDevice, options: u32) -> i32 {
+    // SAFETY: contract 2.
+    IOReturn::code(&unsafe { object::<Device>(device) }.restore_state(options))
 }

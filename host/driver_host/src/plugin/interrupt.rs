@@ -78,6 +78,7 @@ fn make_interrupt(
     handler: ForeignHandler,
 ) -> Result<InterruptObject, IOReturn> {
     let clock = interrupt_clock(index & !INDEX_MASK)?;
+    device.opened()?;
     let taken = device.take_interrupt(index & INDEX_MASK)?;
     let given_back = AtomicBool::new(false);
     let vector = Some(TakenVector { device, vector: taken.vector, given_back });

@@ -1,9 +1,12 @@
 //! The table of sessions, and arguments of calls.
 
+use std::os::fd::IntoRawFd;
 use std::slice;
 
-use iohost_driver_abi::{CallArguments, HostReply, SessionTable};
+use iohost_driver_abi::{CallArguments, HostReply, OfferedMemory, SessionTable};
 use iohost_interface::{Arguments, IOReturn, PassedAction, ReplySink};
+
+use super::object::written;
 
 /// What a `HostReply` is: owned by the plugin alone, until it is consumed.
 pub(super) struct ReplyObject {
@@ -15,13 +18,25 @@ pub(super) struct ReplyObject {
 }
 
 pub(super) static SESSION_TABLE: SessionTable =
-    SessionTable { size: size_of::<SessionTable>() as u32, reply };
+    SessionTable { size: size_of::<SessionTable>() as u32, reply, client_memory };
 
-pub(super) unsafe extern "C" fn reply(
-    reply: *mut HostReply,
-    status: i32,
-    results: *const CallArguments,
-) {
+unsafe extern "C" fn client_memory(
+    reply: *const HostReply,
+    memory: u64,
+    offered: *mut OfferedMemory,
+) -> i32 {
+    // SAFETY: contract 2: made by `Instance::call`, not consumed; contract 5: nobody writes it.
+    let reply = unsafe { &*reply.cast::<ReplyObject>() };
+    let found = reply.sink.client_memory(memory).map(|found| OfferedMemory {
+        len: found.len,
+        options: found.read_only.into(),
+        fd: found.file.into_raw_fd(),
+    });
+    // SAFETY: contract 4.
+    unsafe { written(offered, found) }
+}
+
+unsafe extern "C" fn reply(reply: *mut HostReply, status: i32, results: *const CallArguments) {
     // SAFETY: contract 2: made by `Instance::call`, given back once.
     let reply = unsafe { Box::from_raw(reply.cast::<ReplyObject>()) };
     let ReplyObject { sink, given, .. } = *reply;

@@ -4,7 +4,7 @@ use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr;
 use std::ptr::NonNull;
 
-use iohost_driver_abi::{DeviceBar, HostDevice};
+use iohost_driver_abi::{DeviceBar, DeviceLocation, DmaPiece, DmaSegment, HostDevice};
 use iohost_interface::IOReturn;
 use iohost_registers::RegisterWindow;
 
@@ -41,14 +41,49 @@ impl Device {
         Ok(info)
     }
 
-    /// A view of the first `len` bytes of a BAR. The device must outlive the window.
-    pub(crate) fn bar_map(&self, bar: u8, len: u64) -> Result<RegisterWindow, IOReturn> {
-        let mut address = ptr::null_mut();
-        check(host!(device.bar_map(self.0.as_ptr(), u32::from(bar), len, &raw mut address)))?;
+    pub(crate) fn open(&self) -> Result<(), IOReturn> {
+        check(host!(device.open(self.0.as_ptr())))
+    }
+
+    /// No window of the device exists.
+    pub(crate) fn close(&self) -> Result<(), IOReturn> {
+        check(host!(device.close(self.0.as_ptr())))
+    }
+
+    /// Bus, device and function.
+    pub(crate) fn location(&self) -> Result<(u32, u32, u32), IOReturn> {
+        let mut location = DeviceLocation::default();
+        check(host!(device.location(self.0.as_ptr(), &raw mut location)))?;
+        Ok((location.bus, location.device, location.function))
+    }
+
+    /// Option 1: for as long as the device is open.
+    pub(crate) fn save_state(&self, options: u32) -> Result<(), IOReturn> {
+        check(host!(device.save_state(self.0.as_ptr(), options)))
+    }
+
+    pub(crate) fn restore_state(&self, options: u32) -> Result<(), IOReturn> {
+        check(host!(device.restore_state(self.0.as_ptr(), options)))
+    }
+
+    /// A view of `len` bytes of a BAR from `offset`, a multiple of 8. The device must be in use
+    /// for as long as the window lives.
+    pub(crate) fn bar_map(
+        &self,
+        bar: u8,
+        offset: u64,
+        len: u64,
+    ) -> Result<RegisterWindow, IOReturn> {
+        if !offset.is_multiple_of(8) {
+            return Err(IOReturn::NOT_ALIGNED);
+        }
+        let (bar, mut address) = (u32::from(bar), ptr::null_mut());
+        check(host!(device.bar_map(self.0.as_ptr(), bar, offset, len, &raw mut address)))?;
         let address = NonNull::new(address).ok_or(IOReturn::INTERNAL_ERROR)?;
-        // SAFETY: contract of `bar_map`: page-aligned, `len` bytes, mapped until the device's
-        // last reference goes; `Bar` keeps a reference beside the window. Nobody refers to
-        // device memory by reference.
+        // SAFETY: contract of `bar_map`: a page's address and `offset`, so aligned; `len` bytes;
+        // mapped until the device is closed or its last reference goes, and who has the window
+        // has an `InUse` beside it, with which there is neither. Nobody refers to device memory by
+        // reference.
         Ok(unsafe { RegisterWindow::from_raw(address, len as usize) })
     }
 
@@ -107,11 +142,32 @@ impl Device {
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    pub(crate) fn dma_prepare(&self, memory: &Memory, bits: u32) -> Result<u64, IOReturn> {
-        let mut address = 0;
-        let memory = memory.0.as_ptr();
-        check(host!(device.dma_prepare(self.0.as_ptr(), memory, bits, &raw mut address)))?;
-        Ok(address)
+    /// Pieces: memory, first byte, bytes.
+    pub(crate) fn dma_prepare(
+        &self,
+        pieces: &[(&Memory, u64, u64)],
+        bits: u32,
+        alignment: u64,
+    ) -> Result<Vec<DmaSegment>, IOReturn> {
+        let piece = |&(memory, offset, len): &(&Memory, u64, u64)| DmaPiece {
+            memory: memory.0.as_ptr(),
+            offset,
+            len,
+        };
+        let pieces: Vec<_> = pieces.iter().map(piece).collect();
+        let mut segments = vec![DmaSegment::default(); pieces.len()];
+        let mut count = 0;
+        check(host!(device.dma_prepare(
+            self.0.as_ptr(),
+            pieces.as_ptr(),
+            pieces.len(),
+            bits,
+            alignment,
+            segments.as_mut_ptr(),
+            &raw mut count,
+        )))?;
+        segments.truncate(count);
+        if segments.is_empty() { Err(IOReturn::INTERNAL_ERROR) } else { Ok(segments) }
     }
 
     pub(crate) fn dma_complete(&self, address: u64) -> Result<(), IOReturn> {

@@ -1,13 +1,14 @@
 //! Calls of clients, and their answers.
 
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::{ptr, slice};
 
-use iohost_driver_abi::{CallArguments, HostReply};
-use iohost_interface::{Arguments, IOReturn, PassedAction, ReplySink};
+use iohost_driver_abi::{CallArguments, HostReply, OfferedMemory};
+use iohost_interface::{Arguments, ClientFile, IOReturn, PassedAction, ReplySink};
 
 use super::action::{ClientAction, driver_action};
-use super::{adopt, host};
+use super::{adopt, check, host};
 
 /// # Safety
 ///
@@ -83,6 +84,14 @@ pub(super) fn lent(arguments: &Arguments) -> CallArguments {
 impl ReplySink for HostSink {
     fn deliver(mut self: Box<Self>, answer: Result<Arguments, IOReturn>) {
         self.send(answer);
+    }
+
+    fn client_memory(&self, memory: u64) -> Result<ClientFile, IOReturn> {
+        let mut offered = OfferedMemory { fd: -1, options: 0, len: 0 };
+        check(host!(session.client_memory(self.reply, memory, &raw mut offered)))?;
+        // SAFETY: contract of `client_memory`: on success an open descriptor that is ours.
+        let file = unsafe { OwnedFd::from_raw_fd(offered.fd) };
+        Ok(ClientFile { file, len: offered.len, read_only: offered.options & 1 != 0 })
     }
 }
 

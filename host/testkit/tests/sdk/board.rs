@@ -1,12 +1,12 @@
 //! A device that does what a test says, and other ways to reach one.
 
 use std::ops::{Range, RangeInclusive};
-use std::os::fd::BorrowedFd;
-use std::sync::Arc;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 
 use iohost_device_backend::{
-    BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, Reset, ResetLevel,
+    BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, PciAddress, Reset, ResetLevel,
 };
 use iohost_device_models::{BarSpec, Bus, DeviceModel, Function, Identity};
 use iohost_memory::SharedMemory;
@@ -90,6 +90,16 @@ pub(crate) struct Unusual {
     pub(crate) gone: AtomicBool,
     /// It is a PCI Express device, and says so many times that transactions are pending.
     pub(crate) pending: Option<AtomicU32>,
+    /// The memory that BAR 0 is instead.
+    pub(crate) memory: Option<SharedMemory>,
+    /// What configuration space says instead; all of it can be written but for `read_only`.
+    pub(crate) config: Option<Mutex<Vec<u8>>>,
+    /// Where it is on a bus.
+    pub(crate) location: Option<PciAddress>,
+    /// Bytes of `config` that stay.
+    pub(crate) read_only: Vec<u16>,
+    /// How often memory was mapped for the device.
+    pub(crate) maps: AtomicU32,
 }
 
 /// Where such a device has its capability of PCI Express, and the list of capabilities.
@@ -103,7 +113,33 @@ impl Unusual {
         let board = FakeDevice::new(Arc::new(Function::new(board)));
         let bars = (0..7).map(|index| board.bar(index).cloned()).collect();
         let iova = vec![0..=u64::MAX];
-        Self { board, bars, no_reset: false, iova, gone: AtomicBool::new(false), pending: None }
+        Self {
+            board,
+            bars,
+            no_reset: false,
+            iova,
+            gone: AtomicBool::new(false),
+            pending: None,
+            memory: None,
+            config: None,
+            location: None,
+            read_only: Vec::new(),
+            maps: AtomicU32::new(0),
+        }
+    }
+
+    /// A board whose BAR 0 is memory that can be mapped, all but the first page.
+    pub(crate) fn with_memory(pages: u64) -> Self {
+        let size = pages * 4096;
+        let memory = SharedMemory::create(c"bar", size as usize).unwrap();
+        let file = memory.as_fd().try_clone_to_owned().unwrap();
+        let ours = SharedMemory::attach(file, size as usize).unwrap();
+        let mut unusual = Self::new(Board::default());
+        unusual.board = unusual.board.with_memory(0, memory);
+        unusual.memory = Some(ours);
+        let mappable = std::iter::once(4096..size).collect();
+        unusual.bars[0] = Some(BarInfo { size, kind: 0x0c, mappable });
+        unusual
     }
 
     fn there(&self) -> Result<(), DeviceError> {
@@ -123,8 +159,24 @@ impl DeviceBackend for Unusual {
         true
     }
 
+    fn location(&self) -> Option<PciAddress> {
+        self.location
+    }
+
     fn config_read(&self, offset: u16, data: &mut [u8]) -> Result<(), DeviceError> {
         self.there()?;
+        if let Some(config) = &self.config {
+            let config = config.lock().unwrap();
+            let at = usize::from(offset);
+            let bytes = config.get(at..at + data.len()).ok_or_else(|| DeviceError::Range {
+                region: "configuration space".to_owned(),
+                offset: offset.into(),
+                len: data.len(),
+                size: config.len() as u64,
+            })?;
+            data.copy_from_slice(bytes);
+            return Ok(());
+        }
         self.board.config_read(offset, data)?;
         let Some(pending) = &self.pending else { return Ok(()) };
         match offset {
@@ -141,7 +193,13 @@ impl DeviceBackend for Unusual {
 
     fn config_write(&self, offset: u16, data: &[u8]) -> Result<(), DeviceError> {
         self.there()?;
-        self.board.config_write(offset, data)
+        let Some(config) = &self.config else { return self.board.config_write(offset, data) };
+        for (at, value) in (offset..).zip(data) {
+            if !self.read_only.contains(&at) {
+                config.lock().unwrap()[usize::from(at)] = *value;
+            }
+        }
+        Ok(())
     }
 
     fn bar(&self, index: u8) -> Option<&BarInfo> {
@@ -195,8 +253,14 @@ impl DeviceBackend for Unusual {
         &self.iova
     }
 
-    fn dma_map(&self, iova: u64, memory: &SharedMemory) -> Result<(), DeviceError> {
-        self.board.dma_map(iova, memory)
+    fn dma_map_part(
+        &self,
+        iova: u64,
+        memory: &SharedMemory,
+        part: Range<u64>,
+    ) -> Result<(), DeviceError> {
+        self.maps.fetch_add(1, SeqCst);
+        self.board.dma_map_part(iova, memory, part)
     }
 
     fn dma_unmap(&self, iova: u64, len: u64) -> Result<(), DeviceError> {

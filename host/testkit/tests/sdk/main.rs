@@ -10,6 +10,7 @@ mod data_queues;
 mod device_events;
 mod dma;
 mod interrupts;
+mod memory;
 mod pci_device;
 mod probe;
 mod queues;

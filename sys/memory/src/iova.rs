@@ -1,10 +1,10 @@
-//! Which I/O virtual addresses are in use.
+//! Which addresses of a device are in use.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
 /// Bytes of the smallest piece that can be mapped.
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 
 /// Hands out I/O virtual addresses for one device.
 ///
