@@ -3,4 +3,4 @@
 # deadline: 900
 . /share/tests/guest/pci.sh
 
-vfio-check resize vfio-group "$(pci_address 8086 10d3)" 10000
+vfio-check resize vfio-group "$(pci_address 8086 10d3)" "$(part_of 10000)"

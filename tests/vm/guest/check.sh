@@ -17,3 +17,8 @@ await() {
         sleep 0.1
     done
 }
+
+# part_of COUNT: how many of so many times, see IOHOST_VM_PART in scripts/vm.
+part_of() {
+    echo $(($1 / $(sed -n 's/.*iohost\.part=\([0-9]*\).*/\1/p' /proc/cmdline)))
+}
