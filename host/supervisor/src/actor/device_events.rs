@@ -3,17 +3,20 @@
 //!
 //! The driver host only tells; what follows is decided here, as the driver may be what hangs.
 
+use std::collections::BTreeMap;
+use std::mem;
 use std::time::Instant;
 
-use iohost_control::host::{DeviceEvent, Outcome, Quiesced, ToHost};
+use iohost_control::host::{DeviceEvent, Failure, Outcome, Quiesced, ToHost};
 use iohost_control::varlink::Unbound;
 use iohost_pci::Hotplug;
+use log::{error, info, warn};
 
-use super::{
-    Actor, BTreeMap, Cause, Failure, Location, State, error, from_pci, info, mem, stopping, warn,
-};
-use crate::config::ErrorPolicy;
-use crate::service::{Ending, Service};
+use super::Actor;
+use crate::bindings::from_pci;
+use crate::config::{ErrorPolicy, Location};
+use crate::request::stopping;
+use crate::service::{Cause, Ending, Service, State};
 
 impl Actor {
     /// A driver host says what became of making its device safe.

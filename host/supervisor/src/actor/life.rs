@@ -1,0 +1,536 @@
+//! The life of a service. The numbers are those of the picture at [`State`].
+
+use std::collections::BTreeMap;
+use std::mem;
+use std::time::Instant;
+
+use iohost_control::host::{Failure, MOST_DESCRIPTORS, Ready, Start, ToHost};
+use iohost_control::varlink::{Bound, Unbound};
+use iohost_doctor::Code;
+use iohost_event::PacketError;
+use iohost_interface::Description;
+use iohost_pci::{Order, PciFunction, Persist};
+use log::{debug, error, info, warn};
+
+use super::{Actor, HOSTS, given_back, ids, protocol, why};
+use crate::bindings::{Done, from_pci};
+use crate::config::{DeviceConfig, Location};
+use crate::driver_process::DriverProcess;
+use crate::needs;
+use crate::plugins::Plugin;
+use crate::request::stopping;
+use crate::restart::Decision;
+use crate::service::{Cause, Ending, Host, LastWords, Session, State, Then};
+
+impl Actor {
+    /// What earlier daemons left: persistent devices are services, and what nobody wants goes back.
+    pub(super) fn take_up_what_was_left(&mut self) {
+        for left in self.bindings.left() {
+            let known = self.position_called(&left.address.to_string());
+            let (at, is_new) = match known {
+                Some(at) => (at, false),
+                None => (self.add(left.address), true),
+            };
+            let service = &mut self.services[at];
+            if let Some(persist) = left.persist {
+                service.device.bind = true;
+                service.persists = true;
+                service.group = persist == Persist::Group;
+            } else if is_new {
+                self.stop(at);
+            } else if !service.device.bind {
+                // Nobody allowed us to have it; but somebody else may have bound it for us.
+                service.state = State::GivingBack { then: Then::Start };
+                self.bindings.give_back(left.address, false);
+            }
+        }
+    }
+
+    /// 1 and 5: chooses a plugin and takes the device.
+    pub(super) fn start(&mut self, at: usize, cause: Cause) {
+        match self.is_to_be_taken(at) {
+            Ok(false) => self.start_taken(at, cause),
+            Ok(true) => {
+                let service = &mut self.services[at];
+                if let Some(order) = service.next_order() {
+                    self.bindings.take(order);
+                    service.state = State::Taking { cause, is_unwanted: false };
+                }
+            }
+            Err(failure) => self.go_down(at, failure),
+        }
+    }
+
+    /// 8: starts a driver host for a device that is ours.
+    pub(super) fn start_taken(&mut self, at: usize, cause: Cause) {
+        match self.start_host(at, cause) {
+            Ok(host) => self.services[at].state = State::Starting(host),
+            Err(failure) => self.go_down(at, failure),
+        }
+    }
+
+    pub(super) fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
+        let plugin = self.choose_plugin(&self.services[at].device)?.clone();
+        needs::check(&plugin.info, &self.services[at].device, iohost_doctor::may_lock())?;
+        let service = &mut self.services[at];
+        service.driver = Some(plugin.info.name.clone());
+        service.is_removed = false;
+        service.incarnation += 1;
+        let host = self.launch(at, Some(&plugin), cause)?;
+        let service = &self.services[at];
+        info!(
+            device = service.device.name, driver = plugin.info.name, pid = host.process.pid(),
+            incarnation = service.incarnation; "driver host started"
+        );
+        if service.device.is_unsafe() {
+            warn!(
+                device = service.device.name;
+                "UNSAFE: no IOMMU keeps this device from the machine's memory"
+            );
+        }
+        Ok(host)
+    }
+
+    /// Starts a driver host that runs a plugin, or none.
+    pub(super) fn launch(
+        &mut self,
+        at: usize,
+        plugin: Option<&Plugin>,
+        cause: Cause,
+    ) -> Result<Host, Failure> {
+        let service = &mut self.services[at];
+        service.quiesced = None;
+        let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
+        let number = self.next_host;
+        self.next_host += 1;
+        self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
+        self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
+        let start = ToHost::Start(Start {
+            device: service.device.for_host(),
+            interrupts: service.device.interrupts.clone(),
+            plugin: plugin.map(|plugin| plugin.file.to_string_lossy().into_owned()),
+            incarnation: service.incarnation,
+        });
+        // A process that is gone already is noticed by its end.
+        let _ = process.send(&start, &[]);
+        Ok(Host {
+            number,
+            process,
+            deadline: Some(Instant::now() + self.options.patience.start),
+            last_words: None,
+            was_ready: false,
+            is_retry: cause == Cause::Death,
+            killed: false,
+            ending: None,
+            told: None,
+            asked: Vec::new(),
+        })
+    }
+
+    pub(super) fn choose_plugin(&self, device: &DeviceConfig) -> Result<&Plugin, Failure> {
+        if let Some(name) = &device.driver {
+            return self.plugins.named(name);
+        }
+        let Location::Pci(address) = device.location else {
+            return Err(Failure::new(
+                "no-driver",
+                format!("device {:?} names no driver", device.name),
+                "add the key `driver` to the device in the configuration",
+            ));
+        };
+        let function = self.options.sysfs.function(address).map_err(from_pci)?;
+        self.plugins.best_for(ids(&function)).ok_or_else(|| {
+            let PciFunction { vendor, device, class, .. } = function;
+            Failure::new(
+                "no-driver",
+                format!(
+                    "no plugin in {} is for device {address} ({vendor:04x}:{device:04x}, class \
+                     {class:06x})",
+                    self.config.driver_directory.display()
+                ),
+                "install a plugin for it there",
+            )
+        })
+    }
+
+    /// Whether a device has to be taken first: a PCI function, where iohost may. Refused is what no
+    /// plugin is for, and what would have to be bound and may not be.
+    pub(super) fn is_to_be_taken(&self, at: usize) -> Result<bool, Failure> {
+        let device = &self.services[at].device;
+        self.choose_plugin(device)?;
+        let Location::Pci(address) = device.location else { return Ok(false) };
+        if device.bind {
+            return Ok(true);
+        }
+        let has = self.options.sysfs.function(address).map_err(from_pci)?.driver;
+        let wanted = device.binding().driver();
+        if has.as_deref() == Some(wanted) {
+            return Ok(false);
+        }
+        let has = has.unwrap_or_else(|| "no driver".into());
+        Err(Failure::new(
+            Code::NotBound.name(),
+            format!("device {address} is bound to {has}, not to {wanted}"),
+            format!(
+                "take it with `iohost bind {address}`, or set `bind = true` for it in the \
+                 configuration"
+            ),
+        ))
+    }
+
+    /// Devices were taken, or given back, or not.
+    pub(super) fn hear_of_bindings(&mut self) {
+        for (address, done) in self.bindings.finished() {
+            let at = self.position_called(&address.to_string());
+            match (at, done) {
+                (Some(at), Done::Taken(order, result)) => self.taken(at, &order, result),
+                (Some(at), Done::GivenBack(result)) => self.given_back(at, result),
+                // A service is kept while something is done for it.
+                (None, done) => debug!(device:% = address, done:? = done; "for no service"),
+            }
+        }
+    }
+
+    pub(super) fn taken(&mut self, at: usize, order: &Order, result: Result<(), Failure>) {
+        let service = &mut self.services[at];
+        service.persists |= order.persist && result.is_ok();
+        match (&service.state, result) {
+            (State::Taking { is_unwanted: true, .. }, _) => self.stopped(at),
+            (State::Taking { cause, .. }, Ok(())) => {
+                let cause = *cause;
+                self.start_taken(at, cause);
+            }
+            (State::Taking { .. }, Err(failure)) => self.go_down(at, failure),
+            // What was added to a service that runs; one that ended meanwhile has said so.
+            (State::Running { ready, .. }, result) => {
+                let (service_name, driver) = (service.device.name.clone(), ready.driver.clone());
+                let bound = result.map(|()| Bound { service: service_name, driver });
+                for answer in service.binds.drain(..) {
+                    answer.give(bound.clone());
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// 2: the driver runs.
+    pub(super) fn became_ready(&mut self, at: usize, ready: Ready) {
+        let interface = match Description::parse(&ready.interface) {
+            Ok(interface) if 3 * interface.queues.len() < MOST_DESCRIPTORS => interface,
+            Ok(interface) => {
+                let count = interface.queues.len();
+                return self.condemn(at, protocol(&format!("an interface of {count} queues")));
+            }
+            Err(err) => return self.condemn(at, protocol(&err.to_string())),
+        };
+        let service = &mut self.services[at];
+        let old = mem::replace(&mut service.state, State::Down(stopping()));
+        let State::Starting(mut host) = old else {
+            unreachable!("became_ready is called for a service that starts");
+        };
+        host.deadline = None;
+        host.was_ready = true;
+        info!(
+            device = service.device.name, driver = ready.driver, backend = ready.backend,
+            reset = ready.reset, incarnation = service.incarnation; "driver running"
+        );
+        service.driver = Some(ready.driver.clone());
+        service.reset = Some(ready.reset.clone());
+        for answer in service.binds.drain(..) {
+            let service = service.device.name.clone();
+            answer.give(Ok(Bound { service, driver: ready.driver.clone() }));
+        }
+        service.state = State::Running { host, ready, interface, sessions: BTreeMap::new() };
+    }
+
+    /// 6: asks a driver host to stop; a service without one is stopped already.
+    pub(super) fn stop(&mut self, at: usize) {
+        let service = &mut self.services[at];
+        let old = mem::replace(&mut service.state, State::Down(stopping()));
+        let mut host = match old {
+            State::Starting(host) | State::Running { host, .. } => host,
+            State::Stopping(host) => {
+                service.state = State::Stopping(host);
+                return;
+            }
+            State::Taking { cause, .. } => {
+                service.state = State::Taking { cause, is_unwanted: true };
+                return service.refuse_binds(&given_back());
+            }
+            State::GivingBack { then } => {
+                let then = if let Then::Start = then { Then::Stop } else { then };
+                service.state = State::GivingBack { then };
+                return;
+            }
+            State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => {
+                return self.stopped(at);
+            }
+        };
+        let sent = host.process.send(&ToHost::Stop, &[]);
+        if !host.killed {
+            host.deadline = Some(Instant::now() + self.options.patience.stop);
+        }
+        service.state = State::Stopping(host);
+        service.refuse_binds(&given_back());
+        if let Err(PacketError::WouldBlock) = sent {
+            self.condemn(at, protocol("it does not read its messages"));
+        }
+    }
+
+    /// 7: the driver host is gone, as was wanted.
+    pub(super) fn stopped(&mut self, at: usize) {
+        self.put_away(at, Then::Stop);
+    }
+
+    /// 3: it cannot run, and only a request tries again.
+    pub(super) fn go_down(&mut self, at: usize, failure: Failure) {
+        let service = &mut self.services[at];
+        error!(
+            device = service.device.name, code = failure.code, next = failure.next;
+            "driver not started: {}", failure.message
+        );
+        let is_kept = service.persists && service.binds.is_empty();
+        if service.on_request && !is_kept {
+            // Nobody asked for it by configuration; what was taken for it goes back.
+            self.put_away(at, Then::GoDown(failure));
+        } else {
+            service.refuse_binds(&failure);
+            service.state = State::Down(failure);
+        }
+    }
+
+    /// 9: gives the device back, if it is ours.
+    pub(super) fn put_away(&mut self, at: usize, then: Then) {
+        let service = &mut self.services[at];
+        service.state = State::GivingBack { then };
+        match service.device.location {
+            Location::Pci(address) if !service.is_lost => {
+                // At its end the daemon keeps in mind what persists.
+                let for_good = !self.stopping || !service.unbinds.is_empty();
+                self.bindings.give_back(address, for_good);
+            }
+            _ => self.given_back(at, Ok(None)),
+        }
+    }
+
+    /// 10: the device is given back, as far as that was possible.
+    pub(super) fn given_back(&mut self, at: usize, result: Result<Option<String>, Failure>) {
+        let service = &mut self.services[at];
+        let result = match result {
+            Err(failure) if service.is_removed && failure.code == "no-such-device" => Ok(None),
+            result => result,
+        };
+        if let Err(failure) = &result {
+            error!(
+                device = service.device.name, next = failure.next;
+                "device not given back: {}", failure.message
+            );
+            self.trouble.get_or_insert_with(|| failure.clone());
+        }
+        let next = format!("start it again: iohost bind {}", service.device.name);
+        let stopped = Failure::new("stopped", "it was stopped on request", next);
+        let State::GivingBack { then } =
+            mem::replace(&mut service.state, State::Down(stopped.clone()))
+        else {
+            unreachable!("a device is given back in that state alone, and it waits for this");
+        };
+        if let (Then::Start, false) = (&then, self.stopping) {
+            return self.start(at, Cause::Asked);
+        }
+        let why = match then {
+            Then::GoDown(failure) => failure,
+            Then::Stop | Then::Start => stopped,
+        };
+        service.refuse_binds(&why);
+        for answer in service.unbinds.drain(..) {
+            answer.give(result.clone().map(|kernel_driver| Unbound { kernel_driver }));
+        }
+        (service.group, service.persists) = (false, false);
+        service.state = State::Down(why);
+        if service.on_request && !self.stopping {
+            self.services.remove(at);
+        }
+    }
+
+    /// A driver host has ended.
+    pub(super) fn bury(&mut self, number: u64) {
+        // What it said before its end comes first.
+        self.listen_to(number);
+        let Some(at) = self.with_host(number) else { return };
+        let service = &mut self.services[at];
+        let Some(host) = service.host_mut() else { return };
+        let Some(how) = host.process.ended() else { return };
+        let pid = host.process.pid();
+        let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
+        let ending = host.ending.take();
+        debug!(device = service.device.name, pid, how = how; "driver host ended");
+
+        let name = service.device.name.clone();
+        let unexpected = || {
+            Failure::new(
+                "driver-died",
+                format!("the driver host of {name:?} (process {pid}) {how}"),
+                "read the log for what it said last; `iohost status` shows when it starts again",
+            )
+        };
+        if let Some(ending) = ending {
+            let in_order = matches!(last_words, Some(LastWords::Stopped));
+            return self.ended(at, ending, in_order);
+        }
+        if let Some(unfit) = self.is_unfit(at) {
+            return self.quarantine(at, unfit);
+        }
+        let service = &mut self.services[at];
+        let old = mem::replace(&mut service.state, State::Down(stopping()));
+        match (old, last_words) {
+            (State::Stopping(_), Some(LastWords::Stopped)) => self.stopped(at),
+            // Its driver never ran, and it said why; there is nothing to stop.
+            (State::Stopping(host), Some(LastWords::Said(_))) if !host.was_ready => {
+                self.stopped(at);
+            }
+            (State::Stopping(_), words) => {
+                let why = match words {
+                    Some(LastWords::Said(failure) | LastWords::Found(failure)) => failure,
+                    _ => unexpected(),
+                };
+                warn!(device = service.device.name; "driver not stopped in order: {}", why.message);
+                self.trouble.get_or_insert(why);
+                // It was to make its device safe, and has not: another one does.
+                self.quiesce_then(at, Ending::Stopped);
+            }
+            (State::Starting(_), Some(LastWords::Said(failure))) if !is_retry => {
+                self.go_down(at, failure);
+            }
+            (State::Starting(_), words) => {
+                let why = why(words).unwrap_or_else(unexpected);
+                self.died(at, why);
+            }
+            (State::Running { sessions, .. }, words) => {
+                let why = why(words).unwrap_or_else(unexpected);
+                for session in sessions.into_values() {
+                    if let Some(opening) = session.opening {
+                        opening.answer.give(Err(why.clone()));
+                    }
+                }
+                self.died(at, why);
+            }
+            (other, _) => service.state = other,
+        }
+    }
+
+    /// 4: decides whether and when the next driver host starts.
+    pub(super) fn died(&mut self, at: usize, why: Failure) {
+        let now = Instant::now();
+        let service = &mut self.services[at];
+        service.refuse_binds(&why);
+        service.last_death = Some(why.clone());
+        match service.deaths.add(now, &self.options.restart) {
+            Decision::RestartAfter(pause) => {
+                warn!(
+                    device = service.device.name, pause_ms = pause.as_millis() as u64,
+                    reason = why.message; "driver host died, restarting"
+                );
+                service.state = State::Restarting { at: now + pause, why };
+            }
+            Decision::Quarantine => {
+                error!(
+                    device = service.device.name, reason = why.message;
+                    "driver host died too often"
+                );
+                let next = format!(
+                    "correct the cause, then start it again: iohost bind {}",
+                    service.device.name
+                );
+                let ending = Ending::Isolated(Failure { next, ..why });
+                self.quiesce_then(at, ending);
+            }
+        }
+    }
+
+    /// Kills a driver host for what it did; its end is dealt with when it comes.
+    pub(super) fn condemn(&mut self, at: usize, failure: Failure) {
+        let patience = self.options.patience.stop;
+        let service = &mut self.services[at];
+        let device = service.device.name.clone();
+        let Some(host) = service.host_mut() else { return };
+        if host.killed {
+            return;
+        }
+        warn!(device, pid = host.process.pid(), reason = failure.message; "killing driver host");
+        host.last_words = Some(LastWords::Found(failure));
+        host.killed = true;
+        host.deadline = Some(Instant::now() + patience);
+        host.process.kill();
+    }
+
+    pub(super) fn check_deadlines(&mut self, now: Instant) {
+        // From behind: a service that is done can leave the list.
+        for at in (0..self.services.len()).rev() {
+            let service = &mut self.services[at];
+            if let State::Running { host, sessions, .. } = &mut service.state {
+                let late = |session: &Session| {
+                    session.opening.as_ref().is_some_and(|opening| opening.deadline <= now)
+                };
+                for (number, session) in sessions.extract_if(.., |_, session| late(session)) {
+                    let _ = host.process.send(&ToHost::CloseSession { session: number }, &[]);
+                    if let Some(opening) = session.opening {
+                        opening.answer.give(Err(Failure::new(
+                            "driver-silent",
+                            format!(
+                                "the driver did not take the session within {:?}",
+                                self.options.patience.session
+                            ),
+                            "try again; if it stays so, restart it: iohost unbind, iohost bind",
+                        )));
+                    }
+                }
+            }
+            if let State::Restarting { at: due, .. } = service.state {
+                if due <= now && !self.stopping {
+                    self.start(at, Cause::Death);
+                }
+                continue;
+            }
+            let Some(host) = service.host() else { continue };
+            if host.deadline.is_none_or(|deadline| deadline > now) {
+                continue;
+            }
+            if host.killed {
+                self.give_up(at);
+                continue;
+            }
+            let name = &service.device.name;
+            let (what, patience) = match &service.state {
+                State::Starting(_) => ("did not become ready", self.options.patience.start),
+                State::Stopping(_) => ("did not stop", self.options.patience.stop),
+                _ => ("closed its connection but did not end", self.options.patience.stop),
+            };
+            let failure = Failure::new(
+                "driver-hung",
+                format!("the driver host of {name:?} {what} within {patience:?}"),
+                "read the log for what it did last; IOHOST_LOG=debug shows more",
+            );
+            self.condemn(at, failure);
+        }
+    }
+
+    /// A driver host that SIGKILL does not end hangs in the kernel, with its device. Nothing of
+    /// that device is touched again.
+    pub(super) fn give_up(&mut self, at: usize) {
+        let service = &mut self.services[at];
+        let pid = service.host().map_or(0, |host| host.process.pid());
+        let failure = Failure::new(
+            "driver-unkillable",
+            format!("the driver host of {:?} (process {pid}) does not die", service.device.name),
+            "read the kernel log (dmesg); the device may need a power cycle",
+        );
+        error!(device = service.device.name, pid; "driver host does not die");
+        self.trouble.get_or_insert_with(|| failure.clone());
+        for answer in service.unbinds.drain(..) {
+            answer.give(Err(failure.clone()));
+        }
+        service.refuse_binds(&failure);
+        service.is_lost = true;
+        service.state = State::Down(failure);
+    }
+}

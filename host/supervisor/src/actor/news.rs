@@ -1,0 +1,166 @@
+//! What driver hosts say, and what they and clients hear of services.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use iohost_control::host::{DeviceEvent, Failure, FromHost, RunningService, ToHost};
+use iohost_event::PacketError;
+use log::debug;
+
+use super::{Actor, protocol};
+use crate::driver_process::{DriverProcess, Heard};
+use crate::service::{LastWords, Opening, Service, State};
+
+/// Messages of one driver host that are dealt with before others get their turn.
+const MESSAGES_PER_TURN: usize = 64;
+
+/// What driver hosts say.
+impl Actor {
+    pub(super) fn with_host(&self, number: u64) -> Option<usize> {
+        let is_it = |service: &Service| service.host().is_some_and(|host| host.number == number);
+        self.services.iter().position(is_it)
+    }
+
+    pub(super) fn listen_to(&mut self, number: u64) {
+        for _ in 0..MESSAGES_PER_TURN {
+            let Some(at) = self.with_host(number) else { return };
+            let Some(host) = self.services[at].host_mut() else { return };
+            match host.process.receive() {
+                Heard::Message(message) => self.hear(at, message),
+                Heard::Nothing => return,
+                Heard::Closed => {
+                    // It ends now, or it is killed.
+                    let soon = Instant::now() + self.options.patience.stop;
+                    host.deadline = Some(host.deadline.map_or(soon, |deadline| deadline.min(soon)));
+                    return;
+                }
+                Heard::Garbage(words) => return self.condemn(at, protocol(&words)),
+            }
+        }
+        self.talkative.insert(number);
+    }
+
+    pub(super) fn hear(&mut self, at: usize, message: FromHost) {
+        let patience = self.options.patience.stop;
+        let service = &mut self.services[at];
+        match (&mut service.state, message) {
+            (State::Starting(_), FromHost::Ready(ready)) => self.became_ready(at, ready),
+            (
+                State::Starting(host) | State::Running { host, .. } | State::Stopping(host),
+                FromHost::Failed(failure),
+            ) => {
+                if !host.killed {
+                    host.last_words = Some(LastWords::Said(failure));
+                    host.deadline = Some(Instant::now() + patience);
+                }
+            }
+            (
+                State::Starting(_) | State::Running { .. } | State::Stopping(_),
+                FromHost::Quiesced(quiesced),
+            ) => self.quiesced(at, quiesced),
+            (State::Starting(_) | State::Running { .. }, FromHost::DeviceEvent(event)) => {
+                self.device_event(at, event);
+            }
+            // Whoever wants the device back does not wait for a stop that takes its time.
+            (State::Stopping(host), FromHost::DeviceEvent(event)) => {
+                if host.ending.is_none() && event == DeviceEvent::RemovalRequested {
+                    self.device_event(at, event);
+                }
+            }
+            (State::Stopping(host), FromHost::Stopped) => {
+                if !host.killed {
+                    host.last_words = Some(LastWords::Stopped);
+                    host.deadline = Some(Instant::now() + patience);
+                }
+            }
+            (State::Running { sessions, .. }, FromHost::SessionOpened { session }) => {
+                let opening = sessions.get_mut(&session).and_then(|session| session.opening.take());
+                if let Some(Opening { opened, fds, answer, .. }) = opening {
+                    debug!(device = service.device.name, session; "session opened");
+                    answer.give(Ok((opened, fds)));
+                }
+            }
+            (State::Running { sessions, .. }, FromHost::SessionClosed { session, reason }) => {
+                let opening = sessions.remove(&session).and_then(|session| session.opening);
+                debug!(device = service.device.name, session, reason = reason; "session closed");
+                if let Some(Opening { answer, .. }) = opening {
+                    answer.give(Err(Failure::new(
+                        "session-refused",
+                        format!("the driver refused the session: {reason}"),
+                        "read the driver's documentation for what it takes",
+                    )));
+                }
+            }
+            (State::Starting(host) | State::Running { host, .. }, FromHost::WatchServices)
+                if host.told.is_none() =>
+            {
+                host.told = Some(BTreeMap::new())
+            }
+            // Sent before it read that it has to stop.
+            (
+                State::Stopping(_),
+                FromHost::Ready(_)
+                | FromHost::SessionOpened { .. }
+                | FromHost::SessionClosed { .. }
+                | FromHost::Statistics(_)
+                | FromHost::WatchServices,
+            ) => {}
+            (State::Running { host, .. }, FromHost::Statistics(statistics)) => {
+                for answer in host.asked.drain(..) {
+                    answer.give(Ok(statistics.clone()));
+                }
+            }
+            (_, message) => {
+                let said = format!("an unexpected message: {message:?}");
+                self.condemn(at, protocol(&said));
+            }
+        }
+    }
+}
+
+/// What driver hosts and clients hear of services.
+impl Actor {
+    /// Tells each driver host that asked what has changed since it was told last: what has ended
+    /// first. A service that restarted meanwhile has ended and begun.
+    pub(super) fn tell_of_services(&mut self) {
+        self.watchers.tell(&self.services);
+        self.is_behind = false;
+        if !self.services.iter().any(|service| service.host().is_some_and(|h| h.told.is_some())) {
+            return;
+        }
+        let running: Vec<RunningService> =
+            self.services.iter().filter_map(Service::running).collect();
+        for service in &mut self.services {
+            let Some(host) = service.host_mut() else { continue };
+            let Some(told) = &mut host.told else { continue };
+            match tell(&host.process, told, &running) {
+                // One that is gone hears nothing, and its end is dealt with elsewhere.
+                Ok(()) | Err(PacketError::Closed) => {}
+                Err(_) => self.is_behind = true,
+            }
+        }
+    }
+}
+
+fn tell(
+    process: &DriverProcess,
+    told: &mut BTreeMap<String, u64>,
+    running: &[RunningService],
+) -> Result<(), PacketError> {
+    let runs = |(name, incarnation): (&String, &u64)| {
+        running.iter().any(|is| is.name == *name && is.incarnation == *incarnation)
+    };
+    let ended: Vec<String> =
+        told.iter().filter(|told| !runs(*told)).map(|(name, _)| name.clone()).collect();
+    for name in ended {
+        process.send(&ToHost::ServiceEnded { name: name.clone() }, &[])?;
+        told.remove(&name);
+    }
+    for service in running {
+        if !told.contains_key(&service.name) {
+            process.send(&ToHost::ServiceBegan(service.clone()), &[])?;
+            told.insert(service.name.clone(), service.incarnation);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,349 @@
+//! Requests from the control interface.
+
+use std::sync::mpsc::TryRecvError;
+use std::time::Instant;
+
+use iohost_control::host::{Failure, OpenSession, PciBackend, QueueSize, Statistics, ToHost};
+use iohost_control::varlink::{
+    BindOptions, Bound, Description as Described, Device, DeviceList, Opened, Queue, Status,
+    Unbound,
+};
+use iohost_event::{PacketError, Packets};
+use iohost_pci::PciAddress;
+
+use super::{Actor, ids, not_running, word};
+use crate::bindings::from_pci;
+use crate::config::{DeviceConfig, ErrorPolicy, Location};
+use crate::plugins::Plugins;
+use crate::request::{Answer, Request, stopping};
+use crate::service::{Cause, Opening, Service, Session, State};
+use crate::session::SessionMemory;
+
+impl Actor {
+    pub(super) fn answer_requests(&mut self) {
+        self.inbox.wake.take();
+        loop {
+            let request = match self.inbox.requests.try_recv() {
+                Ok(request) => request,
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return,
+            };
+            match request {
+                Request::Devices(answer) => answer.give(self.devices()),
+                Request::Status(answer) => answer.give(Ok(self.status())),
+                Request::Statistics { service, answer } => self.statistics(&service, answer),
+                Request::Describe { service, answer } => answer.give(self.describe(&service)),
+                Request::Bind { device, options, answer } => self.bind(&device, options, answer),
+                Request::Unbind { device, answer } => self.unbind(&device, answer),
+                Request::Watch(answer) => answer.give(Ok(self.watchers.add())),
+                Request::Open { service, queue_bytes, answer } => {
+                    self.open(&service, queue_bytes, answer);
+                }
+            }
+        }
+    }
+
+    pub(super) fn devices(&self) -> Result<DeviceList, Failure> {
+        let functions = self.options.sysfs.functions().map_err(from_pci)?;
+        let service_at = |location: &str| {
+            let service = self.services.iter().find(|service| service.is_called(location));
+            service.map(|service| service.device.name.clone())
+        };
+        let pci = functions.iter().map(|function| {
+            let location = function.address.to_string();
+            let configured = self.services.iter().find(|service| service.is_called(&location));
+            let configured = configured.map(|service| &service.device);
+            let backend = configured.and_then(|device| device.backend);
+            Device {
+                kind: backend.map_or("vfio", PciBackend::name).into(),
+                is_unsafe: configured.is_some_and(DeviceConfig::is_unsafe),
+                vendor: Some(function.vendor),
+                device: Some(function.device),
+                class: Some(function.class),
+                kernel_driver: function.driver.clone(),
+                iommu_group: function.iommu_group,
+                service: service_at(&location),
+                plugin: self.plugins.best_for(ids(function)).map(|plugin| plugin.info.name.clone()),
+                location,
+            }
+        });
+        let sockets = self.services.iter().filter_map(|service| match &service.device.location {
+            Location::Pci(_) => None,
+            Location::Socket(path) => Some(Device {
+                location: path.display().to_string(),
+                kind: "vfio-user".into(),
+                is_unsafe: false,
+                vendor: None,
+                device: None,
+                class: None,
+                kernel_driver: None,
+                iommu_group: None,
+                service: Some(service.device.name.clone()),
+                plugin: service.device.driver.clone(),
+            }),
+        });
+        Ok(DeviceList { devices: pci.chain(sockets).collect() })
+    }
+
+    pub(super) fn status(&self) -> Status {
+        Status {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            uptime_seconds: self.started.elapsed().as_secs(),
+            services: self.services.iter().map(Service::shown).collect(),
+        }
+    }
+
+    /// Asks a driver host for its numbers, unless that is under way for somebody else.
+    pub(super) fn statistics(&mut self, word: &str, answer: Answer<Statistics>) {
+        let service = match self.find(word) {
+            Ok(at) => &mut self.services[at],
+            Err(failure) => return answer.give(Err(failure)),
+        };
+        let State::Running { host, .. } = &mut service.state else {
+            return answer.give(Err(not_running(service)));
+        };
+        if host.asked.is_empty() {
+            // A process that is gone already is noticed by its end.
+            let _ = host.process.send(&ToHost::Query, &[]);
+        }
+        host.asked.push(answer);
+    }
+
+    pub(super) fn describe(&self, word: &str) -> Result<Described, Failure> {
+        let service = &self.services[self.find(word)?];
+        match &service.state {
+            State::Running { ready, .. } => Ok(Described {
+                service: service.device.name.clone(),
+                driver: ready.driver.clone(),
+                interface: ready.interface.clone(),
+            }),
+            _ => Err(not_running(service)),
+        }
+    }
+
+    pub(super) fn bind(&mut self, word: &str, options: BindOptions, answer: Answer<Bound>) {
+        if self.stopping {
+            return answer.give(Err(stopping()));
+        }
+        match Plugins::scan(&self.config.driver_directory, self.options.inspect) {
+            Ok(plugins) => self.plugins = plugins,
+            Err(failure) => return answer.give(Err(failure)),
+        }
+        let at = match self.position_called(word) {
+            Some(at) => at,
+            None => match word.parse::<PciAddress>() {
+                Ok(address) => self.add(address),
+                Err(_) => return answer.give(Err(self.no_such_service(word))),
+            },
+        };
+        let service = &mut self.services[at];
+        if let Location::Socket(_) = service.device.location
+            && (options.group || options.persist)
+        {
+            return answer.give(Err(Failure::new(
+                "not-pci",
+                format!("service {:?} is behind a socket: it has no group to bind", word),
+                "bind it without --group and --persist; what the configuration has is there again \
+                 at every start",
+            )));
+        }
+        match &service.state {
+            State::Running { ready, .. } if !options.group && !options.persist => {
+                let (service, driver) = (service.device.name.clone(), ready.driver.clone());
+                answer.give(Ok(Bound { service, driver }));
+            }
+            // What is added to it is done beside it.
+            State::Running { .. } => {
+                service.wants(options);
+                if let Some(order) = service.next_order() {
+                    service.binds.push(answer);
+                    self.bindings.take(order);
+                }
+            }
+            State::Starting(_) | State::Taking { is_unwanted: false, .. }
+                if !options.group && !options.persist =>
+            {
+                service.binds.push(answer);
+            }
+            State::Starting(_)
+            | State::Taking { .. }
+            | State::Stopping(_)
+            | State::GivingBack { .. } => answer.give(Err(not_running(service))),
+            State::Down(_) | State::Restarting { .. } | State::Quarantined(_) => {
+                // A person who asks has looked: the past does not count, and the device is theirs
+                // to take.
+                service.deaths.forget();
+                service.device.bind = true;
+                service.is_lost = false;
+                service.wants(options);
+                service.binds.push(answer);
+                self.start(at, Cause::Asked);
+            }
+        }
+    }
+
+    pub(super) fn unbind(&mut self, word: &str, answer: Answer<Unbound>) {
+        let at = match (self.position_called(word), word.parse::<PciAddress>()) {
+            (Some(at), _) => at,
+            // No service any more, but it could not be given back when it was one.
+            (None, Ok(address)) if self.is_left(address) => self.add(address),
+            (None, _) => return answer.give(Err(self.no_such_service(word))),
+        };
+        self.services[at].unbinds.push(answer);
+        self.stop(at);
+    }
+
+    pub(super) fn open(
+        &mut self,
+        word: &str,
+        queue_bytes: Option<Vec<u32>>,
+        answer: Answer<(Opened, Vec<std::os::fd::OwnedFd>)>,
+    ) {
+        let at = match self.find(word) {
+            Ok(at) => at,
+            Err(failure) => return answer.give(Err(failure)),
+        };
+        let number = self.next_session;
+        self.next_session += 1;
+        match self.open_session(at, number, queue_bytes) {
+            Err(failure) => answer.give(Err(failure)),
+            Ok((memory, opened, fds)) => {
+                let State::Running { sessions, .. } = &mut self.services[at].state else {
+                    unreachable!("open_session refuses in every other state");
+                };
+                let deadline = Instant::now() + self.options.patience.session;
+                let opening = Some(Opening { deadline, opened, fds, answer });
+                sessions.insert(number, Session { _memory: memory, opening });
+            }
+        }
+    }
+
+    /// Makes a session's descriptors and tells the driver host of it.
+    pub(super) fn open_session(
+        &self,
+        at: usize,
+        number: u64,
+        queue_bytes: Option<Vec<u32>>,
+    ) -> Result<(SessionMemory, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
+        let service = &self.services[at];
+        let State::Running { host, ready, interface, sessions } = &service.state else {
+            return Err(not_running(service));
+        };
+        let limits = &self.config.limits;
+        if sessions.len() >= limits.sessions_per_service {
+            return Err(Failure::new(
+                "too-many-sessions",
+                format!("service {:?} has {} sessions already", word(service), sessions.len()),
+                "close one, or raise `sessions_per_service` in the configuration",
+            ));
+        }
+        let declared = interface.queues.len();
+        let bytes = queue_bytes.unwrap_or_else(|| vec![limits.queue_bytes; declared]);
+        if bytes.len() != declared {
+            return Err(Failure::new(
+                "queue-count",
+                format!("{} queue sizes for an interface of {declared} queues", bytes.len()),
+                "give one size for each queue that `describe` shows, or none at all",
+            ));
+        }
+        if let Some(too_large) = bytes.iter().find(|bytes| **bytes > limits.largest_queue_bytes) {
+            return Err(Failure::new(
+                "queue-size",
+                format!("a queue of {too_large} bytes, the most is {}", limits.largest_queue_bytes),
+                "ask for less, or raise `largest_queue_bytes` in the configuration",
+            ));
+        }
+        let queues: Vec<QueueSize> =
+            bytes.iter().map(|bytes| QueueSize { bytes: *bytes }).collect();
+        let memory = SessionMemory::create(&queues).map_err(|err| err.into_failure())?;
+        let (theirs, drivers) = Packets::pair().map_err(crate::no_resources)?;
+        let message = ToHost::OpenSession(OpenSession { session: number, queues });
+        host.process.send(&message, &memory.beside(&drivers)).map_err(|err| {
+            let why = match err {
+                PacketError::WouldBlock => "it has not read the earlier messages".to_owned(),
+                other => other.to_string(),
+            };
+            Failure::new(
+                "driver-silent",
+                format!("the driver host of {:?} takes no session: {why}", word(service)),
+                "try again; if it stays so, restart the driver: iohost unbind, iohost bind",
+            )
+        })?;
+        let opened = Opened {
+            session: number,
+            service: service.device.name.clone(),
+            interface: ready.interface.clone(),
+            queues: interface
+                .queues
+                .iter()
+                .zip(&bytes)
+                .map(|(queue, bytes)| Queue { name: queue.name.clone(), bytes: *bytes })
+                .collect(),
+        };
+        let fds = memory.duplicates(theirs).map_err(crate::no_resources)?;
+        Ok((memory, opened, fds))
+    }
+
+    /// The service that a word means: a name, a location, or a driver that only one service runs.
+    pub(super) fn find(&self, word: &str) -> Result<usize, Failure> {
+        if let Some(at) = self.position_called(word) {
+            return Ok(at);
+        }
+        let runs = |service: &Service| {
+            service.driver.as_deref().or(service.device.driver.as_deref()) == Some(word)
+        };
+        let all: Vec<usize> =
+            (0..self.services.len()).filter(|at| runs(&self.services[*at])).collect();
+        match all.as_slice() {
+            [] => Err(self.no_such_service(word)),
+            [only] => Ok(*only),
+            several => {
+                let names: Vec<&str> =
+                    several.iter().map(|at| self.services[*at].device.name.as_str()).collect();
+                Err(Failure::new(
+                    "ambiguous",
+                    format!("{} services run driver {word:?}", several.len()),
+                    format!("name one of them: {}", names.join(", ")),
+                ))
+            }
+        }
+    }
+
+    pub(super) fn position_called(&self, word: &str) -> Option<usize> {
+        // The short form of an address is as good as the long one.
+        let address = word.parse::<PciAddress>().map(|address| address.to_string());
+        let full = address.as_deref().unwrap_or(word);
+        self.services.iter().position(|service| service.is_called(word) || service.is_called(full))
+    }
+
+    /// Whether an earlier daemon, or this one, has something of a function to give back.
+    pub(super) fn is_left(&self, address: PciAddress) -> bool {
+        self.bindings.left().iter().any(|left| left.address == address)
+    }
+
+    pub(super) fn no_such_service(&self, word: &str) -> Failure {
+        let names: Vec<&str> =
+            self.services.iter().map(|service| service.device.name.as_str()).collect();
+        let next = match names.is_empty() {
+            true => "bind a device (iohost bind ADDRESS), or add one to the configuration".into(),
+            false => format!("name one of: {}", names.join(", ")),
+        };
+        Failure::new("no-such-service", format!("there is no service {word:?}"), next)
+    }
+
+    /// A service for a function that the configuration does not have.
+    pub(super) fn add(&mut self, address: PciAddress) -> usize {
+        let device = DeviceConfig {
+            name: address.to_string(),
+            location: Location::Pci(address),
+            driver: None,
+            interrupts: Vec::new(),
+            bind: true,
+            backend: None,
+            on_error: ErrorPolicy::default(),
+            line: 0,
+        };
+        self.services.push(Service::new(device, true));
+        self.services.len() - 1
+    }
+}
