@@ -37,6 +37,12 @@ iohost call "$edu" factorial 5 | grep 120 || fail "the driver does not answer"
 iohost unbind "$edu" | grep "bound to uio_pci_generic again" || fail "unbind says otherwise"
 expect_drivers uio_pci_generic e1000e
 
+echo "--- lent to a guest of its own, as scripts/vm --passthrough does"
+vfio-check take "$edu" /var/lib/iohost
+expect_drivers vfio-pci e1000e
+vfio-check give-back "$edu" /var/lib/iohost
+expect_drivers uio_pci_generic e1000e
+
 echo "--- bind by hand, and the end of the daemon"
 iohost bind "$edu"
 expect_drivers vfio-pci e1000e

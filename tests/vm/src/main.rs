@@ -17,6 +17,8 @@
 //! vfio-check watch SERVICE                     prints `began` and `ended REASON` of a service, as they come
 //! vfio-check bind-forever ADDRESS STATE        takes a function and gives it back until it is killed
 //! vfio-check settle ADDRESS STATE              gives back what one that was killed left of that
+//! vfio-check take ADDRESS STATE                takes a function for VFIO and leaves it so
+//! vfio-check give-back ADDRESS STATE           gives it back
 //! ```
 //!
 //! Every line that starts with `ok` is a check that passed; the exit status says whether all did.
@@ -74,6 +76,11 @@ fn main() -> Result<()> {
         ["watch", service] => watch(service),
         ["bind-forever", address, state] => bind_forever(address.parse()?, state),
         ["settle", address, state] => settle(address.parse()?, state),
+        ["take", address, state] => take(&Binder::new(Sysfs::default(), state), address.parse()?),
+        ["give-back", address, state] => {
+            Binder::new(Sysfs::default(), state).give_back(address.parse()?, true)?;
+            Ok(())
+        }
         _ => bail!("usage: see the first lines of this program"),
     }
 }
@@ -401,11 +408,16 @@ fn watch(service: &str) -> Result<()> {
 
 fn bind_forever(address: PciAddress, state: &str) -> Result<()> {
     let binder = Binder::new(Sysfs::default(), state);
-    let binding = Binding::Vfio;
     loop {
-        binder.take(&Order { address, binding, group: false, force: false, persist: false })?;
+        take(&binder, address)?;
         binder.give_back(address, true)?;
     }
+}
+
+fn take(binder: &Binder, address: PciAddress) -> Result<()> {
+    let binding = Binding::Vfio;
+    binder.take(&Order { address, binding, group: false, force: false, persist: false })?;
+    Ok(())
 }
 
 fn settle(address: PciAddress, state: &str) -> Result<()> {
