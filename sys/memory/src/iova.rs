@@ -156,7 +156,8 @@ fn round_down_last(end: u64) -> Option<u64> {
     }
 }
 
-#[cfg(test)]
+// Not under loom, as Cargo.toml says.
+#[cfg(all(test, not(loom)))]
 mod tests {
     use proptest::prelude::*;
 
