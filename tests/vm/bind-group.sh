@@ -1,14 +1,14 @@
 # A whole IOMMU group is taken and given back; all of it or nothing. What is to persist is taken again
 # by the next daemon, and what is not goes back, also after a daemon that was killed. A second daemon
 # leaves alone what the first one has.
-# device: edu,multifunction=on,addr=0.0
+# device: pcie-pci-bridge,id=bridge
 # qemu: -drive if=none,id=disk,format=raw,file=fat:tests/vm,snapshot=on
-# qemu: -device nvme,serial=1,bus=port1,addr=0.1,drive=disk
+# qemu: -device edu,bus=bridge,addr=1.0 -device nvme,serial=1,bus=bridge,addr=2.0,drive=disk
 . /share/tests/guest/pci.sh
 . /share/tests/guest/daemon.sh
 
-edu=0000:01:00.0
-nvme=0000:01:00.1
+edu=0000:02:01.0
+nvme=0000:02:02.0
 modprobe -a nvme vfat nls_cp437 nls_ascii
 await "the disk's partition" test -b /dev/nvme0n1p1
 
