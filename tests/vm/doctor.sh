@@ -1,16 +1,16 @@
 # Nine prepared defects: each has its code, and the command that doctor prints removes it. Three more need another start
 # of the machine: doctor-no-iommu, doctor-no-remapping and doctor-no-cdev.
-# device: edu,multifunction=on,addr=0.0
+# device: pcie-pci-bridge,id=bridge
 # qemu: -drive if=none,id=empty,file.driver=null-co,file.size=64M,file.read-zeroes=on,snapshot=on
-# qemu: -device nvme,serial=1,drive=empty,bus=port1,addr=0.1
+# qemu: -device edu,bus=bridge,addr=1.0 -device nvme,serial=1,drive=empty,bus=bridge,addr=2.0
 # device: e1000e,romfile=
 . /share/tests/guest/pci.sh
 . /share/tests/guest/daemon.sh
 . /share/tests/guest/doctor.sh
 
-edu=0000:01:00.0
-nvme=0000:01:00.1
-card=0000:02:00.0
+edu=0000:02:01.0
+nvme=0000:02:02.0
+card=0000:03:00.0
 card_folder=/sys/bus/pci/devices/$card
 echo 'operator:x:1000:1000:operator:/tmp:/bin/sh' >>/etc/passwd
 # as_operator COMMAND...: as a user who is not root.
@@ -76,7 +76,7 @@ expect_healthy memlock-too-small $edu
 cat >/tmp/memlock.sh <<'END'
 . /share/tests/guest/doctor.sh
 ulimit -S -l 64
-cure memlock-too-small 0000:01:00.0 "drivers need 8388608 bytes of locked memory, and user operator here may lock 65536" eval
+cure memlock-too-small 0000:02:01.0 "drivers need 8388608 bytes of locked memory, and user operator here may lock 65536" eval
 END
 rm -f /tmp/doctor
 su operator -c "sh -eu /tmp/memlock.sh"

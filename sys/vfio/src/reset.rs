@@ -112,9 +112,16 @@ impl VfioDevice {
             // No descriptor at all: the iommufd that the device is bound to is the proof.
             Attachment::Iommufd { .. } => &mut message,
         };
-        self.device.call(DeviceCall::HotReset, &mut message).map_err(|source| VfioError::Device {
-            operation: "resetting the bus".to_owned(),
-            source,
+        self.device.call(DeviceCall::HotReset, &mut message).map_err(|source| {
+            // Nothing was reset: one of them is in our group and not vfio-pci's (Linux,
+            // `vfio_pci_dev_set_hot_reset`), so somebody else may use it.
+            if source.raw_os_error() == Some(libc::EINVAL) {
+                let own = self.sysfs.file_name().unwrap_or_default();
+                let others = affected.iter().map(|device| device.address.clone());
+                let others = others.filter(|address| own != address.as_str()).collect();
+                return VfioError::ResetShared { others };
+            }
+            VfioError::Device { operation: "resetting the bus".to_owned(), source }
         })
     }
 
