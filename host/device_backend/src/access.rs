@@ -2,14 +2,7 @@
 
 use std::path::Path;
 
-use crate::{DeviceBackend, DeviceError, PciAddress};
-
-/// The command register, and two of its bits.
-///
-/// Source: PCI Local Bus Specification 3.0, 6.2.2.
-pub(crate) const COMMAND: u16 = 0x04;
-pub(crate) const MEMORY_SPACE: u16 = 0x0002;
-pub(crate) const BUS_MASTER: u16 = 0x0004;
+use crate::{DeviceError, PciAddress};
 
 /// The widest access to configuration space and to a BAR, in bytes.
 pub(crate) const WIDEST_CONFIG: usize = 4;
@@ -68,18 +61,6 @@ fn kind_of(register: u32) -> u8 {
 /// The address that a function's folder in sysfs is named after.
 pub(crate) fn location(sysfs: &Path) -> Option<PciAddress> {
     sysfs.file_name()?.to_str()?.parse().ok()
-}
-
-/// Sets and clears bits of the command register.
-pub(crate) fn change_command(
-    device: &dyn DeviceBackend,
-    set: u16,
-    clear: u16,
-) -> Result<(), DeviceError> {
-    let mut command = [0; 2];
-    device.config_read(COMMAND, &mut command)?;
-    let changed = (u16::from_le_bytes(command) | set) & !clear;
-    device.config_write(COMMAND, &changed.to_le_bytes())
 }
 
 #[cfg(test)]

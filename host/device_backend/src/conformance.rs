@@ -16,7 +16,7 @@ use iohost_memory::SharedMemory;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use crate::access::{BUS_MASTER, COMMAND, MEMORY_SPACE, change_command};
+use crate::config_space::{BUS_MASTER, COMMAND, MEMORY_SPACE, change_command};
 use crate::quiesce::{Outcome, Quiesced, SavedBars, quiesce};
 use crate::{DeviceBackend, DeviceError, DeviceEvent, InterruptKind, IovaSpace};
 

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+pub mod config_space;
 pub mod conformance;
 pub mod quiesce;
 mod uio;

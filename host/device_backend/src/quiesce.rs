@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
 
-use crate::access::{BUS_MASTER, COMMAND, MEMORY_SPACE};
+use crate::config_space::{self, BUS_MASTER, COMMAND, EXPRESS, MEMORY_SPACE};
 use crate::{DeviceBackend, DeviceError, InterruptKind, Reset};
 
 /// What is left of a device after [`quiesce`].
@@ -70,7 +70,7 @@ impl SavedBars {
     pub fn of(device: &dyn DeviceBackend) -> Result<Self, DeviceError> {
         let mut bars = [0; 6];
         for (register, bar) in bar_registers().zip(&mut bars) {
-            *bar = read32(device, register)?;
+            *bar = config_space::read(device, register, 4)?;
         }
         Ok(Self(bars))
     }
@@ -78,10 +78,6 @@ impl SavedBars {
 
 /// Configuration space.
 const VENDOR: u16 = 0x00;
-const STATUS: u16 = 0x06;
-const STATUS_CAPABILITIES: u16 = 1 << 4;
-const FIRST_CAPABILITY: u16 = 0x34;
-const EXPRESS: u8 = 0x10;
 /// Device status, in the capability of PCI Express.
 const DEVICE_STATUS: u16 = 0x0a;
 const TRANSACTIONS_PENDING: u16 = 1 << 5;
@@ -150,7 +146,7 @@ fn quiet(device: &dyn DeviceBackend, saved: &SavedBars) -> Result<(), String> {
 
 fn restore_bars(device: &dyn DeviceBackend, saved: &SavedBars) -> Result<(), DeviceError> {
     for (register, bar) in bar_registers().zip(saved.0) {
-        let now = read32(device, register)?;
+        let now = config_space::read(device, register, 4)?;
         if now != bar && now != u32::MAX {
             warn!(register, was = bar, now; "a base address register was changed; restoring it");
             device.config_write(register, &bar.to_le_bytes())?;
@@ -249,35 +245,8 @@ pub fn answers(device: &dyn DeviceBackend) -> bool {
 
 /// Where a capability is, if the device has it.
 fn capability(device: &dyn DeviceBackend, id: u8) -> Result<Option<u16>, DeviceError> {
-    let mut status = [0; 2];
-    device.config_read(STATUS, &mut status)?;
-    if u16::from_le_bytes(status) & STATUS_CAPABILITIES == 0 {
-        return Ok(None);
-    }
-    let mut at = read8(device, FIRST_CAPABILITY)? & !3;
-    // The space has room for no more than this; a longer chain is a loop.
-    for _ in 0..48 {
-        if at < 0x40 {
-            return Ok(None);
-        }
-        if read8(device, at.into())? == id {
-            return Ok(Some(at.into()));
-        }
-        at = read8(device, u16::from(at) + 1)? & !3;
-    }
-    Ok(None)
-}
-
-fn read8(device: &dyn DeviceBackend, offset: u16) -> Result<u8, DeviceError> {
-    let mut byte = [0];
-    device.config_read(offset, &mut byte)?;
-    Ok(byte[0])
-}
-
-fn read32(device: &dyn DeviceBackend, offset: u16) -> Result<u32, DeviceError> {
-    let mut word = [0; 4];
-    device.config_read(offset, &mut word)?;
-    Ok(u32::from_le_bytes(word))
+    let mut capabilities = config_space::capabilities(device)?.into_iter();
+    Ok(capabilities.find(|(found, _)| *found == id).map(|(_, at)| at))
 }
 
 /// An error with everything it was caused by, on one line.

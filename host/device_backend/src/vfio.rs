@@ -13,7 +13,8 @@ use iohost_vfio::{
     Access, CONFIG_REGION, Event, Interrupt, ROM_REGION, ResetKind, VfioDevice, VfioError,
 };
 
-use crate::access::{self, COMMAND, MEMORY_SPACE, WIDEST_BAR, WIDEST_CONFIG};
+use crate::access::{self, WIDEST_BAR, WIDEST_CONFIG};
+use crate::config_space::{COMMAND, MEMORY_SPACE};
 use crate::{
     BarInfo, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, PciAddress, Reset, ResetLevel,
 };

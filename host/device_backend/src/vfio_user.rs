@@ -9,7 +9,8 @@ use iohost_memory::SharedMemory;
 use iohost_registers::MappedRegion;
 use iohost_vfio_user::{CONFIG_REGION, Client, IrqKind, Options, ROM_REGION, VfioUserError};
 
-use crate::access::{self, BUS_MASTER};
+use crate::access;
+use crate::config_space::{self, BUS_MASTER};
 use crate::{BarInfo, DeviceBackend, DeviceError, InterruptKind, Reset, ResetLevel};
 
 /// The protocol has no word for the addresses that a server takes. These are what a process has
@@ -156,7 +157,7 @@ impl DeviceBackend for VfioUserBackend {
     fn reset(&self) -> Result<(), DeviceError> {
         let mut enabled = self.enabled();
         self.disable(&mut enabled)?;
-        access::change_command(self, 0, BUS_MASTER)?;
+        config_space::change_command(self, 0, BUS_MASTER)?;
         Ok(self.client.reset()?)
     }
 

@@ -10,6 +10,7 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering::AcqRel, Ordering::Acquire, Ordering::Release};
 use std::sync::{Arc, Mutex};
 
+use iohost_device_backend::config_space::{self, BUS_MASTER, MEMORY_SPACE, change_command};
 use iohost_device_backend::quiesce::{Outcome, Quiesced, SavedBars, answers, quiesce};
 use iohost_device_backend::{
     DeviceBackend, DeviceError, DeviceEvent, InterruptKind, IovaSpace, ResetLevel,
@@ -26,11 +27,6 @@ use crate::device_events::Events;
 
 /// Why the device's locks are never poisoned.
 const NO_PANIC: &str = "no foreign code runs under a device lock";
-
-/// Offsets and bits of configuration space (PCI Local Bus 3.0, section 6.2).
-const COMMAND: u16 = 0x04;
-const MEMORY_SPACE: u16 = 0x002;
-const BUS_MASTER: u16 = 0x004;
 
 /// The snapshot that lasts until the device is closed.
 const PERMANENT: usize = 1;
@@ -429,7 +425,9 @@ impl Device {
     /// line and latency, the interrupt line.
     fn header(&self) -> Result<Vec<(u16, u32)>, DeviceError> {
         let registers = std::iter::once(0x0c).chain((0x10..0x28).step_by(4)).chain([0x30, 0x3c]);
-        registers.map(|register| Ok((register, read32(&*self.backend, register)?))).collect()
+        registers
+            .map(|register| Ok((register, config_space::read(&*self.backend, register, 4)?)))
+            .collect()
     }
 
     /// Puts it back where it differs, and has the device decode memory again.
@@ -439,7 +437,7 @@ impl Device {
             return Err(DeviceError::Gone("it does not answer after its reset".to_owned()));
         }
         for &(register, value) in kept {
-            if read32(&*self.backend, register)? != value {
+            if config_space::read(&*self.backend, register, 4)? != value {
                 self.backend.config_write(register, &value.to_le_bytes())?;
             }
         }
@@ -561,20 +559,6 @@ impl Drop for Device {
         let _ = change_command(&*self.backend, 0, BUS_MASTER);
         self.unmap_all();
     }
-}
-
-fn read32(backend: &dyn DeviceBackend, offset: u16) -> Result<u32, DeviceError> {
-    let mut word = [0; 4];
-    backend.config_read(offset, &mut word)?;
-    Ok(u32::from_le_bytes(word))
-}
-
-/// Sets and clears bits of the command register.
-fn change_command(backend: &dyn DeviceBackend, set: u16, clear: u16) -> Result<(), DeviceError> {
-    let mut command = [0; 2];
-    backend.config_read(COMMAND, &mut command)?;
-    let command = (u16::from_le_bytes(command) | set) & !clear;
-    backend.config_write(COMMAND, &command.to_le_bytes())
 }
 
 /// A refusal of the backend, logged, as the status a driver sees.

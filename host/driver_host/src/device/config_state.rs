@@ -3,6 +3,7 @@
 //! Source: PCI Local Bus Specification 3.0, 6.1 (header), 6.8.1 (MSI); PCI Express Base
 //! Specification 5.0, 7.5.3 (PCI Express capability).
 
+use iohost_device_backend::config_space::{COMMAND, EXPRESS, capabilities, read};
 use iohost_device_backend::{DeviceBackend, DeviceError};
 use iohost_interface::IOReturn;
 
@@ -46,28 +47,20 @@ impl RestoreError {
     }
 }
 
-const COMMAND: u16 = 0x04;
-const STATUS: u16 = 0x06;
-const STATUS_CAPABILITIES: u32 = 0x10;
 const CACHE_LINE_SIZE: u16 = 0x0c;
 const LATENCY_TIMER: u16 = 0x0d;
 const BARS: u16 = 0x10;
 const ROM: u16 = 0x30;
-const CAPABILITIES: u16 = 0x34;
 const INTERRUPT_LINE: u16 = 0x3c;
 
-const MSI: u32 = 0x05;
+const MSI: u8 = 0x05;
 const MSI_MULTIPLE_MESSAGES: u32 = 7 << 4;
 const MSI_64BIT: u32 = 1 << 7;
 
-const EXPRESS: u32 = 0x10;
 /// Of device control, all but the reset of the function.
 const DEVICE_CONTROL: u32 = 0x7fff;
 /// Of link control, what does not act: ASPM, the common clock, the extended synch.
 const LINK_CONTROL: u32 = 0x00c3;
-
-/// The most capabilities that 256 bytes have room for.
-const MOST_CAPABILITIES: usize = 48;
 
 impl ConfigState {
     pub(super) fn save(backend: &dyn DeviceBackend) -> Result<Self, DeviceError> {
@@ -134,25 +127,4 @@ impl ConfigState {
         self.registers.push(Saved { at, width, value, mask });
         Ok(())
     }
-}
-
-/// The capabilities of the first 256 bytes: id and place. A list that goes round ends.
-fn capabilities(backend: &dyn DeviceBackend) -> Result<Vec<(u32, u16)>, DeviceError> {
-    let mut found = Vec::new();
-    if read(backend, STATUS, 2)? & STATUS_CAPABILITIES == 0 {
-        return Ok(found);
-    }
-    let mut at = read(backend, CAPABILITIES, 1)? & 0xfc;
-    while at >= 0x40 && found.len() < MOST_CAPABILITIES {
-        let header = read(backend, at as u16, 2)?;
-        found.push((header & 0xff, at as u16));
-        at = header >> 8 & 0xfc;
-    }
-    Ok(found)
-}
-
-fn read(backend: &dyn DeviceBackend, at: u16, width: usize) -> Result<u32, DeviceError> {
-    let mut bytes = [0; 4];
-    backend.config_read(at, &mut bytes[..width])?;
-    Ok(u32::from_le_bytes(bytes))
 }
