@@ -153,6 +153,7 @@ mod tests {
             name: "f".into(),
             arguments: arguments.iter().map(|kind| kind.to_string()).collect(),
             results: results.iter().map(|kind| kind.to_string()).collect(),
+            is_idempotent: false,
         }
     }
 

@@ -19,7 +19,7 @@ pub struct ToClient(pub usize);
 ///
 ///     methods {
 ///         /// The sum, modulo 2^32.
-///         0 => fn add(a: u32, b: u32) -> u32;
+///         0 => fn add(a: u32, b: u32) -> u32 [idempotent];
 ///     }
 ///
 ///     queues {
@@ -44,6 +44,10 @@ pub struct ToClient(pub usize);
 /// [`Answer`](crate::Answer); `serve`, which decodes a call and hands it to a `Server`;
 /// `description()`; and a constant per queue.
 ///
+/// `[idempotent]` behind a method is the driver's promise that doing it twice is as good as doing it
+/// once. A call of such a method whose driver dies is made again to the next one; of any other
+/// method the caller is told `NO_COMPLETION`, if it was begun.
+///
 /// A number, once published, keeps its meaning: new methods and queues get new numbers.
 #[macro_export]
 macro_rules! interface {
@@ -54,7 +58,8 @@ macro_rules! interface {
         methods {
             $($(#[$method_doc:meta])*
             $selector:literal =>
-                fn $method:ident($($argument:ident: $argument_type:ty),* $(,)?) $(-> $result:ty)?;)*
+                fn $method:ident($($argument:ident: $argument_type:ty),* $(,)?) $(-> $result:ty)?
+                $([$promise:ident])?;)*
         }
 
         queues {
@@ -150,6 +155,7 @@ macro_rules! interface {
                     .into_iter().map(str::to_owned).collect(),
                 results: <$crate::interface!(@result $($result)?) as $crate::Results>::types()
                     .into_iter().map(str::to_owned).collect(),
+                is_idempotent: $crate::interface!(@is_idempotent $($promise)?),
             }),*];
             let queues = ::std::vec![$($crate::Queue {
                 place: $place,
@@ -160,6 +166,8 @@ macro_rules! interface {
             $crate::Description { name, methods, queues }.to_string()
         }
     };
+    (@is_idempotent) => { false };
+    (@is_idempotent idempotent) => { true };
     (@result) => { () };
     (@result $result:ty) => { $result };
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! interface edu
-//! method 0 factorial(u32) -> (u32)
+//! method 0 factorial(u32) -> (u32) idempotent
 //! queue 0 upload ToDriver
 //! ```
 
@@ -31,6 +31,9 @@ pub struct Method {
     pub arguments: Vec<String>,
     /// Types of the results, in order.
     pub results: Vec<String>,
+    /// Doing it twice is as good as doing it once, so that a call whose driver died in the middle
+    /// is made again.
+    pub is_idempotent: bool,
 }
 
 /// A data queue.
@@ -98,6 +101,19 @@ impl Description {
         Ok(())
     }
 
+    /// Whether sessions of a driver that served `earlier` can go on with this: it [`offers`] as
+    /// much, and what could be done twice still can.
+    ///
+    /// [`offers`]: Self::offers
+    pub fn continues(&self, earlier: &Description) -> bool {
+        let is_idempotent = |method: &Method| {
+            self.methods.iter().any(|own| own.selector == method.selector && own.is_idempotent)
+        };
+        self.offers(earlier).is_ok()
+            && self.queues.len() == earlier.queues.len()
+            && earlier.methods.iter().all(|method| !method.is_idempotent || is_idempotent(method))
+    }
+
     /// The method of that name.
     pub fn method(&self, name: &str) -> Option<&Method> {
         self.methods.iter().find(|method| method.name == name)
@@ -109,6 +125,10 @@ impl Description {
             "interface" => self.name = rest.to_owned(),
             "method" => {
                 let (selector, rest) = rest.split_once(' ')?;
+                let (rest, is_idempotent) = match rest.strip_suffix(IDEMPOTENT) {
+                    Some(rest) => (rest, true),
+                    None => (rest, false),
+                };
                 let (signature, results) = rest.split_once(" -> ")?;
                 let (name, arguments) = signature.split_once('(')?;
                 self.methods.push(Method {
@@ -116,6 +136,7 @@ impl Description {
                     name: name.to_owned(),
                     arguments: types(arguments.strip_suffix(')')?),
                     results: types(results.strip_prefix('(')?.strip_suffix(')')?),
+                    is_idempotent,
                 });
             }
             "queue" => {
@@ -135,6 +156,9 @@ impl Description {
         Some(())
     }
 }
+
+/// What ends the line of a method that is.
+const IDEMPOTENT: &str = " idempotent";
 
 fn types(list: &str) -> Vec<String> {
     list.split(", ").filter(|name| !name.is_empty()).map(str::to_owned).collect()
@@ -174,7 +198,9 @@ impl fmt::Display for Queue {
 /// `name(arguments) -> (results)`, for people too.
 impl fmt::Display for Method {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}({}) -> ({})", self.name, self.arguments.join(", "), self.results.join(", "))
+        let (arguments, results) = (self.arguments.join(", "), self.results.join(", "));
+        write!(f, "{}({arguments}) -> ({results})", self.name)?;
+        f.write_str(if self.is_idempotent { IDEMPOTENT } else { "" })
     }
 }
 
@@ -184,11 +210,26 @@ mod tests {
 
     #[test]
     fn the_text_form_reads_back_as_it_was() {
-        let text = "interface edu\nmethod 0 factorial(u32) -> (u32)\nmethod 1 reset() -> ()\n\
+        let text = "interface edu\nmethod 0 factorial(u32) -> (u32)\nmethod 1 reset() -> () idempotent\n\
                     queue 0 upload ToDriver\nqueue 1 download ToClient\n";
         let description = Description::parse(text).unwrap();
         assert_eq!(description.to_string(), text);
         assert_eq!(description.method("factorial").unwrap().arguments, ["u32"]);
+        assert!(!description.method("factorial").unwrap().is_idempotent);
+        assert!(description.method("reset").unwrap().is_idempotent);
+    }
+
+    #[test]
+    fn sessions_go_on_with_an_interface_that_keeps_every_promise() {
+        let parse = |text: &str| Description::parse(text).unwrap();
+        let earlier = parse("interface a\nmethod 0 f() -> () idempotent\nqueue 0 up ToDriver\n");
+        let grown = "interface a\nmethod 0 f() -> () idempotent\nmethod 1 g() -> ()\n\
+                     queue 0 up ToDriver\n";
+        assert!(parse(grown).continues(&earlier));
+        assert!(!parse(&grown.replace(" idempotent", "")).continues(&earlier));
+        assert!(!parse(&grown.replace("method 0", "method 2")).continues(&earlier));
+        let one_more = format!("{grown}queue 1 down ToClient\n");
+        assert!(!parse(&one_more).continues(&earlier), "sessions have no such queue");
     }
 
     #[test]

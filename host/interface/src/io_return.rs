@@ -66,7 +66,7 @@ codes! {
     UNDERRUN = 0xE000_02E7, "underrun: nothing to take";
     OVERRUN = 0xE000_02E8, "overrun: no room";
     DEVICE_ERROR = 0xE000_02E9, "device error";
-    NO_COMPLETION = 0xE000_02EA, "no completion";
+    NO_COMPLETION = 0xE000_02EA, "no completion: begun, and nobody knows whether it was done";
     ABORTED = 0xE000_02EB, "aborted";
     NO_BANDWIDTH = 0xE000_02EC, "no bandwidth";
     NOT_RESPONDING = 0xE000_02ED, "not responding";

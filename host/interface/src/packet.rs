@@ -10,8 +10,8 @@
 //! | 4 | u32 | number of scalars |
 //! | 8 | u32 | bytes of structure |
 //! | 12 | i32 | reply: status; else: which scalars of a call are actions |
-//! | 16 | u64 | call, memory, reply: the call's number, chosen by the client; offers: the offer's number, likewise; else: the action's |
-//! | 24 | u64 | call: selector; memory: its type; reply: which scalars are actions; taken: how many; offers: 1 for reading only, else 0 |
+//! | 16 | u64 | call, memory, reply: the call's number, chosen by the client; offers: the offer's number, likewise; generations: which; else: the action's |
+//! | 24 | u64 | call: selector; memory: its type; reply: which scalars are actions; taken: how many; offers: 1 for reading only, else 0; away: the last call that was begun |
 //!
 //! | magic | kind | from |
 //! | --- | --- | --- |
@@ -23,6 +23,8 @@
 //! | `IOI1` | invokes an action that the receiver passed | both |
 //! | `IOX1` | the last handle to an action that the receiver passed is gone | both |
 //! | `IOT1` | invocations of the sender's action that it has taken | the client |
+//! | `IOA1` | the driver host of that generation has died; the last call that it or an earlier one had begun | the daemon |
+//! | `IOG1` | the driver host of that generation is there, and reads from the client's `IOG1` on; what it finds before that was meant for an earlier one | both |
 //!
 //! Which scalars are actions is a bit for each, bit 0 the first. Such a scalar is a number that
 //! its sender gave the action in this session, never twice. The reply to `IOM1` has two scalars:
@@ -43,6 +45,8 @@ const MAP: u32 = u32::from_be_bytes(*b"IOM1");
 const OFFER: u32 = u32::from_be_bytes(*b"IOF1");
 const WITHDRAW: u32 = u32::from_be_bytes(*b"IOW1");
 const TAKEN: u32 = u32::from_be_bytes(*b"IOT1");
+const AWAY: u32 = u32::from_be_bytes(*b"IOA1");
+const GENERATION: u32 = u32::from_be_bytes(*b"IOG1");
 
 /// A packet from a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,9 +86,14 @@ pub enum FromClient {
         /// How many; not zero.
         count: u64,
     },
+    /// What follows is meant for the driver host of this generation.
+    Resumed {
+        /// Which; the first one is 1, and has none of these.
+        generation: u64,
+    },
 }
 
-/// A packet from a driver host.
+/// A packet from a driver host, or from the daemon in its absence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FromDriver {
     /// A reply.
@@ -95,6 +104,18 @@ pub enum FromDriver {
     Release {
         /// The client's number for it.
         action: u64,
+    },
+    /// The driver host has died, and another one is on its way. From the daemon.
+    Away {
+        /// Which one died.
+        generation: u64,
+        /// The highest number of a call that was begun, in any generation; 0 for none.
+        begun: u64,
+    },
+    /// The next driver host is there.
+    Resumed {
+        /// Which one.
+        generation: u64,
     },
 }
 
@@ -213,6 +234,7 @@ impl FromClient {
                 }
                 Ok(Self::Taken { action: header.id, count })
             }
+            GENERATION => Ok(Self::Resumed { generation: decode_resumed(packet)? }),
             _ => Ok(Self::Call(Call::decode(packet)?)),
         }
     }
@@ -224,6 +246,11 @@ impl FromDriver {
         match magic_of(packet)? {
             INVOKE => Ok(Self::Invoke(Invocation::decode(packet)?)),
             RELEASE => Ok(Self::Release { action: decode_release(packet)? }),
+            AWAY => {
+                let (header, _) = decode_bare(AWAY, packet)?;
+                Ok(Self::Away { generation: header.id, begun: header.last })
+            }
+            GENERATION => Ok(Self::Resumed { generation: decode_resumed(packet)? }),
             _ => Ok(Self::Reply(ReplyPacket::decode(packet)?)),
         }
     }
@@ -307,6 +334,22 @@ pub fn encode_offer(memory: u64, read_only: bool) -> Vec<u8> {
 /// The packet that takes an offer back.
 pub fn encode_withdraw(memory: u64) -> Vec<u8> {
     encode(WITHDRAW, 0, memory, 0, &Arguments::default())
+}
+
+/// The packet by which the daemon says that a driver host has died.
+pub fn encode_away(generation: u64, begun: u64) -> Vec<u8> {
+    encode(AWAY, 0, generation, begun, &Arguments::default())
+}
+
+/// The packet that begins a generation, from either side.
+pub fn encode_resumed(generation: u64) -> Vec<u8> {
+    encode(GENERATION, 0, generation, 0, &Arguments::default())
+}
+
+fn decode_resumed(packet: &[u8]) -> Result<u64, PacketFault> {
+    let (header, _) = decode_bare(GENERATION, packet)?;
+    header.has_zero_last(GENERATION)?;
+    Ok(header.id)
 }
 
 fn decode_release(packet: &[u8]) -> Result<u64, PacketFault> {
@@ -504,9 +547,20 @@ mod tests {
     }
 
     #[test]
+    fn the_packets_between_generations_come_back_as_they_went() {
+        let away = encode_away(3, 7);
+        assert_eq!(FromDriver::decode(&away), Ok(FromDriver::Away { generation: 3, begun: 7 }));
+        assert!(FromClient::decode(&away).is_err(), "a client cannot say that a driver died");
+        let resumed = encode_resumed(4);
+        assert_eq!(FromDriver::decode(&resumed), Ok(FromDriver::Resumed { generation: 4 }));
+        assert_eq!(FromClient::decode(&resumed), Ok(FromClient::Resumed { generation: 4 }));
+    }
+
+    #[test]
     fn a_field_that_has_to_be_zero_is_looked_at() {
         let packets = [
             encode_release(1),
+            encode_resumed(1),
             Invocation { action: 1, arguments: call().arguments }.encode().unwrap(),
         ];
         for packet in packets {

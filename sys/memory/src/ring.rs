@@ -93,6 +93,13 @@
 //! a consumer reports an empty ring only after a look, and a producer leaves out the look of 2 only
 //! if it is certain to send anyway.
 //!
+//! # An end that dies
+//!
+//! The next owner of an end carries on from the indices: [`Producer::new`] and [`Consumer::new`] also
+//! take back what the flag of the dead one promised. What it owed and had not sent is not known, so
+//! whoever hands the end on rings both bells once. An entry that was taken but not dealt with is lost
+//! with its taker; [`Producer::exchange`] takes it when its result is there, not before.
+//!
 //! # A hostile peer
 //!
 //! The other end may write any byte at any time. What we hold against it:
@@ -119,6 +126,8 @@ mod cells;
 mod consumer;
 mod handling;
 mod layout;
+#[cfg(not(loom))]
+mod ledger;
 #[cfg(all(test, loom))]
 mod loom_model;
 #[cfg(not(loom))]
@@ -143,6 +152,8 @@ pub use layout::{
     MEMORY_HEADER_SIZE, NEED_SERVICED_OFFSET, PRODUCER_AWAKE_OFFSET, READ_TO_OFFSET,
     ROOM_WANTED_OFFSET, TAIL_OFFSET, footprint,
 };
+#[cfg(not(loom))]
+pub use ledger::Ledger;
 #[cfg(not(loom))]
 pub use making::RingError;
 pub use producer::{Batch, Producer, Slot};

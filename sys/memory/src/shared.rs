@@ -9,7 +9,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
-use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 
 use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -167,6 +167,23 @@ impl SharedMemory {
         // SAFETY: `check` showed that `data.len()` bytes from `target` are mapped for writing, and
         // the seals keep them so.
         unsafe { copy_in(target, data) }
+    }
+
+    /// A word that both sides read and write whole.
+    ///
+    /// Panics when it is not inside the memory or not at a multiple of eight, or the memory is mapped
+    /// for reading only.
+    #[inline]
+    pub(crate) fn word_at(&self, offset: usize) -> &AtomicU64 {
+        self.check(offset, size_of::<u64>());
+        assert!(self.is_writable && offset.is_multiple_of(align_of::<AtomicU64>()));
+        // SAFETY: `check` showed that `offset` is inside the mapping.
+        let word = unsafe { self.map.base.add(offset) }.cast::<u64>();
+        // SAFETY:
+        // 1. Aligned: the mapping starts on a page, and the assertion above.
+        // 2. Valid for reads and writes as long as `self` lives: `check`, and the assertion above.
+        // 3. Whoever keeps words in a memory uses nothing but this for them.
+        unsafe { AtomicU64::from_ptr(word.as_ptr()) }
     }
 
     #[inline]

@@ -9,6 +9,8 @@ use loom::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use super::handling::{ASLEEP, AWAKE};
 use super::layout::{self, Found, Impossible, KEPT};
+#[cfg(not(loom))]
+use super::ledger::{Ledger, Line};
 use super::producer::{check_range, read_to};
 use super::spin::Spin;
 use super::{
@@ -35,6 +37,9 @@ pub struct Consumer<N = Bell> {
     /// The producer was told that this end looks again by itself.
     awake: bool,
     life: Life,
+    /// By which an exchange names this queue.
+    #[cfg(not(loom))]
+    line: Option<Line>,
     data_serviced: N,
 }
 
@@ -52,7 +57,24 @@ impl<N: Notify> Consumer<N> {
         // [bell], [awake]: an entry is seen by the look, or announced.
         ring.fence_before_look(Step::FenceAfterHead);
         let tail = ring.check_index(Index::Tail, ring.cells.tail().load(Acquire))?; // [entry]
-        Ok(Self { ring, head, tail, awake: false, life: Life::Working, data_serviced })
+        Ok(Self {
+            ring,
+            head,
+            tail,
+            awake: false,
+            life: Life::Working,
+            #[cfg(not(loom))]
+            line: None,
+            data_serviced,
+        })
+    }
+
+    /// The same end, as the queue of this place in a session, so that a
+    /// [`Producer::exchange`](super::Producer::exchange) survives this process. `ledger` is the
+    /// session's, and recovered.
+    #[cfg(not(loom))]
+    pub fn noted_in(self, ledger: &Ledger, place: usize) -> Self {
+        Self { line: ledger.line(place), ..self }
     }
 
     /// Moves the next entry into `entry`, replacing what it held but reusing its memory, and sends
@@ -165,6 +187,32 @@ impl<N: Notify> Consumer<N> {
     pub fn peek<R>(&mut self, read: impl FnOnce(&Entry<'_>) -> R) -> Result<R, QueueError> {
         let found = self.find()?;
         Ok(read(&Entry::new(&self.ring, found)))
+    }
+
+    #[cfg(not(loom))]
+    pub(super) fn line(&self) -> Option<&Line> {
+        self.line.as_ref()
+    }
+
+    /// The head that gives the next entry back.
+    #[cfg(not(loom))]
+    pub(super) fn next_head(&mut self) -> Result<u32, QueueError> {
+        Ok(self.find()?.next)
+    }
+
+    /// Gives the entry before `head` back, without telling the producer.
+    #[cfg(not(loom))]
+    pub(super) fn retire(&mut self, head: u32) {
+        self.head = head;
+        self.publish();
+    }
+
+    /// Tells the producer, if it waits.
+    #[cfg(not(loom))]
+    pub(super) fn serve(&self) {
+        if self.is_service_wanted(false) {
+            self.send_data_serviced();
+        }
     }
 
     /// Whether there seems to be something to dequeue: a hint, with no promise of an entry, and

@@ -9,7 +9,11 @@ use loom::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
 use super::handling::{ASLEEP, AWAKE};
 use super::layout::{self, ALIGNMENT, KEPT, Place};
+#[cfg(not(loom))]
+use super::ledger::{Ledger, Line};
 use super::spin::Spin;
+#[cfg(not(loom))]
+use super::Consumer;
 use super::{
     Bell, Corruption, Index, Life, Notify, OutsidePayload, QueueError, Ring, Step, Wait, WaitError,
     Wake,
@@ -37,6 +41,9 @@ pub struct Producer<N = Bell> {
     /// The consumer was told that this end looks again by itself.
     awake: bool,
     life: Life,
+    /// Where an exchange into this queue is noted.
+    #[cfg(not(loom))]
+    line: Option<Line>,
     data_available: N,
 }
 
@@ -51,8 +58,17 @@ impl<N: Notify> Producer<N> {
         let head_is_ahead = head != published;
         // A previous owner may have been awake, and is not any more.
         ring.cells.producer_awake().store(ASLEEP, Relaxed);
-        let life = Life::Working;
-        Ok(Self { ring, tail, head, head_is_ahead, awake: false, life, data_available })
+        Ok(Self {
+            ring,
+            tail,
+            head,
+            head_is_ahead,
+            awake: false,
+            life: Life::Working,
+            #[cfg(not(loom))]
+            line: None,
+            data_available,
+        })
     }
 
     /// Copies `data` into the ring as one entry, publishes it, and sends DataAvailable if the
@@ -111,6 +127,89 @@ impl<N: Notify> Producer<N> {
         let result = self.write(size, send, fill)?;
         self.publish(old_tail, send)?;
         Ok(result)
+    }
+
+    /// The same end, as the queue of this place in a session, so that an [`exchange`](Self::exchange)
+    /// survives this process. `ledger` is the session's, and recovered.
+    #[cfg(not(loom))]
+    pub fn noted_in(self, ledger: &Ledger, place: usize) -> Self {
+        Self { line: ledger.line(place), ..self }
+    }
+
+    /// Puts `data` into this queue as one entry and takes the next entry of `from`, which has been
+    /// looked at ([`Consumer::peek`]), both or neither. Sends DataAvailable here and DataServiced
+    /// there where they are due.
+    ///
+    /// Both or neither also when this process is killed in the middle, at any instruction, if both ends
+    /// are of one session (a driver's are). So a driver that makes results of entries loses none and
+    /// makes none twice, as far as its clients can see: it looks at an entry, works, exchanges.
+    ///
+    /// Errors, with nothing put and nothing taken:
+    /// - `Underrun`: there is no entry in `from`.
+    /// - `Overrun`: no room here now; as of [`enqueue`](Self::enqueue).
+    /// - `MessageTooLarge`, `Corrupt`, `Offline`.
+    #[cfg(not(loom))]
+    pub fn exchange<M: Notify>(
+        &mut self,
+        from: &mut Consumer<M>,
+        data: &[u8],
+    ) -> Result<(), QueueError> {
+        self.exchange_until(from, data, |_| false)
+    }
+
+    /// An exchange that stops behind the stage at which it `dies`, as if killed there.
+    #[cfg(not(loom))]
+    #[inline]
+    pub(super) fn exchange_until<M: Notify>(
+        &mut self,
+        from: &mut Consumer<M>,
+        data: &[u8],
+        dies: impl Fn(Stage) -> bool,
+    ) -> Result<(), QueueError> {
+        let retired = from.next_head()?;
+        let old_tail = self.tail;
+        let mut send = !self.data_available.is_installed();
+        let written = self.write(data.len(), &mut send, |slot| {
+            slot.ring.cells.write(slot.payload, data);
+        });
+        if let Err(err) = written {
+            if send {
+                self.send_data_available();
+            }
+            return Err(err);
+        }
+        if dies(Stage::Written) {
+            return Ok(());
+        }
+        let line = match (&self.line, from.line()) {
+            (Some(line), Some(other)) if line.is_beside(other) => {
+                line.write(self.tail, retired, other);
+                self.line.clone()
+            }
+            _ => None,
+        };
+        if dies(Stage::Linked) {
+            return Ok(());
+        }
+        let published = self.publish(old_tail, &mut send);
+        if dies(Stage::Published) {
+            return Ok(());
+        }
+        from.retire(retired);
+        if dies(Stage::Retired) {
+            return Ok(());
+        }
+        if let Some(line) = line {
+            line.erase();
+        }
+        if dies(Stage::Erased) {
+            return Ok(());
+        }
+        if send {
+            self.send_data_available();
+        }
+        from.serve();
+        published
     }
 
     /// Writes as many entries as `fill` hands to the [`Batch`], publishes them together, and sends
@@ -441,6 +540,17 @@ impl<N: Notify> Producer<N> {
             self.ring.cells.producer_awake().store(ASLEEP, Relaxed);
         }
     }
+}
+
+/// What an exchange has come to.
+#[cfg(not(loom))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stage {
+    Written,
+    Linked,
+    Published,
+    Retired,
+    Erased,
 }
 
 /// How many bytes ahead of an entry memory is fetched for those that follow.
