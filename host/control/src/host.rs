@@ -20,8 +20,9 @@ pub const MOST_DESCRIPTORS: usize = 64;
 pub enum ToHost {
     /// Open the device, reset it, load the driver, start it. Answered by `Ready` or `Failed`.
     Start(Start),
-    /// A client opened a session. Descriptors: the session's socket, then for each queue its
-    /// memory, its data-available eventfd and its data-serviced eventfd.
+    /// A client opened a session, or has one that survived the driver host before this one.
+    /// Descriptors: the session's socket, its ledger, then for each queue its memory, its
+    /// data-available eventfd and its data-serviced eventfd.
     /// Answered by `SessionOpened` or `SessionClosed`.
     OpenSession(OpenSession),
     /// Forget a session, if it is still there.
@@ -127,6 +128,8 @@ pub enum InterruptChoice {
 pub struct OpenSession {
     /// Its number, never used again.
     pub session: u64,
+    /// 1 for a new one, one more for each driver host that died and left it.
+    pub generation: u64,
     /// Its data queues, in the order in which the driver's interface declares them.
     pub queues: Vec<QueueSize>,
 }

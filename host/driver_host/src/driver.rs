@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use iohost_dispatch::{Engine, Owner, Queue, QueueOptions};
 use iohost_interface::{Arguments, IOReturn, ReplySink};
 
-use crate::plugin::{Instance, Plugin, SessionQueue};
+use crate::plugin::{Instance, NewSession, Plugin};
 use crate::{Device, Services};
 
 /// A started driver. Dropping it stops the driver first.
@@ -90,14 +90,15 @@ impl Driver {
         &self.queue
     }
 
-    /// Hands a call to the driver, later, on its queue. Once the driver has stopped, the sink
-    /// gets `NOT_READY`.
+    /// Hands a call to the driver, later, on its queue, right behind `begin`. Once the driver has
+    /// stopped, the sink gets `NOT_READY` and nothing is begun.
     pub fn call(
         self: &Arc<Self>,
         session: u64,
         selector: u64,
         arguments: Arguments,
         sink: Box<dyn ReplySink>,
+        begin: impl FnOnce() + Send + 'static,
     ) {
         let driver = self.clone();
         let mut owed = Owed(Some(sink));
@@ -105,6 +106,7 @@ impl Driver {
             if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC)
                 && let Some(sink) = owed.0.take()
             {
+                begin();
                 instance.call(session, selector, &arguments, sink);
             }
         });
@@ -127,11 +129,11 @@ impl Driver {
     }
 
     /// Tells the driver of a session. Its answer, or `NOT_READY` once it has stopped.
-    pub fn session_opened(&self, session: u64, queues: Vec<SessionQueue>) -> Result<(), IOReturn> {
+    pub fn session_opened(&self, session: NewSession) -> Result<(), IOReturn> {
         let opened = self.queue.dispatch_sync(|| {
             let instance = self.instance.lock().expect(NO_PANIC);
             let instance = instance.as_ref().ok_or(IOReturn::NOT_READY)?;
-            instance.session_opened(session, queues)
+            instance.session_opened(session)
         });
         opened.flatten()
     }

@@ -25,5 +25,5 @@ mod session_actions;
 pub use device::Device;
 pub use device_events::EventWatch;
 pub use driver::{Driver, StartError};
-pub use plugin::{LoadedPlugin, Plugin, SessionQueue};
+pub use plugin::{LoadedPlugin, NewSession, Plugin, SessionQueue};
 pub use services::Services;

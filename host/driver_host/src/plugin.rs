@@ -52,7 +52,7 @@ use iohost_interface::IOReturn;
 use log::Level;
 
 pub(crate) use self::instance::Instance;
-pub use self::instance::SessionQueue;
+pub use self::instance::{NewSession, SessionQueue};
 
 use self::action::ACTION_TABLE;
 use self::device::DEVICE_TABLE;

@@ -22,7 +22,7 @@ use iohost_pci::{PciError, Sysfs};
 use log::{debug, info, warn};
 
 use crate::device::with_sources;
-use crate::plugin::{LoadedPlugin, SessionQueue};
+use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
 use crate::session::Sessions;
 use crate::{Device, Driver, EventWatch, Services, StartError, plugin_file};
 
@@ -107,8 +107,10 @@ impl Conversation {
     fn open_session(&self, running: &Running, open: OpenSession, fds: Vec<OwnedFd>) -> Result<()> {
         let session = open.session;
         let opened = match &running.sessions {
-            Some(sessions) => session_parts(&open, fds)
-                .and_then(|(socket, queues)| sessions.open(session, socket, queues)),
+            Some(sessions) => {
+                let parts = session_parts(&open, fds);
+                parts.and_then(|(socket, offered)| sessions.open(socket, offered))
+            }
             None => Err("there is no driver".to_owned()),
         };
         self.send(&match opened {
@@ -145,25 +147,28 @@ fn send(daemon: &Packets, message: &FromHost) -> Result<()> {
     }
 }
 
-/// The socket and the queues of a session, from its descriptors in the order of `OpenSession`.
+/// The socket of a session, and what the driver gets, from the descriptors in the order of
+/// `OpenSession`.
 fn session_parts(
     open: &OpenSession,
     fds: Vec<OwnedFd>,
-) -> Result<(Packets, Vec<SessionQueue>), String> {
-    let expected = 1 + 3 * open.queues.len();
+) -> Result<(Packets, NewSession), String> {
+    let expected = 2 + 3 * open.queues.len();
     if fds.len() != expected {
         return Err(format!("{} descriptors for a session that has {expected}", fds.len()));
     }
     let mut fds = fds.into_iter();
     let mut next = || fds.next().expect("counted above");
     let socket = Packets::from(next());
+    let ledger = Some(next());
     let queues = open.queues.iter().map(|queue| SessionQueue {
         bytes: queue.bytes,
         memory: next(),
         available: next(),
         serviced: next(),
     });
-    Ok((socket, queues.collect()))
+    let queues = queues.collect();
+    Ok((socket, NewSession { number: open.session, generation: open.generation, queues, ledger }))
 }
 
 /// A device that is open, with its driver.

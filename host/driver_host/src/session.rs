@@ -2,21 +2,31 @@
 //!
 //! A client is not trusted. Whatever it sends, however much, and whenever it goes: the worst
 //! that happens is the end of its own session.
+//!
+//! # A session that survived the driver host before this one
+//!
+//! The daemon hands it over with the socket, in which there may be packets for the dead one. The
+//! client has kept everything that it still waits for, and sends it again behind a `Resumed` that
+//! answers ours. So what comes before that is read, judged like all that a client sends, and
+//! dropped: nothing is done twice, and nothing is lost.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicUsize, Ordering::AcqRel, Ordering::Acquire};
+use std::sync::atomic::{
+    AtomicBool, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed,
+};
 use std::sync::{Arc, Mutex, Weak};
 
 use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
-use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket};
+use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket, encode_resumed};
 use iohost_interface::{ActionTarget, Arguments, ClientFile, Completion, IOReturn, ReplySink};
+use iohost_memory::ring::{Bell, Ledger, Ring};
 use log::warn;
 
 use crate::Driver;
 use crate::device::with_sources;
-use crate::plugin::SessionQueue;
+use crate::plugin::{NewSession, SessionQueue};
 use crate::session_actions::SessionActions;
 
 /// The most calls of one session that wait for their answer, and invocations of the driver's
@@ -50,6 +60,12 @@ struct Session {
     id: u64,
     socket: Arc<Packets>,
     source: Mutex<Option<DescriptorSource<Arc<Packets>>>>,
+    /// Which driver host this is for the session.
+    generation: u64,
+    /// What is read is still meant for an earlier one. Touched by the reading alone.
+    is_stale: AtomicBool,
+    /// Where it is noted which call was begun.
+    ledger: Ledger,
     /// Calls that wait for their answer, and invocations that wait for their end.
     waiting: AtomicUsize,
     actions: SessionActions,
@@ -86,19 +102,31 @@ impl Sessions {
 
     /// Offers a session to the driver and, if it takes it, serves its calls. An error is the
     /// driver's answer or ours, in words.
-    pub(crate) fn open(
-        &self,
-        id: u64,
-        socket: Packets,
-        queues: Vec<SessionQueue>,
-    ) -> Result<(), String> {
+    pub(crate) fn open(&self, socket: Packets, offered: NewSession) -> Result<(), String> {
+        let NewSession { number: id, generation, .. } = offered;
         socket.set_nonblocking().map_err(|err| err.to_string())?;
-        self.driver.session_opened(id, queues).map_err(|status| format!("the driver: {status}"))?;
+        let ledger = offered.ledger.as_ref().ok_or("no ledger")?.try_clone();
+        let ledger = Ledger::attach(ledger.map_err(|err| err.to_string())?);
+        let ledger = ledger.map_err(|err| with_sources(&err))?;
+        if generation > 1 {
+            recover(&ledger, &offered.queues)?;
+        }
+        let opened = self.driver.session_opened(offered);
+        opened.map_err(|status| format!("the driver: {status}"))?;
+        if generation > 1
+            && let Err(err) = socket.send(&encode_resumed(generation), &[])
+        {
+            self.driver.session_closed(id);
+            return Err(unread(&err));
+        }
         let socket = Arc::new(socket);
         let session = Arc::new(Session {
             id,
             socket: socket.clone(),
             source: Mutex::new(None),
+            generation,
+            is_stale: AtomicBool::new(generation > 1),
+            ledger,
             waiting: AtomicUsize::new(0),
             actions: SessionActions::new(),
             offers: Mutex::new(Some(HashMap::new())),
@@ -142,6 +170,11 @@ impl Sessions {
                 Err(err) => return self.end(session.id, &with_sources(&err)),
             };
             let done = packet.map_err(|fault| fault.to_string()).and_then(|packet| match packet {
+                FromClient::Resumed { generation } => session.resumed(generation),
+                _ if session.is_stale.load(Relaxed) => {
+                    files.by_ref().for_each(drop);
+                    Ok(())
+                }
                 FromClient::Call(call) => self.call(session, call),
                 FromClient::Map { id, memory } => {
                     self.map(session, id, memory);
@@ -195,7 +228,9 @@ impl Sessions {
         }
         session.waiting.fetch_add(1, AcqRel);
         let sink = Answer { sessions: self.this.clone(), session: session.clone(), id };
-        self.driver.call(session.id, selector, arguments, Box::new(sink));
+        let ledger = session.ledger.clone();
+        let begin = move || ledger.begin(id);
+        self.driver.call(session.id, selector, arguments, Box::new(sink), begin);
         Ok(())
     }
 
@@ -243,6 +278,25 @@ impl Sessions {
         self.driver.session_closed(id);
         true
     }
+}
+
+/// Brings the queues of a session to where its last driver wanted them, and wakes both sides: that
+/// driver may have died between a change and its notification.
+fn recover(ledger: &Ledger, queues: &[SessionQueue]) -> Result<(), String> {
+    if ledger.has_links() {
+        let attached = queues.iter().map(|queue| {
+            let memory = queue.memory.try_clone().map_err(|err| err.to_string())?;
+            Ring::attach(memory, u64::from(queue.bytes)).map_err(|err| with_sources(&err))
+        });
+        ledger.recover(&attached.collect::<Result<Vec<_>, String>>()?);
+    }
+    for queue in queues {
+        for bell in [&queue.available, &queue.serviced] {
+            let bell = bell.try_clone().map_err(|err| err.to_string())?;
+            Bell::from(bell).ring().map_err(|err| err.to_string())?;
+        }
+    }
+    Ok(())
 }
 
 /// Where the answer to one call goes.
@@ -317,6 +371,18 @@ impl Drop for MapReply {
 }
 
 impl Session {
+    /// The client has heard of a generation; with ours, what follows is for us. An error ends the
+    /// session.
+    fn resumed(&self, generation: u64) -> Result<(), String> {
+        if generation > self.generation {
+            return Err(format!("speaks of generation {generation}, this is {}", self.generation));
+        }
+        if generation == self.generation && !self.is_stale.swap(false, Relaxed) {
+            return Err(format!("resumes generation {generation} a second time"));
+        }
+        Ok(())
+    }
+
     /// Takes memory that the client offers, once it is sure that the client cannot take pages away
     /// from under a mapping. An error ends the session.
     fn offer(&self, memory: u64, file: OwnedFd, read_only: bool) -> Result<(), String> {

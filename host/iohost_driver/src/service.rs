@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 
 use iohost_interface::{Arguments, IOReturn, ReplySink, ToClient, ToDriver};
-use iohost_memory::ring::{Bell, Consumer, HangUp, Producer, Ring};
+use iohost_memory::ring::{Bell, Consumer, HangUp, Ledger, Producer, Ring};
 
 use crate::data_queue::RingEnd;
 use crate::{ClientMemory, Error, IODispatchQueue, IOPCIDevice, Result, abi};
@@ -34,6 +34,10 @@ pub trait IOService: Sized + Send + 'static {
     fn stop(&mut self) {}
 
     /// A client opened a session; its data queues are in `session`. An error refuses it.
+    ///
+    /// Called too, right after the start, for each session that survived the driver before this one:
+    /// [`Session::generation`] tells. The queues are as that one left them. Calls of the client that
+    /// were not begun come again. An error ends such a session.
     fn session_opened(&mut self, session: Session) -> Result<()> {
         drop(session);
         Ok(())
@@ -130,8 +134,18 @@ pub type SessionId = u64;
 /// A client's session, as the driver first sees it.
 pub struct Session {
     id: SessionId,
+    generation: u64,
     ends: Vec<Option<SessionEnds>>,
+    ledger: Option<Ledger>,
     hang_up: HangUp,
+}
+
+/// A session, as it comes from the host.
+pub(crate) struct OfferedSession {
+    pub(crate) id: SessionId,
+    pub(crate) generation: u64,
+    pub(crate) ends: Vec<Option<SessionEnds>>,
+    pub(crate) ledger: Option<OwnedFd>,
 }
 
 /// What a data queue consists of, before one end of it is taken.
@@ -158,13 +172,24 @@ impl Session {
         self.id
     }
 
+    /// Which driver this is for the session: 1 when it is new, one more after each driver that died
+    /// and left it behind. What that one knew of the session is gone.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
     /// The driver's end of a queue that the client puts entries in. Once.
     ///
     /// Errors: `NOT_FOUND` when the session has no such queue or its end was taken,
     /// `IPC_ERROR` when its memory is not usable.
     pub fn consumer(&mut self, queue: ToDriver) -> Result<QueueEnd<Consumer>> {
         let ends = self.take(queue.0)?;
-        ends.end(&self.hang_up, |available, serviced| (serviced, available))
+        let mut end: QueueEnd<Consumer> =
+            ends.end(&self.hang_up, |available, serviced| (serviced, available))?;
+        if let Some(ledger) = &self.ledger {
+            end.end = end.end.noted_in(ledger, queue.0);
+        }
+        Ok(end)
     }
 
     /// The driver's end of a queue that the client takes entries from. Once.
@@ -172,7 +197,12 @@ impl Session {
     /// Errors: as [`consumer`](Self::consumer).
     pub fn producer(&mut self, queue: ToClient) -> Result<QueueEnd<Producer>> {
         let ends = self.take(queue.0)?;
-        ends.end(&self.hang_up, |available, serviced| (available, serviced))
+        let mut end: QueueEnd<Producer> =
+            ends.end(&self.hang_up, |available, serviced| (available, serviced))?;
+        if let Some(ledger) = &self.ledger {
+            end.end = end.end.noted_in(ledger, queue.0);
+        }
+        Ok(end)
     }
 
     fn take(&mut self, place: usize) -> Result<SessionEnds> {
@@ -261,13 +291,17 @@ impl<D: Exported> Instance<D> {
         let _ = self.queue.enter(|driver| driver.serve(selector, arguments, sink));
     }
 
-    pub(crate) fn session_opened(&self, session: u64, ends: Vec<Option<SessionEnds>>) -> i32 {
+    pub(crate) fn session_opened(&self, offered: OfferedSession) -> i32 {
         let hang_up = HangUp::default();
-        let offered = Session { id: session, ends, hang_up: hang_up.clone() };
-        let opened = self.queue.enter(|driver| driver.session_opened(offered));
-        let opened = opened.map_err(Error::from).flatten();
+        let OfferedSession { id, generation, ends, ledger } = offered;
+        let ledger = ledger.map(Ledger::attach).transpose();
+        let ledger = ledger.map_err(|err| Error::new(IOReturn::IPC_ERROR, err.to_string()));
+        let opened = ledger.and_then(|ledger| {
+            let session = Session { id, generation, ends, ledger, hang_up: hang_up.clone() };
+            self.queue.enter(|driver| driver.session_opened(session)).map_err(Error::from).flatten()
+        });
         match &opened {
-            Ok(()) => drop(self.hang_ups.lock().expect(NO_PANIC).insert(session, hang_up)),
+            Ok(()) => drop(self.hang_ups.lock().expect(NO_PANIC).insert(id, hang_up)),
             Err(err) => {
                 hang_up.set();
                 log::warn!("session refused: {err}");

@@ -12,7 +12,7 @@ use iohost_device_backend::{DeviceEvent, InterruptKind};
 use iohost_device_models::{Bus, DeviceModel, Function};
 use iohost_dispatch::{Engine, EngineClock};
 use iohost_driver::{Exported, IOReturn, ToClient, ToDriver};
-use iohost_driver_host::{Device, Driver, Plugin, SessionQueue, StartError};
+use iohost_driver_host::{Device, Driver, NewSession, Plugin, SessionQueue, StartError};
 use iohost_interface::{
     Arguments, Caller, Description, InterfaceClient, PendingAnswer, answer_pair,
 };
@@ -138,8 +138,10 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
             description.queues.iter().map(|_| QueueParts::new(queue_byte_count)).collect();
         let number = self.next_session;
         self.next_session += 1;
-        let given = parts.iter().map(QueueParts::for_driver).collect();
-        self.driver().session_opened(number, given)?;
+        let queues = parts.iter().map(QueueParts::for_driver).collect();
+        // Without a ledger: whoever could survive is in this process too.
+        let session = NewSession { number, generation: 1, queues, ledger: None };
+        self.driver().session_opened(session)?;
         Ok(RigSession { number, queues: parts.into_iter().map(Some).collect() })
     }
 
@@ -270,7 +272,7 @@ impl Caller for DirectCalls {
     fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
         let (sink, pending) = answer_pair();
         match arguments.check() {
-            Ok(()) => self.driver.call(0, selector, arguments, sink),
+            Ok(()) => self.driver.call(0, selector, arguments, sink, || ()),
             // A session's transport carries no more.
             Err(status) => sink.deliver(Err(status)),
         }

@@ -173,6 +173,10 @@ pub struct SessionInfo {
     pub queues: *const SessionQueue,
     /// How many.
     pub queue_count: usize,
+    /// Which driver host this is for the session: 1 for the first, more after each one that died.
+    pub generation: u64,
+    /// The page that notes exchanges between the queues, given away with it; -1 for none.
+    pub ledger: i32,
 }
 
 /// A data queue of a session. The descriptors are given away with it.

@@ -18,6 +18,19 @@ pub(crate) struct Instance {
 // `release` to none.
 unsafe impl Send for Instance {}
 
+/// A session, to be given to the driver.
+#[derive(Debug)]
+pub struct NewSession {
+    /// Its number.
+    pub number: u64,
+    /// Which driver host this is for it, from 1.
+    pub generation: u64,
+    /// Its data queues, by place.
+    pub queues: Vec<SessionQueue>,
+    /// Where exchanges between them are noted; without, none survives the process.
+    pub ledger: Option<OwnedFd>,
+}
+
 /// A data queue of a session, to be given to the driver.
 #[derive(Debug)]
 pub struct SessionQueue {
@@ -53,12 +66,9 @@ impl Instance {
         }
     }
 
-    pub(crate) fn session_opened(
-        &self,
-        session: u64,
-        queues: Vec<SessionQueue>,
-    ) -> Result<(), IOReturn> {
-        let queues: Vec<_> = queues
+    pub(crate) fn session_opened(&self, session: NewSession) -> Result<(), IOReturn> {
+        let queues: Vec<_> = session
+            .queues
             .into_iter()
             .map(|queue| iohost_driver_abi::SessionQueue {
                 bytes: queue.bytes,
@@ -67,7 +77,13 @@ impl Instance {
                 serviced: queue.serviced.into_raw_fd(),
             })
             .collect();
-        let info = SessionInfo { session, queues: queues.as_ptr(), queue_count: queues.len() };
+        let info = SessionInfo {
+            session: session.number,
+            queues: queues.as_ptr(),
+            queue_count: queues.len(),
+            generation: session.generation,
+            ledger: session.ledger.map_or(-1, OwnedFd::into_raw_fd),
+        };
         // SAFETY: as in `stop`; the info lives for the call, its descriptors are given away.
         let status = unsafe { (self.entry.session_opened)(self.instance, &raw const info) };
         IOReturn(status).result()

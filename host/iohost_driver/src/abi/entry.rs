@@ -16,7 +16,7 @@ use super::callback::guarded;
 use super::device::Device;
 use super::queue::Queue;
 use super::session::{HostSink, copied};
-use crate::service::{Exported, Instance, SessionEnds};
+use crate::service::{Exported, Instance, OfferedSession, SessionEnds};
 
 /// The descriptor of a driver, for `export_driver!`.
 pub const fn descriptor<D: Exported>(
@@ -174,9 +174,14 @@ pub(super) unsafe extern "C" fn session_opened<D: Exported>(
         available: owned(queue.available),
         serviced: owned(queue.serviced),
     });
-    let ends = ends.map(Some).collect();
+    let offered = OfferedSession {
+        id: session.session,
+        generation: session.generation,
+        ends: ends.map(Some).collect(),
+        ledger: (session.ledger >= 0).then(|| owned(session.ledger)),
+    };
     let mut status = IOReturn::INTERNAL_ERROR.0;
-    instance.guarded(|| status = instance.session_opened(session.session, ends));
+    instance.guarded(|| status = instance.session_opened(offered));
     status
 }
 
