@@ -149,10 +149,7 @@ fn send(daemon: &Packets, message: &FromHost) -> Result<()> {
 
 /// The socket of a session, and what the driver gets, from the descriptors in the order of
 /// `OpenSession`.
-fn session_parts(
-    open: &OpenSession,
-    fds: Vec<OwnedFd>,
-) -> Result<(Packets, NewSession), String> {
+fn session_parts(open: &OpenSession, fds: Vec<OwnedFd>) -> Result<(Packets, NewSession), String> {
     let expected = 2 + 3 * open.queues.len();
     if fds.len() != expected {
         return Err(format!("{} descriptors for a session that has {expected}", fds.len()));

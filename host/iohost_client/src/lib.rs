@@ -32,10 +32,10 @@
 //!
 //! [`Daemon`] is a connection to the daemon; every method of it blocks until it is answered.
 //! [`Session`] is a conversation with one driver: typed calls over a socket, entries through rings
-//! in shared memory. The daemon is not in between. When the driver's process ends, for whatever
-//! reason, every call that waits and every wait on a ring ends too, with `OFFLINE`, and the wait
-//! for an action that only this driver held with `ABORTED`; then open another session.
-//! [`Daemon::watch`] tells why it ended, and when there is one again.
+//! in shared memory. The daemon is not in between. When the driver dies, the session waits for the
+//! next one; what becomes of what was under way is said at [`Session`]. When the service is over,
+//! every call that waits and every wait on a ring ends with `OFFLINE`, and the wait for an action that
+//! only this driver held with `ABORTED`. [`Daemon::watch`] tells why, and when it runs again.
 
 #![forbid(unsafe_code)]
 
@@ -60,5 +60,5 @@ pub use iohost_memory::ring::{Entry, QueueError, WaitError};
 pub use matching::ServiceMatch;
 pub use memory::{ClientMemory, NoAccess, OfferError, OfferedMemory};
 pub use queue::{QueueConsumer, QueueProducer};
-pub use session::Session;
+pub use session::{Session, WhenAway};
 pub use watch::{AsyncServiceWatch, ServiceWatch};

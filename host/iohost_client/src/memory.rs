@@ -62,7 +62,7 @@ impl OfferedMemory {
         let file = memory.as_fd().try_clone_to_owned().map_err(OfferError::Memory)?;
         let (file, _) = iohost_memory::offer(file, read_only).map_err(OfferError::Attach)?;
         let session = calls.upgrade().ok_or(IOReturn::OFFLINE).map_err(OfferError::Driver)?;
-        let number = session.offer_memory(file.as_fd(), read_only).map_err(OfferError::Driver)?;
+        let number = session.offer_memory(file, read_only).map_err(OfferError::Driver)?;
         Ok(Self { memory: ClientMemory(memory), number, calls })
     }
 

@@ -2,10 +2,12 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use iohost_control::varlink::Opened;
 use iohost_interface::{
-    Arguments, Caller, Description, Direction, InterfaceClient, PendingAnswer, ToClient, ToDriver,
+    Arguments, Caller, Description, Direction, IOReturn, InterfaceClient, PendingAnswer, ToClient,
+    ToDriver,
 };
 use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, Ring};
 
@@ -13,8 +15,22 @@ use crate::calls::Calls;
 use crate::queue::Line;
 use crate::{ClientError, ClientMemory, OfferedMemory, QueueConsumer, QueueProducer};
 
-/// A conversation with one driver. Dropped, it ends: calls under way and ends of queues that were
-/// taken from it become `OFFLINE`.
+/// A conversation with the driver of one service. Dropped, it ends: calls under way and ends of queues
+/// that were taken from it become `OFFLINE`.
+///
+/// It outlives the driver. When that dies and the daemon starts it again, nothing has to be opened
+/// anew, and the [`generation`](Self::generation) is one more:
+///
+/// - Data queues stay as they are. What was sent into one waits there.
+/// - A call that the driver had not begun waits for the next one ([`WhenAway`] can change that), and
+///   so does one of a method that is `[idempotent]` in its interface. Any other that it had begun
+///   fails with `NO_COMPLETION`: nobody knows whether it was done.
+/// - Memory that was offered is offered to the next driver.
+/// - Actions of the driver's become `OFFLINE`, and what the driver held of this program's actions is
+///   released ([`OSAction`](crate::OSAction) says `ABORTED`), unless it goes with a call that waits.
+///
+/// Only when the service is over (stopped, given back, quarantined, removed), or the next driver does
+/// not take the session, everything becomes `OFFLINE`.
 #[derive(Debug)]
 pub struct Session {
     number: u64,
@@ -23,6 +39,17 @@ pub struct Session {
     calls: Arc<Calls>,
     /// By place; `None` once taken.
     queues: Mutex<Vec<Option<QueueParts>>>,
+}
+
+/// What becomes of calls while the driver is away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WhenAway {
+    /// They wait for the next driver.
+    #[default]
+    Hold,
+    /// They fail at once with `NOT_READY`, as do those that wait for an answer and were not begun.
+    /// What was begun fails with `NO_COMPLETION`, also if it could be done twice.
+    Fail,
 }
 
 /// A queue whose end nobody has taken yet.
@@ -49,7 +76,7 @@ impl Session {
         }
         let mut fds = fds.into_iter();
         let mut next = || fds.next().expect("counted above");
-        let calls = Calls::start(next())?;
+        let calls = Calls::start(next(), &description)?;
         let queues = opened.queues.iter().map(|queue| {
             Some(QueueParts {
                 bytes: queue.bytes,
@@ -75,6 +102,26 @@ impl Session {
     /// The interface the driver serves.
     pub fn description(&self) -> &Description {
         &self.description
+    }
+
+    /// Which driver this is for the session: 1 until the first one has died and another one is there,
+    /// then 2. It changes before anything of the next driver can be noticed here.
+    pub fn generation(&self) -> u64 {
+        self.calls.generation()
+    }
+
+    /// Waits until there is a driver of a generation after `known`, and says which. Each one is to be
+    /// heard of, unless several have come and gone meanwhile.
+    ///
+    /// Errors: `TIMEOUT`; `OFFLINE` when the session is over.
+    pub fn wait_for_generation(&self, known: u64, timeout: Duration) -> Result<u64, IOReturn> {
+        // A time that no clock reaches is as long as it takes.
+        self.calls.wait_for_generation(known, Instant::now().checked_add(timeout))
+    }
+
+    /// What becomes of calls that are made from now on, if the driver is away or dies under them.
+    pub fn set_when_away(&self, policy: WhenAway) {
+        self.calls.set_fails_when_away(policy == WhenAway::Fail);
     }
 
     /// The typed client of the driver's interface, as its api crate declares it. Callable from any
@@ -185,8 +232,8 @@ impl Session {
     }
 
     fn line(&self, bell: Bell) -> Result<Line, ClientError> {
-        // The driver host has the other end of the session's socket, and the daemon keeps none:
-        // its end is the driver host's end.
+        // The other end of the session's socket is the driver host's and, while another driver host is
+        // to come, the daemon's. So its end is the end of the session.
         let peer = Some(Peer::Connection(self.calls.duplicate()?));
         Ok(Line::new(Doorway::new(bell, peer)?))
     }

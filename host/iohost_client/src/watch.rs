@@ -13,8 +13,8 @@ use crate::daemon::{broken, refused};
 /// News of services, in order: first those that run already, as `Began`, then each one that begins
 /// or ends. One that restarts ends, with the reason, and begins with a higher incarnation.
 ///
-/// The end of a driver ends its sessions as well, but there it has no reason (`OFFLINE`). After
-/// `Began` a new session can be opened.
+/// A session outlives the end of a driver that is started again. One that ends, because the service is
+/// over, has no reason to tell (`OFFLINE`); it is here.
 ///
 /// Not read for a long time (1024 events), it ends with `Broken`, as it does when the daemon ends.
 #[derive(Debug)]

@@ -8,6 +8,7 @@ mod device_events;
 mod life;
 mod news;
 mod requests;
+mod sessions;
 
 use std::collections::BTreeSet;
 use std::io::{self, Read};
@@ -37,6 +38,8 @@ const BINDINGS: u64 = 2;
 const HOTPLUG: u64 = 3;
 /// Each driver host has two tokens from here on: its messages, then its end.
 const HOSTS: u64 = 4;
+/// Each session has one from here on: the end of its client.
+const SESSIONS: u64 = 1 << 63;
 
 /// When a driver host that was behind is told of services again.
 const TELL_AGAIN: Duration = Duration::from_millis(100);
@@ -137,12 +140,14 @@ impl Actor {
                     SIGNALS => self.take_signals(),
                     BINDINGS => self.hear_of_bindings(),
                     HOTPLUG => self.hear_hotplug(),
+                    SESSIONS.. => self.client_left(token - SESSIONS),
                     _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
                     _ => self.bury((token - HOSTS) / 2),
                 }
             }
             self.check_deadlines(Instant::now());
             self.tell_of_services();
+            self.settle_sessions();
         }
         self.trouble.take().map_or(Ok(()), Err)
     }

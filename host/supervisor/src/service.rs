@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use iohost_control::host::{Failure, Quiesced, Ready, RunningService, Statistics};
 use iohost_control::varlink::{BindOptions, Bound, Opened, State as Shown, Unbound};
+use iohost_event::Packets;
 use iohost_interface::Description;
 use iohost_pci::Order;
 
@@ -47,6 +48,12 @@ pub(crate) struct Service {
     asked: BindOptions,
     pub(crate) binds: Vec<Answer<Bound>>,
     pub(crate) unbinds: Vec<Answer<Unbound>>,
+    /// By number. They outlive driver hosts, as long as another one is to come.
+    pub(crate) sessions: BTreeMap<u64, Session>,
+    /// The interface that the sessions were opened with.
+    pub(crate) served: Option<Description>,
+    /// Who opens a session while the service restarts.
+    pub(crate) visitors: Vec<Visitor>,
 }
 
 /// What a service is doing.
@@ -81,7 +88,6 @@ pub(crate) enum State {
         host: Host,
         ready: Ready,
         interface: Description,
-        sessions: BTreeMap<u64, Session>,
     },
     Restarting {
         at: Instant,
@@ -172,13 +178,42 @@ pub(crate) enum LastWords {
     Stopped,
 }
 
-/// A session of a running service.
+/// A session of a service.
 #[derive(Debug)]
 pub(crate) struct Session {
-    /// Held so that the memory outlives the driver host; handing it to the next one comes later.
-    pub(crate) _memory: SessionMemory,
+    pub(crate) memory: SessionMemory,
+    /// The driver's end.
+    pub(crate) socket: Packets,
+    /// Which driver host has it, or had it last; from 1.
+    pub(crate) generation: u64,
+    pub(crate) stage: Stage,
+    /// Nobody is at the other end of the socket, or nobody that reads.
+    pub(crate) client_is_gone: bool,
     /// Until the driver knows the session.
     pub(crate) opening: Option<Opening>,
+}
+
+/// Who knows where a session is.
+///
+/// ```text
+///   Known ──died──▶ Orphaned ──client told──▶ Waiting ──next driver host told──▶ Known
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// The driver host was told of it.
+    Known,
+    /// That one died.
+    Orphaned,
+    /// Its client knows, and the next driver host is to be told.
+    Waiting,
+}
+
+/// Somebody who opens a session of a service that restarts.
+#[derive(Debug)]
+pub(crate) struct Visitor {
+    pub(crate) deadline: Instant,
+    pub(crate) queue_bytes: Option<Vec<u32>>,
+    pub(crate) answer: Answer<(Opened, Vec<OwnedFd>)>,
 }
 
 /// A session that the driver does not know yet.
@@ -211,6 +246,9 @@ impl Service {
             asked: BindOptions::default(),
             binds: Vec::new(),
             unbinds: Vec::new(),
+            sessions: BTreeMap::new(),
+            served: None,
+            visitors: Vec::new(),
         }
     }
 
@@ -289,14 +327,35 @@ impl Service {
             State::Restarting { at, .. } => Some(*at),
             _ => self.host().and_then(|host| host.deadline),
         };
-        let sessions = match &self.state {
-            State::Running { sessions, .. } => sessions
-                .values()
-                .filter_map(|session| session.opening.as_ref().map(|opening| opening.deadline))
-                .min(),
-            _ => None,
-        };
-        own.into_iter().chain(sessions).min()
+        let openings = self.sessions.values().filter_map(|session| session.opening.as_ref());
+        let sessions = openings.map(|opening| opening.deadline);
+        let visitors = self.visitors.iter().map(|visitor| visitor.deadline);
+        own.into_iter().chain(sessions).chain(visitors).min()
+    }
+
+    /// Whether another driver host is to come, so that its sessions wait for it.
+    pub(crate) fn comes_back(&self) -> bool {
+        match &self.state {
+            State::Starting(_)
+            | State::Restarting { .. }
+            | State::Taking { is_unwanted: false, .. } => true,
+            State::Stopping(host) => matches!(host.ending, Some(Ending::Died(_))),
+            State::Taking { is_unwanted: true, .. }
+            | State::Down(_)
+            | State::Running { .. }
+            | State::GivingBack { .. }
+            | State::Quarantined(_) => false,
+        }
+    }
+
+    /// Whether it is likely to run again by then, after a death.
+    pub(crate) fn runs_again_by(&self, limit: Instant) -> bool {
+        match &self.state {
+            State::Restarting { at, .. } => *at < limit,
+            State::Starting(host) => host.is_retry,
+            State::Taking { cause: Cause::Death, is_unwanted: false } => true,
+            _ => false,
+        }
     }
 
     /// The service as the control interface shows it.
@@ -309,9 +368,9 @@ impl Service {
             State::Stopping(_) | State::GivingBack { .. } => (Shown::Stopping, None),
             State::Quarantined(why) => (Shown::Quarantined, Some(why)),
         };
-        let (backend, sessions) = match &self.state {
-            State::Running { ready, sessions, .. } => (Some(ready.backend.clone()), sessions.len()),
-            _ => (None, 0),
+        let backend = match &self.state {
+            State::Running { ready, .. } => Some(ready.backend.clone()),
+            _ => None,
         };
         iohost_control::varlink::Service {
             name: self.device.name.clone(),
@@ -325,7 +384,7 @@ impl Service {
             is_unsafe: self.device.is_unsafe(),
             reset: self.reset.clone(),
             quiesced: self.quiesced.clone(),
-            sessions: sessions as u64,
+            sessions: self.sessions.len() as u64,
         }
     }
 }

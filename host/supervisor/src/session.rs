@@ -1,24 +1,27 @@
 //! A session's memory, made and held by the daemon.
 //!
-//! The rings and their bells are the daemon's, so that they can outlive a driver host. The
-//! session's socket is not: each of its ends belongs to one side alone, so that either learns at
-//! once when the other is gone.
+//! The rings, their bells, the ledger and the driver's end of the socket are kept here as well, so
+//! that a session outlives its driver host: nobody hangs up on the client, what it sends waits in the
+//! socket, and the next driver host gets the same descriptors. The session is over for the client when
+//! the daemon lets go of them, too.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use iohost_control::host::{Failure, QueueSize};
+use iohost_control::host::{Failure, OpenSession, QueueSize};
 use iohost_event::Packets;
-use iohost_memory::ring::{Bell, Ring, RingError};
+use iohost_memory::ring::{Bell, Ledger, Ring, RingError};
 
 /// What a session's two sides share.
 #[derive(Debug)]
 pub(crate) struct SessionMemory {
+    ledger: Ledger,
     queues: Vec<QueueMemory>,
 }
 
 #[derive(Debug)]
 struct QueueMemory {
+    bytes: u32,
     ring: Ring,
     data_available: Bell,
     data_serviced: Bell,
@@ -55,33 +58,44 @@ impl SessionMemory {
     pub(crate) fn create(sizes: &[QueueSize]) -> Result<Self, SessionError> {
         let queue = |size: &QueueSize| {
             Ok(QueueMemory {
+                bytes: size.bytes,
                 ring: Ring::create(c"iohost-queue", u64::from(size.bytes))
                     .map_err(|source| SessionError::Queue { bytes: size.bytes, source })?,
                 data_available: Bell::new()?,
                 data_serviced: Bell::new()?,
             })
         };
-        Ok(Self { queues: sizes.iter().map(queue).collect::<Result<_, SessionError>>()? })
+        let queues = sizes.iter().map(queue).collect::<Result<_, SessionError>>()?;
+        Ok(Self { ledger: Ledger::create()?, queues })
     }
 
-    /// The descriptors behind a socket, in the order in which both sides expect them.
+    /// What a driver host is told of the session.
+    pub(crate) fn for_host(&self, session: u64, generation: u64) -> OpenSession {
+        let queues = self.queues.iter().map(|queue| QueueSize { bytes: queue.bytes });
+        OpenSession { session, generation, queues: queues.collect() }
+    }
+
+    /// The descriptors for a driver host, beside its end of the socket, in the order of
+    /// `ToHost::OpenSession`.
     pub(crate) fn beside<'a>(&'a self, socket: &'a Packets) -> Vec<BorrowedFd<'a>> {
-        let mut fds = vec![socket.as_fd()];
-        for queue in &self.queues {
-            fds.push(queue.ring.memory().as_ref().as_fd());
-            fds.push(queue.data_available.as_fd());
-            fds.push(queue.data_serviced.as_fd());
-        }
-        fds
+        [socket.as_fd(), self.ledger.as_fd()].into_iter().chain(self.of_queues()).collect()
     }
 
-    /// The same as duplicates, with the socket itself.
-    pub(crate) fn duplicates(&self, socket: Packets) -> io::Result<Vec<OwnedFd>> {
-        let mut fds: Vec<OwnedFd> = self.beside(&socket)[1..]
-            .iter()
-            .map(BorrowedFd::try_clone_to_owned)
-            .collect::<io::Result<_>>()?;
-        fds.insert(0, socket.into());
-        Ok(fds)
+    /// The descriptors for the client, with its end of the socket; the ledger is not for it.
+    pub(crate) fn for_client(&self, socket: Packets) -> io::Result<Vec<OwnedFd>> {
+        let queues = self.of_queues().map(|fd| fd.try_clone_to_owned());
+        [Ok(socket.into())].into_iter().chain(queues).collect()
+    }
+
+    /// The highest number of a call that was begun. A driver host wrote it, and it is for its client.
+    pub(crate) fn begun(&self) -> u64 {
+        self.ledger.begun()
+    }
+
+    fn of_queues(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.queues.iter().flat_map(|queue| {
+            let memory = queue.ring.memory().as_ref().as_fd();
+            [memory, queue.data_available.as_fd(), queue.data_serviced.as_fd()]
+        })
     }
 }

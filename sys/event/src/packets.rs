@@ -76,6 +76,20 @@ impl Packets {
     /// Sends one packet, whole or not at all. An empty packet is refused: it would look like the
     /// end of the connection.
     pub fn send(&self, data: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), PacketError> {
+        self.send_as(data, fds, MsgFlags::empty())
+    }
+
+    /// As [`send`](Self::send), and never waits, whatever somebody who shares this end made of it.
+    pub fn send_at_once(&self, data: &[u8]) -> Result<(), PacketError> {
+        self.send_as(data, &[], MsgFlags::MSG_DONTWAIT)
+    }
+
+    fn send_as(
+        &self,
+        data: &[u8],
+        fds: &[BorrowedFd<'_>],
+        how: MsgFlags,
+    ) -> Result<(), PacketError> {
         if data.is_empty() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "empty packet").into());
         }
@@ -87,7 +101,7 @@ impl Packets {
                 self.fd.as_raw_fd(),
                 &[IoSlice::new(data)],
                 control,
-                MsgFlags::MSG_NOSIGNAL,
+                MsgFlags::MSG_NOSIGNAL | how,
                 None,
             );
             return match sent {

@@ -62,6 +62,12 @@ impl Poller {
         Ok(self.epoll.add(fd, EpollEvent::new(EpollFlags::EPOLLRDHUP, token))?)
     }
 
+    /// As [`watch_for_end`](Self::watch_for_end), reported once.
+    pub fn watch_for_end_once(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        let flags = EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLONESHOT;
+        Ok(self.epoll.add(fd, EpollEvent::new(flags, token))?)
+    }
+
     /// Stops watching a descriptor.
     pub fn forget(&self, fd: impl AsFd) -> io::Result<()> {
         Ok(self.epoll.delete(fd)?)

@@ -3,7 +3,6 @@
 //!
 //! The driver host only tells; what follows is decided here, as the driver may be what hangs.
 
-use std::collections::BTreeMap;
 use std::mem;
 use std::time::Instant;
 
@@ -76,21 +75,15 @@ impl Actor {
         };
         let service = &mut self.services[at];
         let old = mem::replace(&mut service.state, State::Down(stopping()));
-        let (mut host, sessions) = match old {
-            State::Starting(host) => (host, BTreeMap::new()),
-            State::Running { host, sessions, .. } => (host, sessions),
+        let mut host = match old {
+            State::Starting(host) | State::Running { host, .. } => host,
             // It stops already: only, whoever waits for the device waits no longer than this.
-            State::Stopping(host) => (host, BTreeMap::new()),
+            State::Stopping(host) => host,
             other => {
                 service.state = other;
                 return;
             }
         };
-        for session in sessions.into_values() {
-            if let Some(opening) = session.opening {
-                opening.answer.give(Err(why.clone()));
-            }
-        }
         for answer in service.binds.drain(..) {
             answer.give(Err(why.clone()));
         }

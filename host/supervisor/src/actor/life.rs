@@ -1,6 +1,5 @@
 //! The life of a service. The numbers are those of the picture at [`State`].
 
-use std::collections::BTreeMap;
 use std::mem;
 use std::time::Instant;
 
@@ -20,7 +19,7 @@ use crate::needs;
 use crate::plugins::Plugin;
 use crate::request::stopping;
 use crate::restart::Decision;
-use crate::service::{Cause, Ending, Host, LastWords, Session, State, Then};
+use crate::service::{Cause, Ending, Host, LastWords, State, Then};
 
 impl Actor {
     /// What earlier daemons left: persistent devices are services, and what nobody wants goes back.
@@ -216,7 +215,7 @@ impl Actor {
     /// 2: the driver runs.
     pub(super) fn became_ready(&mut self, at: usize, ready: Ready) {
         let interface = match Description::parse(&ready.interface) {
-            Ok(interface) if 3 * interface.queues.len() < MOST_DESCRIPTORS => interface,
+            Ok(interface) if 2 + 3 * interface.queues.len() <= MOST_DESCRIPTORS => interface,
             Ok(interface) => {
                 let count = interface.queues.len();
                 return self.condemn(at, protocol(&format!("an interface of {count} queues")));
@@ -240,7 +239,8 @@ impl Actor {
             let service = service.device.name.clone();
             answer.give(Ok(Bound { service, driver: ready.driver.clone() }));
         }
-        service.state = State::Running { host, ready, interface, sessions: BTreeMap::new() };
+        service.state = State::Running { host, ready, interface };
+        self.keep_sessions_that_fit(at);
     }
 
     /// 6: asks a driver host to stop; a service without one is stopped already.
@@ -364,6 +364,7 @@ impl Actor {
         let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
         let ending = host.ending.take();
         debug!(device = service.device.name, pid, how = how; "driver host ended");
+        service.orphan_sessions();
 
         let name = service.device.name.clone();
         let unexpected = || {
@@ -405,13 +406,8 @@ impl Actor {
                 let why = why(words).unwrap_or_else(unexpected);
                 self.died(at, why);
             }
-            (State::Running { sessions, .. }, words) => {
+            (State::Running { .. }, words) => {
                 let why = why(words).unwrap_or_else(unexpected);
-                for session in sessions.into_values() {
-                    if let Some(opening) = session.opening {
-                        opening.answer.give(Err(why.clone()));
-                    }
-                }
                 self.died(at, why);
             }
             (other, _) => service.state = other,
@@ -466,25 +462,8 @@ impl Actor {
     pub(super) fn check_deadlines(&mut self, now: Instant) {
         // From behind: a service that is done can leave the list.
         for at in (0..self.services.len()).rev() {
+            self.end_late_openings(at, now);
             let service = &mut self.services[at];
-            if let State::Running { host, sessions, .. } = &mut service.state {
-                let late = |session: &Session| {
-                    session.opening.as_ref().is_some_and(|opening| opening.deadline <= now)
-                };
-                for (number, session) in sessions.extract_if(.., |_, session| late(session)) {
-                    let _ = host.process.send(&ToHost::CloseSession { session: number }, &[]);
-                    if let Some(opening) = session.opening {
-                        opening.answer.give(Err(Failure::new(
-                            "driver-silent",
-                            format!(
-                                "the driver did not take the session within {:?}",
-                                self.options.patience.session
-                            ),
-                            "try again; if it stays so, restart it: iohost unbind, iohost bind",
-                        )));
-                    }
-                }
-            }
             if let State::Restarting { at: due, .. } = service.state {
                 if due <= now && !self.stopping {
                     self.start(at, Cause::Death);

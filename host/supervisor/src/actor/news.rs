@@ -73,15 +73,17 @@ impl Actor {
                     host.deadline = Some(Instant::now() + patience);
                 }
             }
-            (State::Running { sessions, .. }, FromHost::SessionOpened { session }) => {
-                let opening = sessions.get_mut(&session).and_then(|session| session.opening.take());
+            (State::Running { .. }, FromHost::SessionOpened { session }) => {
+                let known = service.sessions.get_mut(&session);
+                let opening = known.and_then(|session| session.opening.take());
                 if let Some(Opening { opened, fds, answer, .. }) = opening {
                     debug!(device = service.device.name, session; "session opened");
                     answer.give(Ok((opened, fds)));
                 }
             }
-            (State::Running { sessions, .. }, FromHost::SessionClosed { session, reason }) => {
-                let opening = sessions.remove(&session).and_then(|session| session.opening);
+            (State::Running { .. }, FromHost::SessionClosed { session, reason }) => {
+                let ended = service.sessions.remove(&session);
+                let opening = ended.and_then(|session| session.end(&self.poller));
                 debug!(device = service.device.name, session, reason = reason; "session closed");
                 if let Some(Opening { answer, .. }) = opening {
                     answer.give(Err(Failure::new(

@@ -3,7 +3,7 @@
 use std::sync::mpsc::TryRecvError;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, OpenSession, PciBackend, QueueSize, Statistics, ToHost};
+use iohost_control::host::{Failure, PciBackend, QueueSize, Statistics, ToHost};
 use iohost_control::varlink::{
     BindOptions, Bound, Description as Described, Device, DeviceList, Opened, Queue, Status,
     Unbound,
@@ -11,12 +11,12 @@ use iohost_control::varlink::{
 use iohost_event::{PacketError, Packets};
 use iohost_pci::PciAddress;
 
-use super::{Actor, ids, not_running, word};
+use super::{Actor, SESSIONS, ids, not_running, word};
 use crate::bindings::from_pci;
 use crate::config::{DeviceConfig, ErrorPolicy, Location};
 use crate::plugins::Plugins;
 use crate::request::{Answer, Request, stopping};
-use crate::service::{Cause, Opening, Service, Session, State};
+use crate::service::{Cause, Opening, Service, Session, Stage, State, Visitor};
 use crate::session::SessionMemory;
 
 impl Actor {
@@ -203,17 +203,36 @@ impl Actor {
             Ok(at) => at,
             Err(failure) => return answer.give(Err(failure)),
         };
+        let deadline = Instant::now() + self.options.patience.session;
+        let service = &mut self.services[at];
+        if service.runs_again_by(deadline) {
+            return service.visitors.push(Visitor { deadline, queue_bytes, answer });
+        }
+        self.open_now(at, deadline, queue_bytes, answer);
+    }
+
+    pub(super) fn open_now(
+        &mut self,
+        at: usize,
+        deadline: Instant,
+        queue_bytes: Option<Vec<u32>>,
+        answer: Answer<(Opened, Vec<std::os::fd::OwnedFd>)>,
+    ) {
         let number = self.next_session;
         self.next_session += 1;
         match self.open_session(at, number, queue_bytes) {
             Err(failure) => answer.give(Err(failure)),
-            Ok((memory, opened, fds)) => {
-                let State::Running { sessions, .. } = &mut self.services[at].state else {
-                    unreachable!("open_session refuses in every other state");
-                };
-                let deadline = Instant::now() + self.options.patience.session;
+            Ok((memory, socket, opened, fds)) => {
                 let opening = Some(Opening { deadline, opened, fds, answer });
-                sessions.insert(number, Session { _memory: memory, opening });
+                let session = Session {
+                    memory,
+                    socket,
+                    generation: 1,
+                    stage: Stage::Known,
+                    client_is_gone: false,
+                    opening,
+                };
+                self.services[at].sessions.insert(number, session);
             }
         }
     }
@@ -224,12 +243,12 @@ impl Actor {
         at: usize,
         number: u64,
         queue_bytes: Option<Vec<u32>>,
-    ) -> Result<(SessionMemory, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
+    ) -> Result<(SessionMemory, Packets, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
         let service = &self.services[at];
-        let State::Running { host, ready, interface, sessions } = &service.state else {
+        let State::Running { host, ready, interface } = &service.state else {
             return Err(not_running(service));
         };
-        let limits = &self.config.limits;
+        let (limits, sessions) = (&self.config.limits, &service.sessions);
         if sessions.len() >= limits.sessions_per_service {
             return Err(Failure::new(
                 "too-many-sessions",
@@ -257,7 +276,8 @@ impl Actor {
             bytes.iter().map(|bytes| QueueSize { bytes: *bytes }).collect();
         let memory = SessionMemory::create(&queues).map_err(|err| err.into_failure())?;
         let (theirs, drivers) = Packets::pair().map_err(crate::no_resources)?;
-        let message = ToHost::OpenSession(OpenSession { session: number, queues });
+        self.poller.watch_for_end_once(&drivers, SESSIONS + number).map_err(crate::no_resources)?;
+        let message = ToHost::OpenSession(memory.for_host(number, 1));
         host.process.send(&message, &memory.beside(&drivers)).map_err(|err| {
             let why = match err {
                 PacketError::WouldBlock => "it has not read the earlier messages".to_owned(),
@@ -280,8 +300,8 @@ impl Actor {
                 .map(|(queue, bytes)| Queue { name: queue.name.clone(), bytes: *bytes })
                 .collect(),
         };
-        let fds = memory.duplicates(theirs).map_err(crate::no_resources)?;
-        Ok((memory, opened, fds))
+        let fds = memory.for_client(theirs).map_err(crate::no_resources)?;
+        Ok((memory, drivers, opened, fds))
     }
 
     /// The service that a word means: a name, a location, or a driver that only one service runs.

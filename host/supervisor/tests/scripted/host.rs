@@ -13,8 +13,8 @@ use iohost_control::host::{
 };
 use iohost_control::plugin::{Needs, Personality, PluginInfo};
 use iohost_event::Packets;
-use iohost_interface::packet::{self, Call, ReplyPacket};
-use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, Ring};
+use iohost_interface::packet::{self, Call, FromClient, ReplyPacket, encode_resumed};
+use iohost_memory::ring::{Bell, Consumer, Doorway, Ledger, Peer, Producer, Ring};
 use iohost_pci::Sysfs;
 use iohost_supervisor::{DaemonError, Options, Patience, RestartPolicy};
 
@@ -136,6 +136,7 @@ fn sleep() -> ! {
 fn serve(daemon: &Packets, open: &OpenSession, fds: Vec<OwnedFd>) {
     let mut fds = fds.into_iter();
     let socket = Packets::from(fds.next().unwrap());
+    let ledger = Ledger::attach(fds.next().unwrap()).unwrap();
     let hang_up = socket.as_fd().try_clone_to_owned().unwrap();
     let rings: Vec<(Ring, Bell, Bell)> = open
         .queues
@@ -149,8 +150,20 @@ fn serve(daemon: &Packets, open: &OpenSession, fds: Vec<OwnedFd>) {
     send(daemon, &FromHost::SessionOpened { session: open.session });
 
     let mut buffer = vec![0; packet::LONGEST];
+    if open.generation > 1 {
+        let generation = open.generation;
+        socket.send(&encode_resumed(generation), &[]).unwrap();
+        loop {
+            let Ok(packet) = socket.receive(&mut buffer, 1) else { break };
+            let packet = FromClient::decode(&buffer[..packet.len]).unwrap();
+            if packet == (FromClient::Resumed { generation }) {
+                break;
+            }
+        }
+    }
     while let Ok(packet) = socket.receive(&mut buffer, 0) {
         let call = Call::decode(&buffer[..packet.len]).unwrap();
+        ledger.begin(call.id);
         match call.selector {
             1 => std::process::exit(5),
             2 => {

@@ -263,8 +263,7 @@ mod tests {
                 session.receive();
                 continue;
             }
-            let done =
-                download.exchange_until(&mut upload, &entry, |stage| Some(stage) == death);
+            let done = download.exchange_until(&mut upload, &entry, |stage| Some(stage) == death);
             assert!(matches!(done, Ok(()) | Err(QueueError::Overrun { .. })), "{done:?}");
             if !slow || matches!(done, Err(_)) {
                 session.receive();

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 #[cfg(loom)]
 use loom::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
+#[cfg(not(loom))]
+use super::Consumer;
 use super::handling::{ASLEEP, AWAKE};
 use super::layout::{self, ALIGNMENT, KEPT, Place};
 #[cfg(not(loom))]
 use super::ledger::{Ledger, Line};
 use super::spin::Spin;
-#[cfg(not(loom))]
-use super::Consumer;
 use super::{
     Bell, Corruption, Index, Life, Notify, OutsidePayload, QueueError, Ring, Step, Wait, WaitError,
     Wake,
