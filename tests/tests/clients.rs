@@ -229,11 +229,16 @@ fn memory_that_is_not_there_or_of_another_size_is_an_error_of_its_own() {
     assert_eq!(memory.read_at(10_000, &mut []), Ok(()));
 
     kill_process(system.service("edu0").pid.unwrap());
-    eventually("the end of the session", || {
-        let gone = session.map_memory(probe_api::SHARED, None);
-        matches!(gone, Err(ClientError::NoMemory { status: IOReturn::OFFLINE, .. }))
-    });
+    assert_eq!(session.wait_for_generation(1, Duration::MAX), Ok(2));
     memory.write_at(0, b"still ours").unwrap();
+    // The next driver has memory of its own.
+    let next = session.map_memory(probe_api::SHARED, None).unwrap();
+    let mut bytes = [0; 5];
+    next.read_at(0, &mut bytes).unwrap();
+    assert_ne!(&bytes, b"still");
+    system.connect().unbind("edu0").unwrap();
+    let gone = session.map_memory(probe_api::SHARED, None);
+    assert!(matches!(gone, Err(ClientError::NoMemory { status: IOReturn::OFFLINE, .. })));
 }
 
 #[test]

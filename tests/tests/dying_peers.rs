@@ -1,5 +1,5 @@
-//! `kill -9` of either end of a data queue, at random moments: the other end is told, and nothing is
-//! left behind, neither there nor in the daemon.
+//! `kill -9` of either end of a data queue, at random moments: the other end is told, or waits for the
+//! next driver, and nothing is left behind, neither there nor in the daemon.
 //!
 //! A few deaths here, since each takes a process or two. More of them, and the times, with
 //!
@@ -9,7 +9,8 @@
 
 use std::fs;
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -142,12 +143,13 @@ fn clients_killed_at_random_moments_leave_nothing_in_the_daemon_and_the_driver_h
     assert_eq!(session.client::<edu_api::Client>().unwrap().factorial(5).wait(), Ok(120));
 }
 
-/// A client of the stream in an event loop, until its driver is gone.
+/// A client of the stream in an event loop, until its service is over.
 struct Survivor {
     upload: QueueProducer,
     download: QueueConsumer,
     poller: Poller,
     entry: Vec<u8>,
+    received: Arc<AtomicUsize>,
 }
 
 impl Survivor {
@@ -157,10 +159,11 @@ impl Survivor {
         let poller = Poller::new().unwrap();
         poller.watch_while_readable(&upload, 0).unwrap();
         poller.watch_while_readable(&download, 1).unwrap();
-        Self { upload, download, poller, entry: Vec::new() }
+        let received = Arc::new(AtomicUsize::new(0));
+        Self { upload, download, poller, entry: Vec::new(), received }
     }
 
-    /// Streams until both ends say that the driver is gone. How long that took from the last
+    /// Streams until both ends say that the service is over. How long that took from the last
     /// report of the descriptors on.
     fn outlive(&mut self) -> Duration {
         let mut ready = Ready::new(2);
@@ -170,7 +173,7 @@ impl Survivor {
             let timeout = if is_more { Duration::ZERO } else { PATIENCE };
             self.poller.wait(&mut ready, Some(timeout)).unwrap();
             let woken = Instant::now();
-            assert!(is_more || ready.tokens().count() > 0, "never told of the driver's end");
+            assert!(is_more || ready.tokens().count() > 0, "never told of anything");
             is_more = false;
             if sending {
                 let sent = turn(|| self.upload.try_send(&[7; 100]));
@@ -178,7 +181,11 @@ impl Survivor {
                 is_more |= sent == Some(true);
             }
             if receiving {
-                let received = turn(|| self.download.try_receive(&mut self.entry));
+                let received = turn(|| {
+                    let is_one = self.download.try_receive(&mut self.entry)?;
+                    self.received.fetch_add(usize::from(is_one), SeqCst);
+                    Ok(is_one)
+                });
                 receiving = received.is_some();
                 is_more |= received == Some(true);
             }
@@ -189,7 +196,7 @@ impl Survivor {
     }
 }
 
-/// Some entries. Whether there may be more, or `None` at the end of the driver.
+/// Some entries. Whether there may be more, or `None` at the end of the service.
 fn turn(mut next: impl FnMut() -> Result<bool, WaitError>) -> Option<bool> {
     for _ in 0..PER_TURN {
         match next() {
@@ -203,7 +210,7 @@ fn turn(mut next: impl FnMut() -> Result<bool, WaitError>) -> Option<bool> {
 }
 
 #[test]
-fn a_driver_host_killed_at_random_moments_takes_its_clients_queues_offline_and_leaves_nothing() {
+fn a_driver_host_killed_at_random_moments_keeps_its_clients_streaming_and_leaves_nothing() {
     let _turn = turn_of_this_test();
     let (system, _device) = System::with_edu();
     let daemon = system.connect().status().unwrap().pid;
@@ -214,19 +221,23 @@ fn a_driver_host_killed_at_random_moments_takes_its_clients_queues_offline_and_l
         let host = system.await_ready("edu0");
         let session = system.connect().open("edu0").unwrap();
         let mut survivor = Survivor::new(&session);
-        let killing = thread::spawn(move || {
-            thread::sleep(life);
-            kill_process(host);
-        });
-        let took = survivor.outlive();
-        killing.join().unwrap();
-        slowest = slowest.max(took);
-        late += usize::from(took > PROMPT);
+        let received = survivor.received.clone();
+        let streaming = thread::spawn(move || survivor.outlive());
+        thread::sleep(life);
+        kill_process(host);
         // The daemon starts it again; being asked for it, at once.
         eventually("the next driver host", || {
-            system.connect().bind("edu0").unwrap();
-            system.service("edu0").pid.is_some_and(|pid| pid != host)
+            let _ = system.connect().bind("edu0");
+            session.generation() == 2
         });
+        let before = received.load(SeqCst);
+        eventually("the stream to flow on", || received.load(SeqCst) > before);
+        assert!(!streaming.is_finished());
+        system.connect().unbind("edu0").unwrap();
+        let took = streaming.join().unwrap();
+        slowest = slowest.max(took);
+        late += usize::from(took > PROMPT);
+        system.connect().bind("edu0").unwrap();
     };
     for _ in 0..3 {
         die(Duration::from_millis(10));
@@ -237,7 +248,7 @@ fn a_driver_host_killed_at_random_moments_takes_its_clients_queues_offline_and_l
     for _ in 0..count {
         die(Duration::from_micros(random.u64(..20_000)));
     }
-    println!("told within {slowest:?}, {late} of {count} later than {PROMPT:?}");
+    println!("told of the end within {slowest:?}, {late} of {count} later than {PROMPT:?}");
     system.await_ready("edu0");
     before.assert_no_more_after(count);
 }

@@ -55,6 +55,11 @@ fn kill_driver(system: &System) {
     kill(Pid::from_raw(host as i32), Signal::SIGKILL).unwrap();
 }
 
+/// Ends the service, and the session with it.
+fn end_service(system: &System) {
+    system.connect().unbind("edu0").unwrap();
+}
+
 /// Both ends, and how far they are.
 struct Stream {
     upload: QueueProducer,
@@ -62,11 +67,21 @@ struct Stream {
     sent: usize,
     received: usize,
     buffer: Vec<u8>,
+    is_half_done: bool,
 }
 
 impl Stream {
     fn new(upload: QueueProducer, download: QueueConsumer) -> Self {
-        Self { upload, download, sent: 0, received: 0, buffer: Vec::new() }
+        let is_half_done = false;
+        Self { upload, download, sent: 0, received: 0, buffer: Vec::new(), is_half_done }
+    }
+
+    /// Once: kills the driver in the middle, which the loop is not to notice.
+    fn kill_driver_half_way(&mut self, system: &System) {
+        if !self.is_half_done && self.received >= COUNT / 2 {
+            self.is_half_done = true;
+            kill_driver(system);
+        }
     }
 
     fn send(&mut self) -> Result<(), WaitError> {
@@ -110,6 +125,7 @@ fn stream_in_an_epoll_loop(trigger: EpollFlags) {
     while stream.received < COUNT {
         for token in wait() {
             stream.advance(token).unwrap();
+            stream.kill_driver_half_way(&system);
             // Who has nothing to send does not ask for room.
             if token == 0 && stream.sent == COUNT {
                 epoll.delete(&stream.upload).unwrap();
@@ -117,7 +133,7 @@ fn stream_in_an_epoll_loop(trigger: EpollFlags) {
         }
     }
 
-    kill_driver(&system);
+    end_service(&system);
     let gone = loop {
         wait();
         if let Err(err) = stream.receive() {
@@ -139,7 +155,7 @@ fn stream_in_an_epoll_loop(trigger: EpollFlags) {
 }
 
 #[test]
-fn a_plain_epoll_loop_moves_a_queue_and_hears_of_the_drivers_end() {
+fn a_plain_epoll_loop_moves_a_queue_across_its_drivers_death_and_hears_of_the_end() {
     stream_in_an_epoll_loop(EpollFlags::empty());
 }
 
@@ -178,8 +194,9 @@ fn mio_moves_a_queue() {
         for event in &events {
             stream.advance(event.token().0 as u64).unwrap();
         }
+        stream.kill_driver_half_way(&system);
     }
-    kill_driver(&system);
+    end_service(&system);
     let gone = loop {
         poll.poll(&mut events, Some(WATCHDOG)).unwrap();
         assert!(!events.is_empty(), "a wake-up is missing");
@@ -237,6 +254,9 @@ fn tokio_moves_a_queue_through_its_own_reactor() {
                         Ok(true) => {
                             assert_eq!(buffer, entry(received));
                             received += 1;
+                            if received == COUNT / 2 {
+                                kill_driver(&system);
+                            }
                         }
                         Ok(false) => break,
                         Err(err) => return (received, err),
@@ -244,7 +264,7 @@ fn tokio_moves_a_queue_through_its_own_reactor() {
                 }
                 ready.clear_ready();
                 if received == COUNT {
-                    kill_driver(&system);
+                    end_service(&system);
                 }
             }
         };
@@ -314,11 +334,20 @@ async fn everything_async(system: &System) {
     smol::future::zip(taking, invoking).await;
 
     kill_driver(system);
+    let ended = watch.next_event().await.unwrap();
+    assert_eq!((ended.kind, ended.incarnation), (EventKind::Ended, 1));
+    let began = watch.next_event().await.unwrap();
+    assert_eq!((began.kind, began.incarnation), (EventKind::Began, 2));
+    assert!(edu.ticks().await.is_ok(), "the next driver answers");
+    upload.send_async(b"entry").await.unwrap();
+    let mut entry = Vec::new();
+    download.receive_async(&mut entry).await.unwrap();
+    assert_eq!(entry, b"entry");
+
+    end_service(system);
     let gone = download.receive_async(&mut Vec::new()).await.unwrap_err();
     assert!(is_offline(&gone));
     assert_eq!(edu.ticks().await, Err(IOReturn::OFFLINE));
-    let ended = watch.next_event().await.unwrap();
-    assert_eq!((ended.kind, ended.incarnation), (EventKind::Ended, 1));
 }
 
 #[test]

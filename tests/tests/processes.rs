@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::Duration;
 
 use iohost_client::{QueueError, WaitError};
 use iohost_interface::IOReturn;
@@ -35,7 +36,7 @@ fn a_client_calls_the_driver_and_streams_through_the_device() {
 }
 
 #[test]
-fn a_killed_driver_host_is_replaced_on_a_reset_device_and_new_sessions_work() {
+fn a_killed_driver_host_is_replaced_on_a_reset_device_and_its_clients_go_on() {
     let (system, _device) = System::with_edu();
     let first = system.await_ready("edu0");
     let session = system.connect().open("edu0").unwrap();
@@ -65,18 +66,27 @@ fn a_killed_driver_host_is_replaced_on_a_reset_device_and_new_sessions_work() {
     eventually("entries to come back", || flowing.load(SeqCst));
     kill_process(first);
 
-    let gone = |err| matches!(err, WaitError::Queue(QueueError::Offline));
-    assert!(gone(reader.join().unwrap()), "the reader hears that the driver is gone");
-    assert!(gone(writer.join().unwrap()), "the writer hears that the driver is gone");
-    assert_eq!(edu.factorial(5).wait(), Err(IOReturn::OFFLINE));
+    // Neither of them notices, and both go on.
+    assert_eq!(session.wait_for_generation(1, Duration::MAX), Ok(2));
+    flowing.store(false, SeqCst);
+    eventually("entries to come back again", || flowing.load(SeqCst));
+    assert!(!reader.is_finished() && !writer.is_finished());
+    assert_eq!(edu.factorial(5).wait(), Ok(120));
 
-    eventually("the second driver host", || system.service("edu0").incarnation == 2);
     let second = system.await_ready("edu0");
     assert_ne!(first, second);
+    assert_eq!(system.service("edu0").incarnation, 2);
     assert_eq!(system.service("edu0").reset.as_deref(), Some("done"));
-    let session = system.connect().open("edu0").unwrap();
-    assert_eq!(session.client::<edu_api::Client>().unwrap().factorial(5).wait(), Ok(120));
+    let another = system.connect().open("edu0").unwrap();
+    assert_eq!(another.client::<edu_api::Client>().unwrap().factorial(5).wait(), Ok(120));
     assert!(system.daemon_log().contains("SIGKILL"), "the daemon says what happened");
+
+    // Only the end of the service is the end of the session.
+    system.connect().unbind("edu0").unwrap();
+    let gone = |err| matches!(err, WaitError::Queue(QueueError::Offline));
+    assert!(gone(reader.join().unwrap()), "the reader hears that the service is over");
+    assert!(gone(writer.join().unwrap()), "the writer hears that the service is over");
+    assert_eq!(edu.factorial(5).wait(), Err(IOReturn::OFFLINE));
 }
 
 #[test]

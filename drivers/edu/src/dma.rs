@@ -8,6 +8,8 @@ use crate::regs::{self, DmaCommand};
 pub enum Job {
     Call(Reply<Vec<u8>>),
     Stream(SessionId),
+    /// A driver that died. Nobody takes what comes of it.
+    Predecessor,
 }
 
 /// The device's DMA engine, with the memory it works on. One round trip at a time.
@@ -33,11 +35,15 @@ pub fn fits(data: &[u8]) -> bool {
 }
 
 impl Engine {
-    pub fn new(device: &IOPCIDevice) -> Result<Self> {
+    /// The interrupt is enabled already: a copy that a driver before this one started, and that no
+    /// reset has ended, is waited for, or its end would be taken for that of the next one.
+    pub fn new(device: &IOPCIDevice, bar: &Bar<regs::Edu>) -> Result<Self> {
         let command = IODMACommand::create(device, regs::ADDRESS_BITS)?;
         let buffer = IOBufferMemoryDescriptor::create(edu_api::LONGEST_ENTRY)?;
+        let copies = bar.read(regs::DMA_COMMAND).contains(DmaCommand::START);
+        let trip = copies.then_some(Trip { len: 0, way: Way::Back, job: Job::Predecessor });
         device.set_bus_master(true);
-        Ok(Self { buffer: command.prepare_for_dma(buffer)?, trip: None })
+        Ok(Self { buffer: command.prepare_for_dma(buffer)?, trip })
     }
 
     pub fn is_idle(&self) -> bool {

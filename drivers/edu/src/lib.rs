@@ -64,7 +64,7 @@ impl IOService for Edu {
         interrupt.set_enable(true)?;
         bar.write(regs::STATUS, Status::INTERRUPT_WHEN_DONE);
 
-        let dma = Engine::new(&device)?;
+        let dma = Engine::new(&device, &bar)?;
         let timer = IOTimerDispatchSource::create(queue, Self::timer_occurred)?;
         let next_tick = queue.now(IOTimerClock::UptimeRaw) + TICK;
         timer.wake_at_time(IOTimerClock::UptimeRaw, next_tick, TICK_LEEWAY)?;
@@ -142,6 +142,7 @@ impl Edu {
         {
             match job {
                 Job::Call(reply) => reply.complete(data),
+                Job::Predecessor => {}
                 Job::Stream(session) => {
                     // A session that is gone by now wants nothing back.
                     if let Some(stream) = self.streams.get_mut(&session) {

@@ -5,11 +5,15 @@ use iohost_driver::{Consumer, Producer};
 
 use crate::{Edu, dma};
 
-/// Both queues of a session. Nothing is ever dropped: an entry that finds no room on its way back
-/// waits here, and no other one is taken meanwhile.
+/// Both queues of a session.
+///
+/// An entry leaves the one at the moment at which it is in the other, so none is lost and none comes
+/// back twice, also when this process dies. Until then it is looked at and stays where it is: that is
+/// why the next one has to wait.
 pub struct Stream {
     upload: IODataQueueDispatchSource<Consumer>,
     download: IODataQueueDispatchSource<Producer>,
+    /// Came back from the device, and found no room.
     returning: Option<Vec<u8>>,
 }
 
@@ -24,11 +28,11 @@ impl Stream {
         })
     }
 
-    /// Puts an entry into the queue back to the client, or keeps it until there is room.
+    /// Exchanges the entry that was looked at last for what came of it, now or when there is room.
     pub fn give_back(&mut self, data: Vec<u8>) {
         // Overrun: `DataServiced` calls `Edu::pump` once the client has taken something. A queue
         // that the client has broken stays so, and ends with its session.
-        if self.download.enqueue(&data).is_err() {
+        if self.download.exchange(&mut self.upload, &data).is_err() {
             self.returning = Some(data);
         }
     }
@@ -43,8 +47,7 @@ impl Stream {
             if self.returning.is_some() || !device_is_idle {
                 return None;
             }
-            let mut data = Vec::new();
-            self.upload.dequeue(&mut data).ok()?;
+            let data = self.upload.peek(|entry| entry.to_vec()).ok()?;
             if dma::fits(&data) {
                 return Some(data);
             }

@@ -8,13 +8,13 @@ iohost_interface::interface! {
 
     methods {
         /// Computes `n!` on the device, modulo 2^32.
-        0 => fn factorial(n: u32) -> u32;
+        0 => fn factorial(n: u32) -> u32 [idempotent];
 
         /// Sends 1 to [`LONGEST_ENTRY`] bytes through the device's own memory, by DMA both ways.
-        1 => fn dma_round_trip(data: Vec<u8>) -> Vec<u8>;
+        1 => fn dma_round_trip(data: Vec<u8>) -> Vec<u8> [idempotent];
 
         /// Ticks of the driver's 10 ms timer since it started.
-        2 => fn ticks() -> u64;
+        2 => fn ticks() -> u64 [idempotent];
     }
 
     queues {
@@ -22,7 +22,8 @@ iohost_interface::interface! {
         /// length comes back empty.
         0 => UPLOAD: ToDriver;
 
-        /// The same entries, in the same order, on their way back.
+        /// The same entries, in the same order, on their way back: each exactly once, also when the
+        /// driver dies and is started again meanwhile.
         1 => DOWNLOAD: ToClient;
     }
 }

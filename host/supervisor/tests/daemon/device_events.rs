@@ -99,7 +99,8 @@ fn an_error_has_the_driver_started_again_where_the_policy_says_reset() {
     assert_eq!((began.kind, began.incarnation), (EventKind::Began, 2));
     let quiesced = daemon.status().unwrap().services[0].quiesced.clone().unwrap();
     assert_eq!(quiesced.outcome, Outcome::Reset);
-    assert!(is_over(&session));
+    assert!(!is_over(&session), "another driver host is as good");
+    assert_eq!(session.generation(), 2);
 }
 
 #[test]
@@ -152,6 +153,7 @@ fn a_device_whose_server_has_left_is_tried_again() {
     assert_eq!(end(&mut watch), "removed");
     let began = watch.next_event_within(WATCHDOG).unwrap().unwrap();
     assert_eq!((began.kind, began.incarnation), (EventKind::Began, 2));
+    assert!(!is_over(&session));
 }
 
 #[test]

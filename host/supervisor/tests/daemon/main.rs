@@ -59,26 +59,67 @@ fn a_session_that_is_dropped_is_over_for_the_daemon_too() {
 }
 
 #[test]
-fn a_driver_host_that_is_killed_is_replaced_and_its_clients_are_told() {
+fn a_driver_host_that_is_killed_is_replaced_and_its_clients_go_on() {
     let mut rig = Rig::start(&["good"]);
     let mut daemon = rig.connect();
     daemon.bind("good").unwrap();
     let session = daemon.open("good").unwrap();
+    let mut upload = session.producer(ToDriver(0)).unwrap();
     let mut download = session.consumer(ToClient(1)).unwrap();
     let before = &daemon.status().unwrap().services[0];
 
     rig::kill(before.pid.unwrap(), SIGKILL);
 
-    let err = download.receive_within(&mut Vec::new(), WATCHDOG).unwrap_err();
-    assert!(err.to_string().contains("gone"), "{err}");
-    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Err(IOReturn::OFFLINE));
+    // While it is away, and when it is back.
+    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Ok(number(7)));
     rig.wait_for("driver host died, restarting device=good");
     rig.wait_for("driver running device=good");
-    let session = daemon.open("good").unwrap();
-    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Ok(number(7)));
+    assert_eq!(session.generation(), 2);
+    upload.send_within(b"entry", WATCHDOG).unwrap();
+    let mut entry = Vec::new();
+    download.receive_within(&mut entry, WATCHDOG).unwrap();
+    assert_eq!(entry, b"entry");
     let after = &daemon.status().unwrap().services[0];
     assert_eq!((before.incarnation, after.incarnation), (1, 2));
     assert_ne!(before.pid, after.pid);
+}
+
+#[test]
+fn sessions_end_when_the_service_is_given_up() {
+    let mut rig = Rig::start(&["once"]);
+    let mut daemon = rig.connect();
+    daemon.bind("once").unwrap();
+    let session = daemon.open("once").unwrap();
+    rig::kill(daemon.status().unwrap().services[0].pid.unwrap(), SIGKILL);
+    // Held for a driver that comes twice, and dies at its start.
+    let answer = session.call(0, number(7)).wait(Some(WATCHDOG));
+    assert_eq!(answer, Err(IOReturn::OFFLINE));
+    rig.wait_for("device quarantined device=once");
+    assert_eq!(daemon.status().unwrap().services[0].sessions, 0);
+}
+
+#[test]
+fn a_driver_that_serves_another_interface_after_its_death_gets_new_sessions_only() {
+    let mut rig = Rig::start(&["changes"]);
+    let mut daemon = rig.connect();
+    daemon.bind("changes").unwrap();
+    let session = daemon.open("changes").unwrap();
+    rig::kill(daemon.status().unwrap().services[0].pid.unwrap(), SIGKILL);
+    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Err(IOReturn::OFFLINE));
+    rig.wait_for("driver running device=changes");
+    let session = daemon.open("changes").unwrap();
+    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Ok(number(7)));
+}
+
+#[test]
+fn a_session_that_the_next_driver_refuses_ends() {
+    let mut rig = Rig::start(&["choosy"]);
+    let mut daemon = rig.connect();
+    daemon.bind("choosy").unwrap();
+    let session = daemon.open("choosy").unwrap();
+    rig::kill(daemon.status().unwrap().services[0].pid.unwrap(), SIGKILL);
+    assert_eq!(session.call(0, number(7)).wait(Some(WATCHDOG)), Err(IOReturn::OFFLINE));
+    rig.wait_for("session closed device=choosy session=1 reason=\"not this one\"");
 }
 
 #[test]
@@ -87,7 +128,8 @@ fn the_reason_of_a_death_is_said_in_words() {
     let mut daemon = rig.connect();
     daemon.bind("good").unwrap();
     let session = daemon.open("good").unwrap();
-    assert_eq!(session.call(1, Arguments::default()).wait(Some(WATCHDOG)), Err(IOReturn::OFFLINE));
+    let answer = session.call(1, Arguments::default()).wait(Some(WATCHDOG));
+    assert_eq!(answer, Err(IOReturn::NO_COMPLETION), "it was begun");
     rig.wait_for("exited with code 5");
     daemon.bind("good").unwrap();
     rig::kill(daemon.status().unwrap().services[0].pid.unwrap(), SIGKILL);

@@ -55,6 +55,7 @@ fn main() {
             return send(&daemon, &FromHost::Failed(failure));
         }
         "unasked" => send(&daemon, &FromHost::Stopped),
+        "once" if later => std::process::exit(4),
         "recover" if !later => std::process::exit(4),
         _ => {}
     }
@@ -65,12 +66,21 @@ fn main() {
             driver: script.clone(),
             backend: "scripted".into(),
             reset: "done".into(),
-            interface: INTERFACE.into(),
+            interface: match script.as_str() {
+                "changes" if later => INTERFACE.replace("method 1", "method 9"),
+                _ => INTERFACE.into(),
+            },
         }),
     );
     while let Some((message, fds)) = receive(&daemon) {
         match message {
             ToHost::OpenSession(_) if script == "deaf" => {}
+            ToHost::OpenSession(OpenSession { session, generation: 2.., .. })
+                if script == "choosy" =>
+            {
+                let reason = "not this one".into();
+                send(&daemon, &FromHost::SessionClosed { session, reason });
+            }
             ToHost::OpenSession(open) => {
                 let daemon = daemon.clone();
                 thread::spawn(move || serve(&daemon, &open, fds));
