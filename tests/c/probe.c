@@ -154,7 +154,9 @@ int main(int argc, char **argv)
     iohost_session *session = NULL;
     CHECK_IS(iohost_connect(argv[1], &daemon), IOHOST_SUCCESS);
     CHECK_IS(iohost_open(daemon, argv[2], NULL, 0, &session), IOHOST_SUCCESS);
+    CHECK(iohost_generation(NULL) == 0);
     if (session) {
+        CHECK(iohost_generation(session) == 1);
         calls(session);
         memory(session);
     }

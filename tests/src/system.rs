@@ -274,8 +274,10 @@ fn binary(name: &str) -> PathBuf {
 pub fn built_files() -> PathBuf {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     let folder = FOLDER.get_or_init(|| {
-        let test = std::env::current_exe().expect("a test is a file");
-        let folder = test.parent().and_then(Path::parent).expect("target/PROFILE/deps/test");
+        let test = std::env::current_exe().expect("a program is a file");
+        let folder = test.parent().expect("target/PROFILE/deps/test, or target/PROFILE/program");
+        let folder =
+            if folder.ends_with("deps") { folder.parent().unwrap_or(folder) } else { folder };
         let mut build = Command::new(env!("CARGO"));
         build.args(["build", "--quiet"]);
         for package in PACKAGES {

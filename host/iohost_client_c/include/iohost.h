@@ -57,11 +57,12 @@ typedef int32_t iohost_status;
 #define IOHOST_IO_ERROR IOHOST_STATUS(0x2CA)
 #define IOHOST_BUSY IOHOST_STATUS(0x2D5)              /* the driver is behind: try again */
 #define IOHOST_TIMEOUT IOHOST_STATUS(0x2D6)
-#define IOHOST_OFFLINE IOHOST_STATUS(0x2D7)           /* the driver ended, or the session */
+#define IOHOST_OFFLINE IOHOST_STATUS(0x2D7)           /* the session is over */
 #define IOHOST_NOT_READY IOHOST_STATUS(0x2D8)         /* the service does not run now */
 #define IOHOST_MESSAGE_TOO_LARGE IOHOST_STATUS(0x2E1)
 #define IOHOST_NOT_PERMITTED IOHOST_STATUS(0x2E2)     /* this user may not use the daemon */
 #define IOHOST_OVERRUN IOHOST_STATUS(0x2E8)           /* results or an entry do not fit */
+#define IOHOST_NO_COMPLETION IOHOST_STATUS(0x2EA)     /* begun, and the driver died: nobody knows */
 #define IOHOST_ABORTED IOHOST_STATUS(0x2EB)           /* the driver dropped the call */
 #define IOHOST_NOT_RESPONDING IOHOST_STATUS(0x2ED)    /* no daemon, or one that is silent */
 #define IOHOST_NOT_FOUND IOHOST_STATUS(0x2F0)
@@ -113,6 +114,13 @@ iohost_status iohost_open(iohost_daemon *daemon, const char *service, const uint
 void iohost_close(iohost_session *session);
 
 /*
+ * Which driver the session has: 1 for the first, one more after each that died. The session goes on
+ * with the next one: what is in its queues stays, and calls wait. A call that the dead one had begun
+ * and that cannot be repeated ends with IOHOST_NO_COMPLETION. 0 for NULL.
+ */
+uint64_t iohost_generation(const iohost_session *session);
+
+/*
  * Calls a method of the driver's interface by its number (`iohost call SERVICE` shows them) and
  * waits for the answer. Integers of any type are scalars, in order; bytes and text are the
  * structure.
@@ -121,6 +129,7 @@ void iohost_close(iohost_session *session);
  * how much there is in it; NULL is no room.
  * IOHOST_OVERRUN: the results do not fit, and are lost. IOHOST_TIMEOUT: no answer in time; the
  * driver may still carry out the call. IOHOST_BUSY: the driver has not read the earlier calls.
+ * IOHOST_NO_COMPLETION: the driver died over it.
  * IOHOST_BAD_MESSAGE_ID, IOHOST_BAD_ARGUMENT, IOHOST_MESSAGE_TOO_LARGE, IOHOST_OFFLINE, and what the
  * driver says.
  */

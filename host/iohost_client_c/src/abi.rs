@@ -95,6 +95,12 @@ unsafe extern "C" fn iohost_close(session: *mut SessionObject) {
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn iohost_generation(session: *const SessionObject) -> u64 {
+    // SAFETY: contract 1.
+    unsafe { object(session) }.map_or(0, |session| session.0.generation())
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn iohost_call(
     session: *mut SessionObject,
     selector: u64,

@@ -68,6 +68,8 @@ const PROMISED: &[(&str, &str, &[&str])] = &[
     ("queue", "polled_round_trip_ns", &["cache line there and back"]),
     ("queue", "sleeping_round_trip_p50_ns", &["eventfd ping-pong"]),
     ("queue", "sleeping_round_trip_p99_ns", &["eventfd ping-pong"]),
+    ("restart", "death_to_first_entry_p50_us", &["waitpid and spawn"]),
+    ("restart", "death_to_first_entry_p99_us", &["waitpid and spawn"]),
     ("timers", "arm_of_100k_ns", &["ours of 100"]),
     ("timers", "rearm_of_100k_ns", &["ours of 100"]),
     ("timers", "cancel_of_100k_ns", &["ours of 100"]),
@@ -148,7 +150,10 @@ fn an_area_that_is_not_there_is_said_to_be_planned_or_unknown() {
         assert_eq!(output.status.code(), Some(2), "{area}");
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(stderr.contains(complaint), "{stderr}");
-        assert!(stderr.contains("there are: device, dispatch, events, queue, timers"), "{stderr}");
+        assert!(
+            stderr.contains("there are: device, dispatch, events, queue, restart, timers"),
+            "{stderr}"
+        );
         assert_eq!(output.stdout, b"", "nothing ran");
     }
 }
