@@ -122,3 +122,62 @@ fn without_a_daemon_a_client_is_told_how_to_start_one() {
     assert_eq!(status.code, Some(1));
     assert!(status.stderr.contains("iohost daemon"), "{}", status.stderr);
 }
+
+#[test]
+fn a_plugin_that_is_replaced_while_it_runs_goes_on_and_the_next_start_has_the_new_one() {
+    let (system, _device) = System::with_edu();
+    let plugin = system.path("drivers/libedu.so");
+    let whole = fs::read(&plugin).unwrap();
+    // As an installer does it, and as one does it who was interrupted.
+    fs::write(system.path("half"), &whole[..whole.len() / 2]).unwrap();
+    fs::rename(system.path("half"), &plugin).unwrap();
+    let call = system.iohost(&["call", "edu0", "factorial", "5"]);
+    assert_eq!((call.code, call.stdout.trim()), (Some(0), "120"), "{}", call.stderr);
+    assert_eq!(system.iohost(&["unbind", "edu0"]).code, Some(0));
+    let refused = system.iohost(&["--json", "bind", "edu0"]);
+    let failure: serde_json::Value = serde_json::from_str(&refused.stderr).unwrap();
+    assert_eq!(refused.code, Some(1));
+    assert!(failure["code"].as_str().unwrap().starts_with("plugin-"), "{failure}");
+    assert!(failure["message"].as_str().unwrap().contains("libedu.so"), "{failure}");
+
+    fs::write(system.path("whole"), &whole).unwrap();
+    fs::rename(system.path("whole"), &plugin).unwrap();
+    assert_eq!(system.iohost(&["bind", "edu0"]).code, Some(0));
+    system.await_ready("edu0");
+}
+
+#[test]
+fn a_daemon_without_descriptors_refuses_sessions_by_name_and_goes_on() {
+    use nix::sys::resource::Resource;
+    let (system, _device) = System::with_edu();
+    let mut daemon = system.connect();
+    let pid = daemon.status().unwrap().pid;
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count() as u64;
+    limit(pid, Resource::RLIMIT_NOFILE, open + 8);
+    let mut sessions = Vec::new();
+    let refused = loop {
+        match daemon.open("edu0") {
+            Ok(session) => sessions.push(session),
+            Err(iohost_client::ClientError::Refused(failure)) => break failure,
+            Err(other) => panic!("{other}"),
+        }
+        assert!(sessions.len() < 16, "it never ran out");
+    };
+    assert_eq!(refused.code, "no-resources");
+    assert!(refused.next.contains("limit of open files"), "{}", refused.next);
+    assert!(daemon.status().is_ok(), "it goes on");
+    sessions.clear();
+    limit(pid, Resource::RLIMIT_NOFILE, open + 200);
+    eventually("a session again", || daemon.open("edu0").is_ok());
+}
+
+/// Sets a limit of another process.
+fn limit(pid: u32, resource: nix::sys::resource::Resource, value: u64) {
+    let name = match resource {
+        nix::sys::resource::Resource::RLIMIT_NOFILE => "--nofile",
+        other => panic!("no such limit: {other:?}"),
+    };
+    let mut command = std::process::Command::new("prlimit");
+    let done = command.args(["--pid", &pid.to_string(), &format!("{name}={value}:")]).status();
+    assert!(done.expect("util-linux is installed").success());
+}

@@ -8,8 +8,10 @@
 use iohost_driver::prelude::*;
 use iohost_driver::{
     ClientMemory, DeviceEvent, DeviceEventSource, IOMemoryDescriptor,
-    IOServiceNotificationDispatchSource, Results, ServiceMatching, ServiceNotification,
+    IOServiceNotificationDispatchSource, Properties, Results, ServiceMatching, ServiceNotification,
+    Stopping,
 };
+use probe_api::registering;
 
 mod regs {
     use iohost_driver::register_map;
@@ -43,6 +45,10 @@ pub struct Probe {
     news: Vec<String>,
     /// Replies that are never given.
     held: Vec<Reply<()>>,
+    crashed_clients: u32,
+    stop_timer: IOTimerDispatchSource,
+    stop_after: u32,
+    stopping: Option<Stopping>,
     /// By type.
     memory: [IOBufferMemoryDescriptor; 2],
 }
@@ -65,11 +71,31 @@ impl IOService for Probe {
             services: None,
             news: Vec::new(),
             held: Vec::new(),
+            crashed_clients: 0,
+            stop_timer: IOTimerDispatchSource::create(queue, |probe: &mut Self, _| {
+                probe.stopping = None;
+            })?,
+            stop_after: 0,
+            stopping: None,
             memory: [
                 IOBufferMemoryDescriptor::create(probe_api::MEMORY_BYTES)?,
                 IOBufferMemoryDescriptor::create(probe_api::MEMORY_BYTES)?,
             ],
         })
+    }
+
+    fn stop_later(&mut self, stopping: Stopping) {
+        let clock = IOTimerClock::UptimeRaw;
+        let time = self.queue.now(clock) + 1_000_000 * u64::from(self.stop_after);
+        // Without a timer the stop is complete at once.
+        if self.stop_after > 0 && self.stop_timer.wake_at_time(clock, time, 0).is_ok() {
+            info!("stopping, slowly");
+            self.stopping = Some(stopping);
+        }
+    }
+
+    fn client_crashed(&mut self, _session: SessionId) {
+        self.crashed_clients += 1;
     }
 
     fn copy_client_memory_for_type(
@@ -176,6 +202,27 @@ impl probe_api::Server for Probe {
         }
     }
 
+    fn crashed_clients(&mut self, reply: Reply<u32>) {
+        reply.complete(self.crashed_clients);
+    }
+
+    fn describe(&mut self, name: String, text: String, reply: Reply<()>) {
+        let service = self.queue.service();
+        let properties = Properties::from_iter([(name, text.into())]);
+        let described = service.set_properties(properties);
+        let described = described.and_then(|()| service.adjust_busy(1));
+        reply.finish(described.map_err(|err| err.code()));
+    }
+
+    fn stop_after(&mut self, milliseconds: u32, reply: Reply<()>) {
+        self.stop_after = milliseconds;
+        reply.complete(());
+    }
+
+    fn terminate(&mut self, reply: Reply<()>) {
+        reply.finish(self.queue.service().terminate(0).map_err(|err| err.code()));
+    }
+
     fn events(&mut self, reply: Reply<String>) {
         let events: Vec<String> = self.events.iter().map(|event| format!("{event:?}")).collect();
         reply.complete(events.join(" "));
@@ -238,4 +285,10 @@ impl Probe {
     }
 }
 
-iohost_driver::export_driver!(Probe, serves probe_api);
+impl registering::Server for Probe {
+    fn client_type(&mut self, reply: Reply<u32>) {
+        reply.complete(1);
+    }
+}
+
+iohost_driver::export_driver!(Probe, serves probe_api, registering);

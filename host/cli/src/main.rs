@@ -64,10 +64,13 @@ fn main() -> ExitCode {
         Command::Explain { code } => doctor::explain(output, code.as_deref()),
         Command::Bind(binding) => services::bind(&options, output, binding),
         Command::Unbind { device } => services::unbind(&options, output, device),
+        Command::Reload => services::reload(&options, output),
         Command::Status { service: None } => services::status(&options, output),
         Command::Status { service: Some(service) } => {
             services::statistics(&options, output, service)
         }
+        Command::Properties { service } => services::properties(&options, output, service),
+        Command::Power { service, state } => services::power(&options, output, service, *state),
         Command::Call(call) => call::run(&options, output, call),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use iohost_client::{ClientError, Daemon};
 use iohost_control::varlink::INTERFACE;
 use iohost_pci::PciAddress;
@@ -105,6 +105,17 @@ Example:
         device: String,
     },
 
+    /// Have the daemon read its configuration and its plugins again.
+    #[command(after_help = "\
+Examples:
+  iohost reload
+  iohost reload --json | jq -r '.restarted[]'
+
+Devices that the configuration names anew are started, those that it has no more are given back,
+those of which it says something else are started again; no other one is disturbed. With a mistake
+in it, which is said with its line, nothing changes. SIGHUP does the same.")]
+    Reload,
+
     /// Show the daemon and its services.
     #[command(after_help = "\
 Examples:
@@ -114,6 +125,31 @@ Examples:
     Status {
         /// A service: its sessions and dispatch queues instead of the list
         service: Option<String>,
+    },
+
+    /// Show what a driver says of itself: its properties, and the services it has made.
+    #[command(after_help = "\
+Example:
+  iohost properties edu0 | jq '.[1].properties'")]
+    Properties {
+        /// Name of a service, address of its device, or name of its driver.
+        service: String,
+    },
+
+    /// Have a driver go into a power state.
+    #[command(after_help = "\
+Examples:
+  iohost power edu0 low
+  for s in $(iohost status --json | jq -r '.services[].name'); do iohost power $s off; done
+
+Returns when the driver has acknowledged the state, or after 20 seconds with exit code 1. The second
+example belongs into /usr/lib/systemd/system-sleep, with `off` before the machine sleeps and `on`
+after it: iohost does not hear of that by itself.")]
+    Power {
+        /// Name of a service, address of its device, or name of its driver.
+        service: String,
+        /// The state.
+        state: PowerChoice,
     },
 
     /// Call a method of a driver, or list its methods.
@@ -133,6 +169,17 @@ Examples:
 
 scripts/demo runs this against an emulated device, without root.")]
     Demo(DemoOptions),
+}
+
+/// A power state, as it is typed.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum PowerChoice {
+    /// Everything is quiet.
+    Off,
+    /// It works with less.
+    Low,
+    /// As it began.
+    On,
 }
 
 #[derive(Debug, Args)]

@@ -1,10 +1,10 @@
-//! `iohost status`, `bind` and `unbind`.
+//! `iohost status`, `bind`, `unbind`, `reload`, `properties` and `power`.
 
-use iohost_control::host::{Outcome, Quiesced};
-use iohost_control::varlink::{BindOptions, Status};
+use iohost_control::host::{Outcome, PowerState, Quiesced};
+use iohost_control::varlink::{BindOptions, Reloaded, Service, State, Status};
 
 use crate::CommandError;
-use crate::options::{BindingOptions, Options};
+use crate::options::{BindingOptions, Options, PowerChoice};
 use crate::output::{Output, backend, more, table};
 
 pub(crate) fn status(options: &Options, output: Output) -> Result<(), CommandError> {
@@ -68,7 +68,7 @@ fn describe(status: &Status) -> String {
             service.location.clone(),
             backend(service.backend.as_deref().unwrap_or("-"), service.is_unsafe),
             service.driver.clone().unwrap_or_else(|| "-".into()),
-            format!("{:?}", service.state).to_lowercase(),
+            state(service),
             service
                 .quiesced
                 .as_ref()
@@ -88,12 +88,27 @@ fn describe(status: &Status) -> String {
             };
             text += &format!("\n{}: {what}: {how}", service.name);
         }
+        if let (Some(driver), Some(choice)) = (&service.driver, &service.choice) {
+            text += &format!("\n{}: driver {driver}, because {choice}", service.name);
+        }
         if let Some(reason) = &service.reason {
             text += &format!("\n{}: {}\n  next: {}", service.name, reason.message, reason.next);
             text += &more(&reason.code);
         }
     }
     text
+}
+
+/// What a service is doing, and what its driver says that it is.
+fn state(service: &Service) -> String {
+    let mut words = vec![format!("{:?}", service.state).to_lowercase()];
+    if service.state == State::Running {
+        words.extend((!service.is_registered).then(|| "hidden".to_owned()));
+        words.extend(service.is_busy.then(|| "busy".to_owned()));
+        let power = service.power.filter(|power| *power != PowerState::On);
+        words.extend(power.map(|power| format!("power {power:?}").to_lowercase()));
+    }
+    words.join(", ")
 }
 
 pub(crate) fn bind(
@@ -114,5 +129,53 @@ pub(crate) fn unbind(options: &Options, output: Output, device: &str) -> Result<
         None => format!("{device} is stopped; it has no kernel driver to go back to"),
     };
     output.result(&unbound, text);
+    Ok(())
+}
+
+pub(crate) fn reload(options: &Options, output: Output) -> Result<(), CommandError> {
+    let reloaded = options.connect()?.reload()?;
+    let Reloaded { started, stopped, restarted, kept } = &reloaded;
+    let mut lines = Vec::new();
+    for (names, what) in [
+        (started, "is started"),
+        (stopped, "is stopped and given back"),
+        (restarted, "is started again"),
+        (kept, "goes on as it was"),
+    ] {
+        lines.extend(names.iter().map(|name| format!("{name} {what}")));
+    }
+    let text = if lines.is_empty() { "there are no services".into() } else { lines.join("\n") };
+    output.result(&reloaded, text);
+    Ok(())
+}
+
+pub(crate) fn properties(
+    options: &Options,
+    output: Output,
+    service: &str,
+) -> Result<(), CommandError> {
+    let properties = options.connect()?.properties(service)?;
+    // A text that is no JSON is shown as it came.
+    let entries: serde_json::Value =
+        serde_json::from_str(&properties.entries).unwrap_or(properties.entries.into());
+    let text = serde_json::to_string_pretty(&entries).unwrap_or_default();
+    output.result(&entries, text);
+    Ok(())
+}
+
+pub(crate) fn power(
+    options: &Options,
+    output: Output,
+    service: &str,
+    state: PowerChoice,
+) -> Result<(), CommandError> {
+    let state = match state {
+        PowerChoice::Off => PowerState::Off,
+        PowerChoice::Low => PowerState::Low,
+        PowerChoice::On => PowerState::On,
+    };
+    let powered = options.connect()?.set_power_state(service, state)?;
+    let state = format!("{:?}", powered.state).to_lowercase();
+    output.result(&powered, format_args!("{service} is {state}"));
     Ok(())
 }

@@ -32,6 +32,14 @@ pub enum ToHost {
     },
     /// Report numbers. Answered by `Statistics`.
     Query,
+    /// Report what the driver says of itself. Answered by `Properties`.
+    QueryProperties,
+    /// Have the driver go into a power state. Answered by `Power`, also unasked, when the driver
+    /// asked for it.
+    SetPower {
+        /// Which.
+        state: PowerState,
+    },
     /// A service runs now; sent after `WatchServices`, first for those that run already.
     ServiceBegan(RunningService),
     /// A service that was told of runs no more.
@@ -59,6 +67,10 @@ pub struct Start {
     pub plugin: Option<String>,
     /// 1 for the first driver host of this device, one more for each that follows.
     pub incarnation: u64,
+    /// The numbers of its registry's entries are higher than this, and those of the next driver
+    /// host's are higher still.
+    #[serde(default)]
+    pub registry: u64,
 }
 
 /// Where a device is.
@@ -130,6 +142,9 @@ pub struct OpenSession {
     pub session: u64,
     /// 1 for a new one, one more for each driver host that died and left it.
     pub generation: u64,
+    /// The kind of client; 0 for the first.
+    #[serde(default)]
+    pub client_type: u64,
     /// Its data queues, in the order in which the driver's interface declares them.
     pub queues: Vec<QueueSize>,
 }
@@ -171,8 +186,41 @@ pub enum FromHost {
     Quiesced(Quiesced),
     /// Something happened to the device.
     DeviceEvent(DeviceEvent),
+    /// The driver, which runs, is to be visible from now on.
+    Registered,
+    /// The driver became busy, or idle.
+    Busy {
+        /// Which of the two.
+        is_busy: bool,
+    },
+    /// The driver wants to end.
+    Terminate,
+    /// What became of a power state.
+    Power {
+        /// The state.
+        state: PowerState,
+        /// The driver has not acknowledged it in its time; else it has.
+        is_late: bool,
+    },
+    /// What the driver says of itself, as JSON.
+    Properties {
+        /// An array of entries.
+        text: String,
+    },
     /// The driver has stopped and the device is closed; the process exits after this.
     Stopped,
+}
+
+/// The power state of a driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, introspect::CustomType)]
+#[serde(rename_all = "lowercase")]
+pub enum PowerState {
+    /// Everything is quiet.
+    Off,
+    /// It works with less.
+    Low,
+    /// As it began.
+    On,
 }
 
 /// What happens to a device that its driver did not cause.
@@ -235,6 +283,16 @@ pub struct Ready {
     pub reset: String,
     /// The interface the driver serves, as `iohost_interface` describes it; empty for none.
     pub interface: String,
+    /// Those for the further kinds of clients, from 1 on.
+    #[serde(default)]
+    pub further_interfaces: Vec<String>,
+    /// Whether clients and other drivers may see it already; else `Registered` says when.
+    #[serde(default = "yes")]
+    pub is_registered: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// Why something cannot be, for a person: what is wrong, and what to do next.

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use zlink::connection::Socket;
 use zlink::{Call, Connection, introspect};
 
-use crate::host::{Failure, Quiesced, Statistics};
+use crate::host::{Failure, PowerState, Quiesced, Statistics};
 
 /// The interface's name, and the name of the socket in the runtime directory.
 pub const INTERFACE: &str = "io.iohost";
@@ -87,6 +87,8 @@ pub struct Service {
     pub location: String,
     /// The driver that runs, or would.
     pub driver: Option<String>,
+    /// Why it is that one: who else would have, and who did not start.
+    pub choice: Option<String>,
     /// What it is doing.
     pub state: State,
     /// Why it is in that state, where that needs saying.
@@ -107,6 +109,12 @@ pub struct Service {
     pub quiesced: Option<Quiesced>,
     /// Sessions open now.
     pub sessions: u64,
+    /// Whether clients and other drivers can see it.
+    pub is_registered: bool,
+    /// Whether its driver says that it is busy.
+    pub is_busy: bool,
+    /// The power state that its driver has acknowledged; while it runs.
+    pub power: Option<PowerState>,
 }
 
 /// What a service is doing.
@@ -164,6 +172,35 @@ pub struct Bound {
 pub struct Unbound {
     /// The kernel driver that has the device again; absent for none.
     pub kernel_driver: Option<String>,
+}
+
+/// The reply to `Reload`: what the new configuration changes, by the names of services. It has
+/// begun when this comes; `Status` tells how it goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, introspect::Type)]
+pub struct Reloaded {
+    /// Services that were not there.
+    pub started: Vec<String>,
+    /// Services whose device the configuration does not have any more.
+    pub stopped: Vec<String>,
+    /// Services of which it says something else.
+    pub restarted: Vec<String>,
+    /// Services that were left as they are.
+    pub kept: Vec<String>,
+}
+
+/// The reply to `Properties`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct Properties {
+    /// JSON: an array of what is in the driver's registry (its device, itself, services it made),
+    /// each with `id`, `provider`, `name`, `registered`, `busy` and `properties`.
+    pub entries: String,
+}
+
+/// The reply to `Power`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, introspect::Type)]
+pub struct Powered {
+    /// The state that the driver has acknowledged.
+    pub state: PowerState,
 }
 
 /// The reply to `Describe`.
@@ -283,19 +320,36 @@ pub trait Daemon {
     /// from. Answered once that is done.
     async fn unbind(&mut self, address: &str) -> zlink::Result<Result<Unbound, Error>>;
 
+    /// Reads the configuration and the plugins again, and does what has changed. With a mistake in
+    /// them nothing changes.
+    async fn reload(&mut self) -> zlink::Result<Result<Reloaded, Error>>;
+
     /// What a service's driver host counts: its sessions and its dispatch queues.
     async fn statistics(&mut self, service: &str) -> zlink::Result<Result<Statistics, Error>>;
+
+    /// What a service's driver says of itself.
+    async fn properties(&mut self, service: &str) -> zlink::Result<Result<Properties, Error>>;
+
+    /// Has a service's driver go into a power state. Answered once it has acknowledged that, or
+    /// refused with `power-late` after 20 s.
+    async fn power(
+        &mut self,
+        service: &str,
+        state: PowerState,
+    ) -> zlink::Result<Result<Powered, Error>>;
 
     /// The interface that a service serves.
     async fn describe(&mut self, service: &str) -> zlink::Result<Result<Description, Error>>;
 
     /// Opens a session. `queue_bytes` are the bytes of each queue's ring, in the order of the
-    /// interface; absent for the daemon's default. The session ends when its socket closes.
+    /// interface; absent for the daemon's default. `client_type` is the kind of client, absent for the
+    /// first. The session ends when its socket closes.
     #[zlink(return_fds)]
     async fn open(
         &mut self,
         service: &str,
         queue_bytes: Option<Vec<u32>>,
+        client_type: Option<u64>,
     ) -> zlink::Result<(Result<Opened, Error>, Vec<OwnedFd>)>;
 }
 

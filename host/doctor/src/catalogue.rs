@@ -499,6 +499,36 @@ catalogue! {
         check: "the message has the reason",
         fix: "Install it, or name it; check the limits of the daemon.",
     }
+    Terminated = "terminated", None, {
+        means: "The driver ended itself.",
+        why: "Its code called terminate; its device was made safe and given back.",
+        check: "the driver's log lines",
+        fix: "See the log, then: iohost bind SERVICE.",
+    }
+    NotRegistered = "not-registered", None, {
+        means: "The driver runs, and does not want to be seen yet.",
+        why: "A driver can say itself when clients may open it, for example after its device has told what it is.",
+        check: "iohost status --json has is_registered",
+        fix: "Wait for it; iohost_client's Daemon::watch tells.",
+    }
+    ClientType = "client-type", None, {
+        means: "The driver has no clients of that type.",
+        why: "A driver can have more than one interface; a program names one by its place, from 0.",
+        check: "the driver's documentation",
+        fix: "Open the session as another type of client.",
+    }
+    PowerLate = "power-late", None, {
+        means: "The driver has not acknowledged a power state within 20 seconds.",
+        why: "It may still do so; until then its device has to be taken for being in the old state.",
+        check: "iohost status shows the state that it has acknowledged",
+        fix: "Read the driver's log for what it waits for.",
+    }
+    Disabled = "disabled", None, {
+        means: "The configuration says that the device is to be left alone.",
+        why: "A device with disabled = true is started neither with the daemon, nor by a match, nor by iohost bind.",
+        check: "iohost status SERVICE names the line",
+        fix: "Take the key out, then: iohost reload.",
+    }
     DriverStart = "driver-start", None, {
         means: "The driver refused its device.",
         why: "Its start function returned an error; the device may be another one than it expects, or in a state that it does not know.",

@@ -24,6 +24,7 @@ use self::config_state::ConfigState;
 use self::dma::Dma;
 pub(crate) use self::dma::{Limits, Piece, Segment};
 use crate::device_events::Events;
+use crate::registry::Properties;
 
 /// Why the device's locks are never poisoned.
 const NO_PANIC: &str = "no foreign code runs under a device lock";
@@ -149,6 +150,29 @@ impl Device {
         // One that is gone has nothing left to stop.
         let _ = change_command(&*self.backend, 0, BUS_MASTER);
         self.unmap_all();
+    }
+
+    /// What its configuration space says it is, as properties.
+    pub(crate) fn properties(&self) -> Properties {
+        let read = |offset, len: usize| {
+            let mut bytes = [0; 4];
+            let read = self.backend.config_read(offset, &mut bytes[..len]);
+            read.map(|()| u32::from_le_bytes(bytes)).ok()
+        };
+        let class = read(0x08, 4);
+        let properties = [
+            ("vendor-id", read(0x00, 2)),
+            ("device-id", read(0x02, 2)),
+            ("revision-id", class.map(|class| class & 0xff)),
+            ("class-code", class.map(|class| class >> 8)),
+            ("subsystem-vendor-id", read(0x2c, 2)),
+            ("subsystem-id", read(0x2e, 2)),
+        ];
+        let known = properties.into_iter().filter_map(|(name, value)| Some((name, value?)));
+        let mut known: Properties =
+            known.map(|(name, value)| (name.to_owned(), value.into())).collect();
+        known.insert("IOClass".to_owned(), "IOPCIDevice".into());
+        known
     }
 
     /// Reads configuration space for the driver.

@@ -1,13 +1,15 @@
 //! A driver that runs: its instance, its default queue, its device.
 
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 
 use iohost_dispatch::{Engine, Owner, Queue, QueueOptions};
 use iohost_interface::{Arguments, IOReturn, ReplySink};
 
 use crate::plugin::{Instance, NewSession, Plugin};
-use crate::{Device, Services};
+use crate::power::{Acknowledgement, PowerState};
+use crate::{Device, Properties, Services};
 
 /// A started driver. Dropping it stops the driver first.
 ///
@@ -15,10 +17,52 @@ use crate::{Device, Services};
 /// there, so none of them may be called from it.
 pub struct Driver {
     plugin: Plugin,
-    instance: Mutex<Option<Instance>>,
+    instance: Arc<Mutex<Option<Instance>>>,
+    stopping: Arc<Stopping>,
+    /// The kinds of clients of sessions, where it is not the first one.
+    client_types: Mutex<HashMap<u64, u64>>,
     queue: Queue,
     failure: Arc<FirstFailure>,
     services: Arc<Services>,
+}
+
+/// A driver that was told to stop.
+#[derive(Default)]
+struct Stopping {
+    state: Mutex<StopState>,
+    ended: Condvar,
+}
+
+#[derive(Default)]
+struct StopState {
+    /// Until it has acknowledged.
+    instance: Option<Instance>,
+    /// Nothing of it is left.
+    is_over: bool,
+}
+
+impl Stopping {
+    /// The driver has acknowledged: frees it. Once; on its queue, unless it has cancelled that.
+    fn finish(&self) {
+        let Some(instance) = self.state.lock().expect(NO_PANIC).instance.take() else { return };
+        instance.stop();
+        drop(instance);
+        self.end();
+    }
+
+    fn end(&self) {
+        self.state.lock().expect(NO_PANIC).is_over = true;
+        self.ended.notify_all();
+    }
+}
+
+/// Ends a stop when it is run, or dropped because its queue runs nothing any more.
+struct Finish(Arc<Stopping>);
+
+impl Drop for Finish {
+    fn drop(&mut self) {
+        self.0.finish();
+    }
 }
 
 /// Owns the driver's queues: keeps what failed there first.
@@ -60,14 +104,32 @@ impl Driver {
         let owner = failure.clone();
         let queue = Queue::create_for(owner, engine, "Default", QueueOptions::default())
             .map_err(|status| failed(status, None))?;
+        let driver_properties = Properties::from_iter([
+            ("IOClass".to_owned(), plugin.name().into()),
+            ("IOProviderClass".to_owned(), "IOPCIDevice".into()),
+        ]);
+        services.registry().describe(device.properties(), driver_properties, &queue);
         let started = queue.dispatch_sync(|| plugin.start(&queue, &services, device));
-        match started.flatten() {
-            Ok(instance) => {
-                let instance = Mutex::new(Some(instance));
-                Ok(Self { plugin, instance, queue, failure, services })
-            }
-            Err(status) => Err(failed(status, failure.get())),
-        }
+        let instance = started.flatten().map_err(|status| {
+            services.registry().stopped();
+            failed(status, failure.get())
+        })?;
+        let instance = Arc::new(Mutex::new(Some(instance)));
+        services.registry().started(plugin.registers_itself());
+        let (told, on) = (instance.clone(), queue.clone());
+        let power = services.power().started(&queue, move |state, done| {
+            let told = told.clone();
+            on.dispatch_async(move || {
+                if let Some(instance) = &*told.lock().expect(NO_PANIC) {
+                    instance.set_power_state(state, done);
+                }
+            });
+        });
+        let stopping = Arc::default();
+        let client_types = Mutex::default();
+        let driver = Self { plugin, instance, stopping, client_types, queue, failure, services };
+        power.map_err(|status| failed(status, None))?;
+        Ok(driver)
     }
 
     /// The plugin's name.
@@ -80,7 +142,22 @@ impl Driver {
         self.plugin.describe()
     }
 
-    /// What the driver may know of other services.
+    /// The description for a kind of client; `None` when the driver has no such kind.
+    pub fn description_for(&self, client_type: u64) -> Option<String> {
+        self.plugin.describe_type(client_type)
+    }
+
+    /// Asks the driver for a power state. What becomes of it is told as [`Services`] says.
+    pub fn set_power_state(&self, state: PowerState) {
+        self.services.power().change(state, &self.queue);
+    }
+
+    /// The power state that the driver has acknowledged last.
+    pub fn power_state(&self) -> PowerState {
+        self.services.power().now()
+    }
+
+    /// What the driver may know of other services, and says of itself.
     pub fn services(&self) -> &Services {
         &self.services
     }
@@ -107,7 +184,8 @@ impl Driver {
                 && let Some(sink) = owed.0.take()
             {
                 begin();
-                instance.call(session, selector, &arguments, sink);
+                let client_type = driver.client_type(session);
+                instance.call(session, client_type, selector, &arguments, sink);
             }
         });
     }
@@ -128,14 +206,46 @@ impl Driver {
         });
     }
 
-    /// Tells the driver of a session. Its answer, or `NOT_READY` once it has stopped.
+    /// Says what kind of client a session will be for, before it is opened. Without this: the
+    /// first kind.
+    pub fn expect_client_type(&self, session: u64, client_type: u64) {
+        if client_type != 0 {
+            self.client_types.lock().expect(NO_PANIC).insert(session, client_type);
+        }
+    }
+
+    fn client_type(&self, session: u64) -> u64 {
+        self.client_types.lock().expect(NO_PANIC).get(&session).copied().unwrap_or(0)
+    }
+
+    /// Tells the driver of a session. Its answer, `UNSUPPORTED` when it has no such kind of client,
+    /// or `NOT_READY` once it has stopped.
     pub fn session_opened(&self, session: NewSession) -> Result<(), IOReturn> {
+        let number = session.number;
+        let client_type = self.client_type(number);
         let opened = self.queue.dispatch_sync(|| {
             let instance = self.instance.lock().expect(NO_PANIC);
             let instance = instance.as_ref().ok_or(IOReturn::NOT_READY)?;
-            instance.session_opened(session)
+            if client_type != 0 && self.plugin.describe_type(client_type).is_none() {
+                return Err(IOReturn::UNSUPPORTED);
+            }
+            instance.session_opened(session, client_type)
         });
-        opened.flatten()
+        let opened = opened.flatten();
+        if opened.is_err() {
+            self.client_types.lock().expect(NO_PANIC).remove(&number);
+        }
+        opened
+    }
+
+    /// Tells the driver, later, on its queue, that the process of a session's client has died.
+    pub fn client_crashed(self: &Arc<Self>, session: u64) {
+        let driver = self.clone();
+        self.queue.dispatch_async(move || {
+            if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC) {
+                instance.client_crashed(session);
+            }
+        });
     }
 
     /// Tells the driver, later, on its queue, that a session it accepted is over.
@@ -145,6 +255,7 @@ impl Driver {
             if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC) {
                 instance.session_closed(session);
             }
+            driver.client_types.lock().expect(NO_PANIC).remove(&session);
         });
     }
 
@@ -153,21 +264,71 @@ impl Driver {
         self.failure.get()
     }
 
-    /// Stops the driver and frees it. A second call does nothing.
+    /// Stops the driver, waits until it has stopped, and frees it. A second call only waits.
     pub fn stop(&self) {
-        let stopped = self.queue.dispatch_sync(|| {
-            let instance = self.instance.lock().expect(NO_PANIC).take();
-            if let Some(instance) = &instance {
-                instance.stop();
+        self.begin_stop();
+        let state = self.stopping.state.lock().expect(NO_PANIC);
+        drop(self.stopping.ended.wait_while(state, |state| !state.is_over).expect(NO_PANIC));
+    }
+
+    /// Tells the driver to stop. It gets no calls any more; it has stopped, and is freed, once it
+    /// acknowledges that, which most do at once. A second call does nothing.
+    pub fn begin_stop(&self) {
+        self.services.power().stopped();
+        let begun = self.queue.dispatch_sync(|| {
+            let Some(instance) = self.instance.lock().expect(NO_PANIC).take() else { return };
+            let acknowledged = self.await_stop(instance);
+            if acknowledged {
+                self.stopping.finish();
             }
-            instance
         });
-        if stopped.is_err() {
+        if begun.is_err() {
             // The driver cancelled its own queue, so nothing can be called there. Its release
             // can, from any thread, and quiets it too.
-            drop(self.instance.lock().expect(NO_PANIC).take());
+            if let Some(instance) = self.instance.lock().expect(NO_PANIC).take() {
+                drop(instance);
+                self.stopping.end();
+            }
         }
+        self.services.registry().stopped();
     }
+
+    /// Has the driver begin to stop. Whether it has acknowledged that already; else it is finished
+    /// when it does.
+    fn await_stop(&self, instance: Instance) -> bool {
+        let entered = Arc::new(Mutex::new(Entered { is_inside: true, is_done: false }));
+        let (stopping, queue, inside) =
+            (self.stopping.clone(), self.queue.clone(), entered.clone());
+        let done = Acknowledgement::new(move || {
+            let mut entered = inside.lock().expect(NO_PANIC);
+            entered.is_done = true;
+            if !entered.is_inside {
+                drop(entered);
+                let finish = Finish(stopping);
+                queue.dispatch_async(move || drop(finish));
+            }
+        });
+        // Called while it is still here, so that its functions have it; nothing but the
+        // acknowledgement leads to it from where it is then.
+        instance.begin_stop(done);
+        let mut state = self.stopping.state.lock().expect(NO_PANIC);
+        state.instance = Some(instance);
+        drop(state);
+        let mut entered = entered.lock().expect(NO_PANIC);
+        entered.is_inside = false;
+        entered.is_done
+    }
+
+    /// Whether the driver has stopped and is freed.
+    pub fn has_stopped(&self) -> bool {
+        self.stopping.state.lock().expect(NO_PANIC).is_over
+    }
+}
+
+/// A stop that begins: the driver may acknowledge inside the call, or on another thread.
+struct Entered {
+    is_inside: bool,
+    is_done: bool,
 }
 
 /// A call on its way to the driver. One that does not get there is answered all the same: the
@@ -186,8 +347,12 @@ impl Drop for Owed {
 const NO_PANIC: &str = "no panic crosses the plugin ABI";
 
 impl Drop for Driver {
+    /// Stops a driver that was not, and does not wait until it has acknowledged that.
     fn drop(&mut self) {
-        self.stop();
+        self.begin_stop();
+        if self.queue.dispatch_sync(|| self.stopping.finish()).is_err() {
+            self.stopping.finish();
+        }
     }
 }
 

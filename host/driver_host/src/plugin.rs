@@ -33,20 +33,23 @@ mod instance;
 mod interrupt;
 mod memory;
 mod object;
+mod service;
 mod services;
 mod session;
 mod timer;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
+use std::mem::offset_of;
 use std::path::Path;
 use std::ptr;
 use std::sync::Arc;
 
 use iohost_dispatch::Queue;
 use iohost_driver_abi::{
-    ABI_VERSION, ACTION, DEVICE, DISPATCH, DriverDescriptor, HostPanic, HostQueue, HostTable,
-    SERVICES, SESSION, SYMBOL,
+    ABI_VERSION, ACTION, DEVICE, DISPATCH, DescriptorHeader, DriverDescriptor, DriverEntry,
+    HostPanic, HostQueue, HostTable, LifeCycleEntry, REGISTERS_ITSELF, SERVICE, SERVICES, SESSION,
+    SYMBOL,
 };
 use iohost_interface::IOReturn;
 use log::Level;
@@ -58,6 +61,7 @@ use self::action::ACTION_TABLE;
 use self::device::DEVICE_TABLE;
 use self::dispatch::{DISPATCH_TABLE, QueueObject};
 use self::object::{Lent, object, text_of};
+use self::service::SERVICE_TABLE;
 use self::services::SERVICES_TABLE;
 use self::session::SESSION_TABLE;
 use crate::Device;
@@ -66,7 +70,12 @@ use crate::services::Services;
 /// A driver's code: a loaded file, or a driver that is linked in.
 #[derive(Clone)]
 pub struct Plugin {
-    descriptor: &'static DriverDescriptor,
+    header: &'static DescriptorHeader,
+    entry: DriverEntry,
+    /// What a plugin of before them lacks.
+    life_cycle: Option<LifeCycleEntry>,
+    /// [`REGISTERS_ITSELF`], or 0.
+    flags: u64,
     host: &'static HostTable,
 }
 
@@ -87,25 +96,65 @@ impl LoadedPlugin {
         let descriptor = (*descriptor).cast::<DriverDescriptor>();
         std::mem::forget(library);
         // SAFETY: contract 1, and the library was just kept for ever.
-        let descriptor = unsafe { &*descriptor };
-        Ok(Plugin { descriptor, host: &HOST_FOR_FILES })
+        Ok(unsafe { Plugin::of(descriptor, &HOST_FOR_FILES) })
     }
 }
 
 impl Plugin {
     /// A driver that is part of this program, as a test has it.
     pub fn linked(descriptor: &'static DriverDescriptor) -> Self {
-        Self { descriptor, host: &HOST_FOR_LINKED }
+        // SAFETY: a whole one, which a reference is to.
+        unsafe { Self::of(descriptor, &HOST_FOR_LINKED) }
+    }
+
+    /// # Safety
+    ///
+    /// Contract 1 holds for `descriptor`, of which there are as many bytes as its header says, and
+    /// [`FIRST_DESCRIPTOR`](iohost_driver_abi::FIRST_DESCRIPTOR) at least.
+    unsafe fn of(descriptor: *const DriverDescriptor, host: &'static HostTable) -> Self {
+        // SAFETY: the caller's promise, in bounds of the first descriptors.
+        let header = unsafe { &raw const (*descriptor).header };
+        // SAFETY: the caller's promise: it stays where it is.
+        let header = unsafe { &*header };
+        // SAFETY: as for the header.
+        let entry = unsafe { &raw const (*descriptor).entry };
+        // SAFETY: the caller's promise.
+        let entry = unsafe { entry.read() };
+        let has = |end: usize| header.size as usize >= end;
+        let (mut life_cycle, mut flags) = (None, 0);
+        if has(offset_of!(DriverDescriptor, life_cycle)) {
+            // SAFETY: the size says that these bytes are there.
+            let matching = unsafe { &raw const (*descriptor).matching };
+            // SAFETY: the same.
+            flags = unsafe { matching.read() }.flags;
+        }
+        if has(size_of::<DriverDescriptor>()) {
+            // SAFETY: the size says that these bytes are there.
+            let functions = unsafe { &raw const (*descriptor).life_cycle };
+            // SAFETY: the same.
+            life_cycle = Some(unsafe { functions.read() });
+        }
+        Self { header, entry, life_cycle, flags, host }
+    }
+
+    /// Whether the driver says itself when it is to be visible.
+    pub(crate) fn registers_itself(&self) -> bool {
+        self.flags & REGISTERS_ITSELF != 0
     }
 
     pub(crate) fn name(&self) -> String {
-        let name = &self.descriptor.header.name;
+        let name = &self.header.name;
         let len = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
         String::from_utf8_lossy(&name[..len]).into_owned()
     }
 
     /// The interface's description; empty without one.
     pub(crate) fn describe(&self) -> String {
+        self.describe_type(0).unwrap_or_default()
+    }
+
+    /// The description for a kind of client; `None` when the driver has no such kind.
+    pub(crate) fn describe_type(&self, client_type: u64) -> Option<String> {
         unsafe extern "C" fn sink(context: *mut c_void, text: *const u8, len: usize) {
             // SAFETY: the context is the string below, which waits for this call.
             let into = unsafe { &mut *context.cast::<String>() };
@@ -113,9 +162,18 @@ impl Plugin {
             *into = unsafe { text_of(text, len) };
         }
         let mut text = String::new();
-        // SAFETY: contract 1; the sink gets the context it takes.
-        unsafe { (self.descriptor.entry.describe)(sink, (&raw mut text).cast()) };
-        text
+        let context = (&raw mut text).cast();
+        match (client_type, self.life_cycle) {
+            // SAFETY: contract 1; the sink gets the context it takes.
+            (0, _) => unsafe { (self.entry.describe)(sink, context) },
+            (_, Some(functions)) => {
+                // SAFETY: the same.
+                let status = unsafe { (functions.describe_type)(client_type, sink, context) };
+                IOReturn(status).result().ok()?;
+            }
+            (_, None) => return None,
+        }
+        Some(text)
     }
 
     /// Calls the driver's `start`. Runs on `queue`.
@@ -131,7 +189,7 @@ impl Plugin {
         let mut instance = ptr::null_mut();
         // SAFETY: contract 1; both objects are lent for the call, the table is for ever.
         let status = unsafe {
-            (self.descriptor.entry.start)(
+            (self.entry.start)(
                 self.host,
                 device.pointer.cast_mut().cast(),
                 queue.pointer.cast_mut().cast(),
@@ -139,7 +197,7 @@ impl Plugin {
             )
         };
         IOReturn(status).result()?;
-        Ok(Instance { entry: self.descriptor.entry, instance })
+        Ok(Instance { entry: self.entry, life_cycle: self.life_cycle, instance })
     }
 }
 
@@ -181,6 +239,8 @@ unsafe extern "C" fn extension(name: *const c_char) -> *const c_void {
         (&raw const SESSION_TABLE).cast()
     } else if name == ACTION {
         (&raw const ACTION_TABLE).cast()
+    } else if name == SERVICE {
+        (&raw const SERVICE_TABLE).cast()
     } else if name == SERVICES {
         (&raw const SERVICES_TABLE).cast()
     } else {

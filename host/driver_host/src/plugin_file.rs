@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use iohost_control::host::Failure;
-use iohost_control::plugin::{ClassMatch, Needs, Personality, PluginInfo};
+use iohost_control::plugin::{Masked, Needs, Personality, PluginInfo};
 use iohost_driver_abi::{
-    ABI_VERSION, DescriptorHeader, DriverDescriptor, MAGIC, MOST_PERSONALITIES, NAME_BYTES, SYMBOL,
+    ABI_VERSION, DescriptorHeader, DriverDescriptor, FIRST_DESCRIPTOR, MAGIC, MOST_PERSONALITIES,
+    Matching, NAME_BYTES, SYMBOL,
 };
 use object::read::elf::ElfFile64;
 use object::{Architecture, Endianness, Object, ObjectKind, ObjectSection, ObjectSymbol};
@@ -35,13 +36,14 @@ pub fn inspect(path: &Path) -> Result<PluginInfo, Failure> {
             "build the driver as a `cdylib` for this machine",
         ));
     }
-    let header = descriptor_bytes(&elf).ok_or_else(|| {
-        refused(
-            "plugin-no-driver",
-            format!("exports no driver (no data symbol `{SYMBOL}`)"),
-            "add `iohost_driver::export_driver!` to the driver's crate",
-        )
-    })?;
+    let header =
+        descriptor_bytes::<{ size_of::<DescriptorHeader>() }>(&elf, 0).ok_or_else(|| {
+            refused(
+                "plugin-no-driver",
+                format!("exports no driver (no data symbol `{SYMBOL}`)"),
+                "add `iohost_driver::export_driver!` to the driver's crate",
+            )
+        })?;
     let header = Header::read(&header);
     if header.magic != MAGIC {
         return Err(refused(
@@ -60,43 +62,66 @@ pub fn inspect(path: &Path) -> Result<PluginInfo, Failure> {
             "build the driver against this host's version of iohost_driver",
         ));
     }
-    if (header.size as usize) < size_of::<DriverDescriptor>() {
+    if (header.size as usize) < FIRST_DESCRIPTOR {
         return Err(refused(
             "plugin-abi",
             format!(
                 "was built by {} and lacks functions that this host calls (a descriptor of {} \
                  bytes, not {})",
-                header.built_with,
-                header.size,
-                size_of::<DriverDescriptor>()
+                header.built_with, header.size, FIRST_DESCRIPTOR
             ),
             "build the driver against this host's version of iohost_driver",
         ));
     }
-    let personalities = header.personalities.iter().map(personality).collect::<Option<_>>();
-    let personalities = personalities.ok_or_else(|| {
-        refused(
+    const MATCHING: usize = std::mem::offset_of!(DriverDescriptor, matching);
+    let matching = if header.size as usize >= MATCHING + size_of::<Matching>() {
+        let bytes = descriptor_bytes::<{ size_of::<Matching>() }>(&elf, MATCHING as u64);
+        let bytes = bytes.ok_or_else(|| {
+            refused(
+                "plugin-no-driver",
+                format!("has a descriptor that ends before its {} bytes", header.size),
+                "copy the whole file again",
+            )
+        })?;
+        Competition::read(&bytes)
+    } else {
+        Competition::default()
+    };
+    let is_whole = |raw: &iohost_driver_abi::Personality| {
+        raw.primary_mask >> 16 == 0 || raw.primary_mask & 0xffff != 0
+    };
+    if !header.personalities.iter().all(is_whole) {
+        return Err(refused(
             "plugin-personality",
-            "has a personality that this host cannot match".to_owned(),
-            "match by vendor and device id or by class code",
-        )
-    })?;
-    Ok(PluginInfo { name: header.name, personalities, needs: header.needs })
+            "has a personality with a device id and no vendor id".to_owned(),
+            "name the vendor too: a device id means nothing without it",
+        ));
+    }
+    let personality = |(raw, score): (&iohost_driver_abi::Personality, i32)| Personality {
+        primary: Masked { value: raw.primary, mask: raw.primary_mask },
+        subsystem: Masked { value: raw.subsystem, mask: raw.subsystem_mask },
+        class: Masked { value: raw.class, mask: raw.class_mask },
+        score,
+    };
+    let personalities = header.personalities.iter().zip(matching.scores).map(personality).collect();
+    let (name, category) = (header.name, matching.category);
+    Ok(PluginInfo { name, category, personalities, needs: header.needs })
 }
 
 const HOST_ARCHITECTURE: Architecture =
     if cfg!(target_arch = "aarch64") { Architecture::Aarch64 } else { Architecture::X86_64 };
 
-/// The bytes of the descriptor's header. It holds no pointers, so no relocation changes them.
-fn descriptor_bytes(
+/// Bytes of the descriptor from `offset`, of a part that holds no pointers, so that no relocation
+/// changes them.
+fn descriptor_bytes<const N: usize>(
     elf: &ElfFile64<'_, Endianness>,
-) -> Option<[u8; size_of::<DescriptorHeader>()]> {
+    offset: u64,
+) -> Option<[u8; N]> {
     let symbol = elf
         .dynamic_symbols()
         .find(|symbol| symbol.is_definition() && symbol.name() == Ok(SYMBOL))?;
     let section = elf.section_by_index(symbol.section_index()?).ok()?;
-    let data =
-        section.data_range(symbol.address(), size_of::<DescriptorHeader>() as u64).ok()??;
+    let data = section.data_range(symbol.address().checked_add(offset)?, N as u64).ok()??;
     data.try_into().ok()
 }
 
@@ -135,6 +160,21 @@ impl Header {
     }
 }
 
+/// A `Matching`, as far as the supervisor takes an interest. Without one: all zeros.
+#[derive(Default)]
+struct Competition {
+    category: String,
+    scores: [i32; MOST_PERSONALITIES],
+}
+
+impl Competition {
+    fn read(bytes: &[u8; size_of::<Matching>()]) -> Self {
+        let mut fields = Fields(bytes);
+        let category = fields.text();
+        Self { category, scores: std::array::from_fn(|_| i32::from_ne_bytes(*fields.take())) }
+    }
+}
+
 /// The fields that are left, in the order of the `repr(C)` structure, which has no padding.
 struct Fields<'a>(&'a [u8]);
 
@@ -154,20 +194,4 @@ impl<'a> Fields<'a> {
         let len = text.iter().position(|byte| *byte == 0).unwrap_or(NAME_BYTES);
         String::from_utf8_lossy(&text[..len]).into_owned()
     }
-}
-
-/// The match as the supervisor makes it; `None` for one that it cannot make.
-fn personality(raw: &iohost_driver_abi::Personality) -> Option<Personality> {
-    let whole = |mask: u32, half: u32| match (mask >> half) as u16 {
-        0 => Some(false),
-        u16::MAX => Some(true),
-        _ => None,
-    };
-    if raw.subsystem_mask != 0 || raw.class_mask & 0xff != 0 {
-        return None;
-    }
-    let vendor = whole(raw.primary_mask, 0)?.then_some(raw.primary as u16);
-    let device = whole(raw.primary_mask, 16)?.then_some((raw.primary >> 16) as u16);
-    let class = ClassMatch { code: raw.class >> 8, mask: raw.class_mask >> 8 };
-    Some(Personality { vendor, device, class: (class.mask != 0).then_some(class) })
 }

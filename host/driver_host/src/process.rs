@@ -7,8 +7,8 @@ use std::sync::Arc;
 use anyhow::{Context, Result, bail};
 use iohost_control::host::{
     DeviceEvent as Heard, DeviceLocation, Failure, FromHost, InterruptChoice, LONGEST_MESSAGE,
-    MOST_DESCRIPTORS, OpenSession, Outcome, PciBackend, QueueStatistics, Quiesced, Ready, Start,
-    Statistics, ToHost,
+    MOST_DESCRIPTORS, OpenSession, Outcome, PciBackend, PowerState as Power, QueueStatistics,
+    Quiesced, Ready, Start, Statistics, ToHost,
 };
 use iohost_device_backend::{
     Access, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, UioBackend, UioError,
@@ -24,7 +24,13 @@ use log::{debug, info, warn};
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
 use crate::session::Sessions;
-use crate::{Device, Driver, EventWatch, Services, StartError, plugin_file};
+use crate::{
+    Device, Driver, EventWatch, PowerNews, PowerState, Registry, Services, StartError, Told,
+    plugin_file,
+};
+
+/// The most kinds of clients that a driver can have.
+const MOST_CLIENT_TYPES: u64 = 16;
 
 /// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
 pub fn run(daemon: Packets) -> Result<()> {
@@ -95,6 +101,19 @@ impl Conversation {
                         driver.services().ended(&name);
                     }
                 }
+                ToHost::QueryProperties => {
+                    let text = running.properties();
+                    self.send(&FromHost::Properties { text })?;
+                }
+                ToHost::SetPower { state } => {
+                    if let Some(driver) = &running.driver {
+                        driver.set_power_state(match state {
+                            Power::Off => PowerState::Off,
+                            Power::Low => PowerState::Low,
+                            Power::On => PowerState::On,
+                        });
+                    }
+                }
                 ToHost::Query => self.send(&FromHost::Statistics(running.statistics()))?,
                 ToHost::Stop => return Ok(End::Stop),
                 ToHost::LetGo => return Ok(End::LetGo),
@@ -109,7 +128,12 @@ impl Conversation {
         let opened = match &running.sessions {
             Some(sessions) => {
                 let parts = session_parts(&open, fds);
-                parts.and_then(|(socket, offered)| sessions.open(socket, offered))
+                parts.and_then(|(socket, offered)| {
+                    if let Some(driver) = &running.driver {
+                        driver.expect_client_type(session, open.client_type);
+                    }
+                    sessions.open(socket, offered)
+                })
             }
             None => Err("there is no driver".to_owned()),
         };
@@ -215,6 +239,8 @@ impl Running {
             backend: device.backend().kind().to_owned(),
             reset,
             interface: String::new(),
+            further_interfaces: Vec::new(),
+            is_registered: true,
         };
         let Some(plugin) = start.plugin else {
             return Ok(Self { events, sessions: None, driver: None, device, engine, ready });
@@ -231,10 +257,35 @@ impl Running {
             // The daemon gone: nobody to hear of services from.
             let _ = send(&asker, &FromHost::WatchServices);
         });
+        let teller = daemon.clone();
+        let registry = Registry::starting_at(start.registry).telling(move |told| {
+            let message = match told {
+                Told::Registered => FromHost::Registered,
+                Told::Busy(is_busy) => FromHost::Busy { is_busy },
+                Told::Terminate => FromHost::Terminate,
+            };
+            let _ = send(&teller, &message);
+        });
+        let teller = daemon.clone();
+        let services = services.with_registry(registry).telling_power(move |news| {
+            let (state, is_late) = match news {
+                PowerNews::Reached(state) => (state, false),
+                PowerNews::Late(state) => (state, true),
+            };
+            let state = match state {
+                PowerState::Off => Power::Off,
+                PowerState::Low => Power::Low,
+                PowerState::On => Power::On,
+            };
+            let _ = send(&teller, &FromHost::Power { state, is_late });
+        });
         let started = Driver::start(&engine, plugin, device.clone(), Arc::new(services));
         let driver = started.map_err(|err| start_failure(&err, device.last_dma_refusal()))?;
         ready.driver = driver.name();
         ready.interface = driver.description();
+        ready.further_interfaces =
+            (1..MOST_CLIENT_TYPES).map_while(|kind| driver.description_for(kind)).collect();
+        ready.is_registered = driver.services().registry().is_registered();
         let driver = Arc::new(driver);
         let teller = daemon.clone();
         let sessions = Sessions::new(driver.clone(), move |session, reason| {
@@ -247,6 +298,20 @@ impl Running {
         info!(incarnation = start.incarnation, driver = ready.driver.as_str(); "driver started");
         let (sessions, driver) = (Some(sessions), Some(driver));
         Ok(Self { events, sessions, driver, device, engine, ready })
+    }
+
+    /// The registry as JSON; without the entries that the driver made where they are too many for a
+    /// message.
+    fn properties(&self) -> String {
+        let shown = self.driver.as_ref().map(|driver| driver.services().registry().shown());
+        let mut shown = shown.unwrap_or_else(|| serde_json::Value::Array(Vec::new()));
+        let room = LONGEST_MESSAGE / 2;
+        if shown.to_string().len() > room
+            && let Some(entries) = shown.as_array_mut()
+        {
+            entries.truncate(2);
+        }
+        shown.to_string()
     }
 
     fn statistics(&self) -> Statistics {

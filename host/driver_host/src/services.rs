@@ -1,4 +1,5 @@
-//! What the driver knows of other services: which run, and who wants to hear of changes.
+//! What a driver has of services: its own registry and power state, which others run, and who wants
+//! to hear of changes.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -6,11 +7,15 @@ use std::sync::{Arc, Mutex, Weak};
 
 use iohost_control::host::RunningService;
 
+use crate::power::{Power, PowerNews};
+use crate::registry::Registry;
+
 /// The services that run, as the daemon tells them, and the watchers among the driver's sources.
 ///
 /// The daemon is asked to tell once the first watcher is there.
-#[derive(Default)]
 pub struct Services {
+    registry: Registry,
+    power: Arc<Power>,
     known: Mutex<Known>,
     /// Held while watchers are told, so that each hears of changes in their order.
     telling: Mutex<()>,
@@ -36,7 +41,32 @@ impl Services {
     /// Nothing known yet. `subscribe` is called once, when the first watcher comes.
     pub fn new(subscribe: impl FnOnce() + Send + 'static) -> Self {
         let known = Known { subscribe: Some(Box::new(subscribe)), ..Known::default() };
-        Self { known: Mutex::new(known), telling: Mutex::default() }
+        Self {
+            registry: Registry::default(),
+            power: Arc::new(Power::new(|_| {})),
+            known: Mutex::new(known),
+            telling: Mutex::default(),
+        }
+    }
+
+    /// The same with another registry.
+    pub fn with_registry(self, registry: Registry) -> Self {
+        Self { registry, ..self }
+    }
+
+    /// The same, and what becomes of changes of the power state is told on, on any thread. It must
+    /// not call back.
+    pub fn telling_power(self, tell: impl Fn(PowerNews) + Send + Sync + 'static) -> Self {
+        Self { power: Arc::new(Power::new(tell)), ..self }
+    }
+
+    /// What the driver says of itself.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    pub(crate) fn power(&self) -> &Arc<Power> {
+        &self.power
     }
 
     /// A service runs now. One that ran before under that name has ended.
@@ -76,6 +106,12 @@ impl Services {
         if let Some(subscribe) = subscribe {
             subscribe();
         }
+    }
+}
+
+impl Default for Services {
+    fn default() -> Self {
+        Self::new(|| {})
     }
 }
 

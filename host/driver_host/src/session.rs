@@ -166,7 +166,11 @@ impl Sessions {
             let (packet, mut files) = match session.socket.receive(&mut buffer, 1) {
                 Ok(packet) => (FromClient::decode(&buffer[..packet.len]), packet.fds.into_iter()),
                 Err(PacketError::WouldBlock) => return,
-                Err(PacketError::Closed) => return self.end(session.id, ""),
+                Err(PacketError::Closed) => {
+                    // Whoever lives says goodbye.
+                    self.driver.client_crashed(session.id);
+                    return self.end(session.id, "");
+                }
                 Err(err) => return self.end(session.id, &with_sources(&err)),
             };
             let done = packet.map_err(|fault| fault.to_string()).and_then(|packet| match packet {
@@ -185,6 +189,8 @@ impl Sessions {
                     session.offer(memory, file, read_only)
                 }
                 FromClient::Withdraw { memory } => session.withdraw(memory),
+                // An end without a reason is one in order.
+                FromClient::Goodbye => Err(String::new()),
                 FromClient::Invoke(invocation) => self.invoke(session, invocation),
                 FromClient::Release { action } => {
                     let held = session.actions.take_back(action);

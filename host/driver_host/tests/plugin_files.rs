@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use iohost_control::plugin::{Needs, PciIds};
-use iohost_driver_abi::{ABI_VERSION, DescriptorHeader, DriverDescriptor, MAGIC, Personality};
+use iohost_control::plugin::{Masked, Needs, PciIds};
+use iohost_driver_abi::{
+    ABI_VERSION, DescriptorHeader, DriverDescriptor, FIRST_DESCRIPTOR, MAGIC, Matching, Personality,
+};
 use iohost_driver_host::plugin_file::inspect;
 use tempfile::TempDir;
 
@@ -82,8 +84,8 @@ fn the_plugin_that_cargo_built_is_read() {
     assert_eq!(edu.name, "edu");
     assert_eq!(edu.needs, Needs { dma_bytes: 2048, messages: false }, "one entry at a time");
     let [personality] = &edu.personalities[..] else { panic!("{:?}", edu.personalities) };
-    assert_eq!((personality.vendor, personality.device), (Some(0x1234), Some(0x11e8)));
-    assert!(personality.class.is_none());
+    assert_eq!(*personality, iohost_control::plugin::Personality::pci(0x1234, 0x11e8));
+    assert_eq!(edu.category, "");
 }
 
 #[test]
@@ -110,7 +112,7 @@ fn a_text_file_and_an_empty_file_are_no_library() {
 #[test]
 fn a_plugin_that_lacks_functions_this_host_calls_is_refused_with_both_sizes() {
     let copy = Copy::new();
-    let expected = size_of::<DriverDescriptor>();
+    let expected = FIRST_DESCRIPTOR;
     let size = std::mem::offset_of!(DescriptorHeader, size);
     copy.describe(size, &(expected as u32 - 8).to_ne_bytes());
     let (code, message) = copy.refusal();
@@ -185,22 +187,57 @@ fn personality(field: usize) -> usize {
 }
 
 #[test]
-fn a_personality_that_cannot_be_matched_is_refused() {
-    let fields = [
-        (std::mem::offset_of!(Personality, primary_mask), 0x0000_ff00_u32),
-        (std::mem::offset_of!(Personality, subsystem_mask), u32::MAX),
-        (std::mem::offset_of!(Personality, class_mask), 0xff),
-    ];
-    for (field, mask) in fields {
+fn a_personality_is_read_with_its_masks_its_score_and_the_drivers_category() {
+    use std::mem::offset_of;
+    let copy = Copy::new();
+    for (field, value) in [
+        (offset_of!(Personality, primary_mask), 0xfff0_ffff_u32),
+        (offset_of!(Personality, subsystem), 0x1100_1af4),
+        (offset_of!(Personality, subsystem_mask), u32::MAX),
+        (offset_of!(Personality, class), 0x10),
+        (offset_of!(Personality, class_mask), 0xff),
+    ] {
+        copy.describe(personality(field), &value.to_ne_bytes());
+    }
+    let matching = offset_of!(DriverDescriptor, matching);
+    copy.describe(matching + offset_of!(Matching, category), b"diagnosis");
+    copy.describe(matching + offset_of!(Matching, scores), &(-5_i32).to_ne_bytes());
+    let info = inspect(&copy.path).unwrap();
+    let read = info.personalities[0];
+    assert_eq!((&*info.category, read.score), ("diagnosis", -5));
+    assert_eq!(read.primary, Masked { value: 0x11e8_1234, mask: 0xfff0_ffff });
+    assert_eq!(read.subsystem, Masked::exactly(0x1100_1af4));
+    assert_eq!(read.class, Masked { value: 0x10, mask: 0xff });
+}
+
+#[test]
+fn a_personality_that_no_device_can_have_is_refused() {
+    for mask in [0xffff_0000_u32, 0x0001_0000] {
         let copy = Copy::new();
+        let field = std::mem::offset_of!(Personality, primary_mask);
         copy.describe(personality(field), &mask.to_ne_bytes());
-        assert_eq!(copy.refusal().0, "plugin-personality", "{field}");
+        let (code, message) = copy.refusal();
+        assert_eq!(code, "plugin-personality");
+        assert!(message.contains("no vendor id"), "{message}");
     }
 }
 
 #[test]
+fn a_plugin_from_before_there_were_scores_is_read_without_them() {
+    let copy = Copy::new();
+    let size = std::mem::offset_of!(DescriptorHeader, size);
+    let matching = std::mem::offset_of!(DriverDescriptor, matching);
+    copy.describe(matching, b"not for it");
+    copy.describe(size, &(FIRST_DESCRIPTOR as u32).to_ne_bytes());
+    let info = inspect(&copy.path).unwrap();
+    assert_eq!((&*info.category, info.personalities[0].score), ("", 0));
+    copy.describe(size, &(FIRST_DESCRIPTOR as u32 - 1).to_ne_bytes());
+    assert_eq!(copy.refusal().0, "plugin-abi");
+}
+
+#[test]
 fn personalities_of_all_zeros_are_read_and_fit_no_device() {
-    let ids = PciIds { vendor: 0x1234, device: 0x11e8, class: 0x00_ff00 };
+    let ids = PciIds { vendor: 0x1234, device: 0x11e8, class: 0x00_ff00, ..PciIds::default() };
     let fits = |path| {
         let personalities = inspect(path).unwrap().personalities;
         let fitting = personalities.iter().filter(|one| one.fit(ids).is_some()).count();

@@ -44,6 +44,8 @@ const RELEASE: u32 = u32::from_be_bytes(*b"IOX1");
 const MAP: u32 = u32::from_be_bytes(*b"IOM1");
 const OFFER: u32 = u32::from_be_bytes(*b"IOF1");
 const WITHDRAW: u32 = u32::from_be_bytes(*b"IOW1");
+/// What follows is the end of the connection, in order.
+const GOODBYE: u32 = u32::from_be_bytes(*b"IOG1");
 const TAKEN: u32 = u32::from_be_bytes(*b"IOT1");
 const AWAY: u32 = u32::from_be_bytes(*b"IOA1");
 const GENERATION: u32 = u32::from_be_bytes(*b"IOG1");
@@ -72,6 +74,8 @@ pub enum FromClient {
         /// The client's number for it.
         memory: u64,
     },
+    /// The client closes the session; one that ends without this has died.
+    Goodbye,
     /// Invokes an action of the driver's.
     Invoke(Invocation),
     /// The client holds an action of the driver's no more.
@@ -226,6 +230,11 @@ impl FromClient {
                 header.has_zero_last(WITHDRAW)?;
                 Ok(Self::Withdraw { memory: header.id })
             }
+            GOODBYE => {
+                let (header, _) = decode_bare(GOODBYE, packet)?;
+                header.has_zero_last(GOODBYE)?;
+                Ok(Self::Goodbye)
+            }
             TAKEN => {
                 let (header, _) = decode_bare(TAKEN, packet)?;
                 let count = header.last;
@@ -319,6 +328,11 @@ pub fn encode_release(action: u64) -> Vec<u8> {
 /// The packet that says that invocations of the sender's action were taken.
 pub fn encode_taken(action: u64, count: u64) -> Vec<u8> {
     encode(TAKEN, 0, action, count, &Arguments::default())
+}
+
+/// The packet that says that the client closes the session.
+pub fn encode_goodbye() -> Vec<u8> {
+    encode(GOODBYE, 0, 0, 0, &Arguments::default())
 }
 
 /// The packet that asks for memory that the driver offers.
@@ -480,6 +494,7 @@ mod tests {
             let packet = encode_offer(7, read_only);
             assert_eq!(FromClient::decode(&packet), Ok(FromClient::Offer { memory: 7, read_only }));
         }
+        assert_eq!(FromClient::decode(&encode_goodbye()), Ok(FromClient::Goodbye));
         let packet = encode_withdraw(7);
         assert_eq!(FromClient::decode(&packet), Ok(FromClient::Withdraw { memory: 7 }));
         for (mut packet, value) in [(encode_offer(7, true), 2), (encode_withdraw(7), 1)] {

@@ -32,8 +32,8 @@ use std::time::{Duration, Instant};
 
 use iohost_event::{PacketError, Packets, Poller, Ready};
 use iohost_interface::packet::{
-    self, Call, FromDriver, Invocation, ReplyPacket, encode_map, encode_offer, encode_release,
-    encode_resumed, encode_taken, encode_withdraw,
+    self, Call, FromDriver, Invocation, ReplyPacket, encode_goodbye, encode_map, encode_offer,
+    encode_release, encode_resumed, encode_taken, encode_withdraw,
 };
 use iohost_interface::{
     ActionTarget, Arguments, Caller, Completion, Description, IOReturn, PassedAction,
@@ -156,6 +156,10 @@ impl Calls {
 
     /// Ends the connection for both sides, and with it the receiving thread.
     pub(crate) fn close(&self) {
+        // A driver that reads nothing is left without.
+        if self.send_unsent() {
+            let _ = self.socket.send(&encode_goodbye(), &[]);
+        }
         if let Ok(socket) = self.duplicate() {
             // `shutdown` is the same for every kind of socket; a connection that has ended
             // already needs none.

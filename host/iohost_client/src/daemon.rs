@@ -4,10 +4,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use iohost_control::host::Statistics;
+use iohost_control::host::{PowerState, Statistics};
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{
-    BindOptions, Bound, Daemon as _, Description, Device, Error, Status, Unbound,
+    BindOptions, Bound, Daemon as _, Description, Device, Error, Powered, Properties, Reloaded,
+    Status, Unbound,
 };
 use smol::{Timer, block_on, future};
 use zlink::Connection;
@@ -70,6 +71,13 @@ impl Daemon {
         block_on(self.0.unbind(device))
     }
 
+    /// Has the daemon read its configuration and its plugins again.
+    ///
+    /// Errors: `Refused` with the code `config` and the line of a mistake; then nothing changes.
+    pub fn reload(&mut self) -> Result<Reloaded, ClientError> {
+        block_on(self.0.reload())
+    }
+
     /// What a service's driver host counts: its sessions and its dispatch queues.
     pub fn statistics(&mut self, service: &str) -> Result<Statistics, ClientError> {
         block_on(self.0.statistics(service))
@@ -105,6 +113,30 @@ impl Daemon {
         queue_bytes: &[u32],
     ) -> Result<Session, ClientError> {
         block_on(self.0.open_with_queues(service, queue_bytes))
+    }
+
+    /// As [`open`](Self::open), as another kind of client than the first, which has another
+    /// interface.
+    ///
+    /// Errors: as `open`, and `Refused` with `client-type` when the driver has no such kind.
+    pub fn open_as(&mut self, service: &str, client_type: u64) -> Result<Session, ClientError> {
+        block_on(self.0.open_as(service, client_type))
+    }
+
+    /// What a service's driver says of itself.
+    pub fn properties(&mut self, service: &str) -> Result<Properties, ClientError> {
+        block_on(self.0.properties(service))
+    }
+
+    /// Has a service's driver go into a power state, and waits until it has.
+    ///
+    /// Errors: `Refused` with `power-late` when it has not acknowledged it within 20 s; it may later.
+    pub fn set_power_state(
+        &mut self,
+        service: &str,
+        state: PowerState,
+    ) -> Result<Powered, ClientError> {
+        block_on(self.0.set_power_state(service, state))
     }
 
     /// Opens a session with the one service that agrees with `wanted`.
@@ -164,6 +196,11 @@ impl AsyncDaemon {
         answer(self.connection.unbind(device)).await
     }
 
+    /// As [`Daemon::reload`].
+    pub async fn reload(&mut self) -> Result<Reloaded, ClientError> {
+        answer(self.connection.reload()).await
+    }
+
     /// As [`Daemon::statistics`].
     pub async fn statistics(&mut self, service: &str) -> Result<Statistics, ClientError> {
         answer(self.connection.statistics(service)).await
@@ -197,7 +234,7 @@ impl AsyncDaemon {
 
     /// As [`Daemon::open`].
     pub async fn open(&mut self, service: &str) -> Result<Session, ClientError> {
-        self.open_sized(service, None).await
+        self.open_sized(service, None, None).await
     }
 
     /// As [`Daemon::open_with_queues`].
@@ -206,7 +243,30 @@ impl AsyncDaemon {
         service: &str,
         queue_bytes: &[u32],
     ) -> Result<Session, ClientError> {
-        self.open_sized(service, Some(queue_bytes.to_vec())).await
+        self.open_sized(service, Some(queue_bytes.to_vec()), None).await
+    }
+
+    /// As [`Daemon::open_as`].
+    pub async fn open_as(
+        &mut self,
+        service: &str,
+        client_type: u64,
+    ) -> Result<Session, ClientError> {
+        self.open_sized(service, None, Some(client_type)).await
+    }
+
+    /// As [`Daemon::properties`].
+    pub async fn properties(&mut self, service: &str) -> Result<Properties, ClientError> {
+        answer(self.connection.properties(service)).await
+    }
+
+    /// As [`Daemon::set_power_state`].
+    pub async fn set_power_state(
+        &mut self,
+        service: &str,
+        state: PowerState,
+    ) -> Result<Powered, ClientError> {
+        answer(self.connection.power(service, state)).await
     }
 
     /// As [`Daemon::open_matching`].
@@ -230,8 +290,10 @@ impl AsyncDaemon {
         &mut self,
         service: &str,
         queue_bytes: Option<Vec<u32>>,
+        client_type: Option<u64>,
     ) -> Result<Session, ClientError> {
-        let (opened, fds) = in_time(self.connection.open(service, queue_bytes)).await?;
+        let open = self.connection.open(service, queue_bytes, client_type);
+        let (opened, fds) = in_time(open).await?;
         Session::new(opened.map_err(refused)?, fds)
     }
 }

@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use iohost_control::plugin::{PciIds, Personality};
 use iohost_control::varlink::{Device, Service, State};
 use iohost_interface::{Description, InterfaceClient};
 
@@ -21,7 +20,8 @@ pub struct ServiceMatch {
     name: Option<String>,
     driver: Option<String>,
     interface: Option<Description>,
-    pci: Option<Personality>,
+    /// Vendor and device.
+    pci: Option<(u16, u16)>,
 }
 
 impl ServiceMatch {
@@ -62,7 +62,7 @@ impl ServiceMatch {
     /// Only services on a PCI function with these ids. A device behind a socket has none that the
     /// daemon knows, so it does not match.
     pub fn pci(mut self, vendor: u16, device: u16) -> Self {
-        self.pci = Some(Personality { vendor: Some(vendor), device: Some(device), class: None });
+        self.pci = Some((vendor, device));
         self
     }
 
@@ -80,12 +80,12 @@ impl ServiceMatch {
     pub(crate) fn agrees(&self, service: &Service, devices: &[Device]) -> bool {
         let ids = || {
             let device = devices.iter().find(|device| device.location == service.location)?;
-            Some(PciIds { vendor: device.vendor?, device: device.device?, class: device.class? })
+            device.vendor.zip(device.device)
         };
         service.state == State::Running
             && self.name.as_ref().is_none_or(|name| *name == service.name)
             && self.driver.as_ref().is_none_or(|driver| Some(driver) == service.driver.as_ref())
-            && self.pci.is_none_or(|pci| ids().is_some_and(|ids| pci.fit(ids).is_some()))
+            && self.pci.is_none_or(|pci| ids() == Some(pci))
     }
 
     /// Whether the interface agrees that a service serves, in the text form.
@@ -102,7 +102,7 @@ impl fmt::Display for ServiceMatch {
         words.extend(self.name.as_ref().map(|name| format!("name {name}")));
         words.extend(self.driver.as_ref().map(|driver| format!("driver {driver}")));
         words.extend(self.interface.as_ref().map(|wanted| format!("interface {}", wanted.name)));
-        if let Some(Personality { vendor: Some(vendor), device: Some(device), .. }) = self.pci {
+        if let Some((vendor, device)) = self.pci {
             words.push(format!("PCI ids {vendor:04x}:{device:04x}"));
         }
         match words.is_empty() {
@@ -123,6 +123,7 @@ mod tests {
             driver: Some("edu".into()),
             state,
             reason: None,
+            choice: None,
             pid: None,
             incarnation: 1,
             backend: None,
@@ -130,6 +131,9 @@ mod tests {
             reset: None,
             quiesced: None,
             sessions: 0,
+            is_registered: state == State::Running,
+            is_busy: false,
+            power: None,
         }
     }
 

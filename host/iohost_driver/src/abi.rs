@@ -11,8 +11,8 @@
 //! 3. A `Work` is called or dropped once; a `Handler` is called by one thread at a time, and
 //!    dropped exactly once, last; what a queue was given to keep is dropped once, after the last
 //!    call of its work.
-//! 4. `start`, `stop`, `call`, `session_opened`, `session_closed` and `copy_client_memory` run on
-//!    the default queue, one at a time; `instance` is what our `start` wrote; `release` comes last and once.
+//! 4. `start`, `stop`, `call`, `session_opened`, `session_closed`, `copy_client_memory` and the
+//!    functions of `LifeCycleEntry` but for `describe_type` run on the default queue, one at a time; `instance` is what our `start` wrote; `release` comes last and once.
 //! 5. A pointer and a length given to us are valid for the call; descriptors given to us are
 //!    ours.
 //! 6. A reply is ours until we answer it. A `DriverAction` that we gave is dropped once, after
@@ -30,6 +30,7 @@ mod device;
 mod entry;
 mod memory;
 mod queue;
+mod service;
 mod services;
 mod session;
 mod source;
@@ -42,7 +43,7 @@ use std::sync::OnceLock;
 pub use iohost_driver_abi::DriverDescriptor;
 use iohost_driver_abi::{
     ABI_VERSION, ACTION, ActionTable, DEVICE, DISPATCH, DeviceTable, DispatchTable, HostTable,
-    SERVICES, SESSION, ServicesTable, SessionTable,
+    SERVICE, SERVICES, SESSION, ServiceTable, ServicesTable, SessionTable,
 };
 pub(crate) use iohost_driver_abi::{ClientMemory, Personality};
 use iohost_interface::IOReturn;
@@ -54,6 +55,8 @@ pub use self::entry::descriptor;
 pub use self::memory::Memory;
 pub(crate) use self::queue::KeepingQueue;
 pub use self::queue::Queue;
+pub use self::service::Acknowledgement;
+pub(crate) use self::service::Entry;
 pub use self::services::Watch;
 pub use self::source::{Descriptor, Interrupt, Source, Timer};
 
@@ -65,6 +68,7 @@ struct Tables {
     session: &'static SessionTable,
     action: &'static ActionTable,
     services: &'static ServicesTable,
+    service: &'static ServiceTable,
 }
 
 static TABLES: OnceLock<Tables> = OnceLock::new();
@@ -85,7 +89,7 @@ impl Tables {
                 .ok_or(IOReturn::UNSUPPORTED)
         };
         let (dispatch, device, session) = (table(DISPATCH)?, table(DEVICE)?, table(SESSION)?);
-        let (action, services) = (table(ACTION)?, table(SERVICES)?);
+        let (action, services, service) = (table(ACTION)?, table(SERVICES)?, table(SERVICE)?);
         // SAFETY: contract 1: a table of this name is of this type and lives for ever.
         let dispatch = unsafe { dispatch.cast::<DispatchTable>().as_ref() };
         // SAFETY: the same.
@@ -96,7 +100,9 @@ impl Tables {
         let action = unsafe { action.cast::<ActionTable>().as_ref() };
         // SAFETY: the same.
         let services = unsafe { services.cast::<ServicesTable>().as_ref() };
-        let _ = TABLES.set(Self { host, dispatch, device, session, action, services });
+        // SAFETY: the same.
+        let service = unsafe { service.cast::<ServiceTable>().as_ref() };
+        let _ = TABLES.set(Self { host, dispatch, device, session, action, services, service });
         if host.log.is_some() {
             logger::install();
         }

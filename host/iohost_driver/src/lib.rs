@@ -3,7 +3,7 @@
 //! A driver is a value that one serial queue owns. Every handler of the queue's sources gets
 //! `&mut self`; so a driver has no lock, no atomic and no `unsafe`. Its parts:
 //!
-//! - [`IOService`]: what it is for, how it starts and stops.
+//! - [`IOService`]: what it is for, how it starts and stops; [`ServiceEntry`]: what it says of itself.
 //! - [`IOPCIDevice`] and [`Bar`]: its device; [`DeviceEventSource`]: what happens to it.
 //! - [`IODispatchQueue`], [`IOInterruptDispatchSource`], [`IOTimerDispatchSource`],
 //!   [`IODataQueueDispatchSource`]: when its code runs.
@@ -35,6 +35,7 @@ mod notification;
 mod pci;
 mod raw_queue;
 mod service;
+mod service_entry;
 mod timer;
 pub mod wdm;
 
@@ -66,6 +67,7 @@ pub use pci::{
 };
 pub use raw_queue::IORawDispatchQueue;
 pub use service::{Exported, IOService, Needs, Personality, QueueEnd, Session, SessionId};
+pub use service_entry::{PowerAcknowledgement, PowerState, Properties, ServiceEntry, Stopping};
 pub use timer::{IOTimerClock, IOTimerDispatchSource};
 
 /// What almost every driver needs.

@@ -23,6 +23,10 @@ impl IORawDispatchQueue {
     /// reentrant.
     pub const METHODS_NOT_SYNCHRONIZED: u64 = 0x2;
 
+    pub(crate) fn of(raw: abi::Queue) -> Self {
+        Self { raw }
+    }
+
     /// Makes a queue beside another one, on the same engine.
     ///
     /// Errors: `BAD_ARGUMENT` for an unknown option, a priority other than 0 (there are none), or

@@ -4,12 +4,16 @@ use std::collections::HashMap;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use iohost_interface::{Arguments, IOReturn, ReplySink, ToClient, ToDriver};
 use iohost_memory::ring::{Bell, Consumer, HangUp, Ledger, Producer, Ring};
 
 use crate::data_queue::RingEnd;
-use crate::{ClientMemory, Error, IODispatchQueue, IOPCIDevice, Result, abi};
+use crate::{
+    ClientMemory, Error, IODispatchQueue, IOPCIDevice, PowerAcknowledgement, PowerState, Result,
+    Stopping, abi,
+};
 
 /// Why the lock of the open sessions is never poisoned.
 const NO_PANIC: &str = "no foreign code runs under this lock";
@@ -21,9 +25,21 @@ pub trait IOService: Sized + Send + 'static {
     /// The devices the driver is for.
     const PERSONALITIES: &'static [Personality];
 
+    /// Only drivers of one category compete for a device, and a device has one driver. Most have
+    /// the category without a name; one of another is for devices whose configuration says
+    /// `category`. At most 63 bytes. `IOMatchCategory`, where DriverKit would run one driver of
+    /// each category on a device: ours has one owner.
+    const MATCH_CATEGORY: &'static str = "";
+
     /// What the driver cannot do without. Where a device is reached in a way that lacks it, the
     /// driver is not started, and the reason says so.
     const NEEDS: Needs = Needs::NOTHING;
+
+    /// Whether the driver says itself when clients and other drivers may see it, with
+    /// [`ServiceEntry::register`]; said in `start`, that is when `start` has returned. Else they may
+    /// as soon as it has started: in DriverKit every driver calls `RegisterService`, and almost all
+    /// do so in `Start`.
+    const REGISTERS_ITSELF: bool = false;
 
     /// Starts the driver: returns a working driver, or why there is none. The device was reset
     /// before. Handlers of sources made here run after `start` has returned.
@@ -32,6 +48,32 @@ pub trait IOService: Sized + Send + 'static {
     /// Quiets the device. Called once, before the driver is dropped. Callers whose replies the
     /// driver still holds are told `ABORTED` when it is.
     fn stop(&mut self) {}
+
+    /// As [`stop`](Self::stop), for a driver that cannot stop at once: it keeps `stopping`, cancels
+    /// its sources and drops `stopping` in the last completion. It gets no calls and no news of
+    /// sessions meanwhile, only the handlers of its sources, and is dropped after that. The daemon
+    /// waits 5 s, then it kills the process. What DriverKit has as `Stop`, which calls that of its
+    /// parent when it has finished.
+    fn stop_later(&mut self, stopping: Stopping) {
+        self.stop();
+        drop(stopping);
+    }
+
+    /// The power state is to be another one: make the device ready for it, then drop
+    /// `acknowledgement`, which may be later. After 20 s without, the operator is told that the
+    /// driver is late. `SetPowerState`; its answer `NotReady`, of a driver that acknowledges what it
+    /// was not told, cannot come about.
+    ///
+    /// A driver begins in [`PowerState::On`]. The host does not touch the device's own power state.
+    fn set_power_state(&mut self, state: PowerState, acknowledgement: PowerAcknowledgement) {
+        let _ = (state, acknowledgement);
+    }
+
+    /// The process of a session's client has died, and did not close the session, which is told
+    /// next. `ClientCrashed`.
+    fn client_crashed(&mut self, session: SessionId) {
+        let _ = session;
+    }
 
     /// A client opened a session; its data queues are in `session`. An error refuses it.
     ///
@@ -63,45 +105,77 @@ pub trait IOService: Sized + Send + 'static {
     }
 }
 
-/// Devices a driver is for.
+/// Devices a driver is for. What it names has all to agree; alternatives are personalities of
+/// their own.
+///
+/// Of several drivers the one that names most of the device wins, unless a
+/// [score](Self::with_probe_score) says otherwise; `iohost status` shows who competed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Personality(abi::Personality);
+pub struct Personality {
+    dwords: abi::Personality,
+    score: i32,
+}
+
+/// Nothing of it counts.
+pub(crate) const ANY_DEVICE: abi::Personality = abi::Personality {
+    primary: 0,
+    primary_mask: 0,
+    subsystem: 0,
+    subsystem_mask: 0,
+    class: 0,
+    class_mask: 0,
+};
 
 impl Personality {
     /// A PCI function by vendor and device id. `IOPCIPrimaryMatch`.
     pub const fn pci(vendor: u16, device: u16) -> Self {
-        Self(abi::Personality {
-            primary: (device as u32) << 16 | vendor as u32,
-            primary_mask: u32::MAX,
-            subsystem: 0,
-            subsystem_mask: 0,
-            class: 0,
-            class_mask: 0,
-        })
+        Self::pci_masked((device as u32) << 16 | vendor as u32, u32::MAX)
+    }
+
+    /// PCI functions whose first dword of configuration space (device id in the upper half, vendor
+    /// id in the lower) has these bits. `IOPCIPrimaryMatch` with a mask.
+    pub const fn pci_masked(ids: u32, mask: u32) -> Self {
+        let dwords = abi::Personality { primary: ids, primary_mask: mask, ..ANY_DEVICE };
+        Self { dwords, score: 0 }
     }
 
     /// PCI functions by class, subclass and programming interface: 24 bits. `IOPCIClassMatch`.
     pub const fn pci_class(class: u32) -> Self {
-        assert!(class <= 0xff_ffff, "a class code has 24 bits");
-        Self(abi::Personality {
-            primary: 0,
-            primary_mask: 0,
-            subsystem: 0,
-            subsystem_mask: 0,
-            class: class << 8,
-            class_mask: 0xffff_ff00,
-        })
+        Self { dwords: ANY_DEVICE, score: 0 }.with_class(class, 0xff_ffff)
+    }
+
+    /// Of these, only those of this class, in the bits of `mask`, 24 each. `IOPCIClassMatch` with
+    /// a mask.
+    pub const fn with_class(mut self, class: u32, mask: u32) -> Self {
+        assert!(class <= 0xff_ffff && mask <= 0xff_ffff, "a class code has 24 bits");
+        self.dwords.class = class << 8 | self.dwords.class & 0xff;
+        self.dwords.class_mask = mask << 8 | self.dwords.class_mask & 0xff;
+        self
+    }
+
+    /// Of these, only those of this revision. `IOPCIClassMatch` with a mask of the lower 8 bits.
+    pub const fn with_revision(mut self, revision: u8) -> Self {
+        self.dwords.class = self.dwords.class & 0xffff_ff00 | revision as u32;
+        self.dwords.class_mask |= 0xff;
+        self
     }
 
     /// Of these, only those with these subsystem ids. `IOPCISecondaryMatch`.
     pub const fn with_subsystem(mut self, vendor: u16, device: u16) -> Self {
-        self.0.subsystem = (device as u32) << 16 | vendor as u32;
-        self.0.subsystem_mask = u32::MAX;
+        self.dwords.subsystem = (device as u32) << 16 | vendor as u32;
+        self.dwords.subsystem_mask = u32::MAX;
         self
     }
 
-    pub(crate) const fn for_abi(self) -> abi::Personality {
-        self.0
+    /// What the driver is worth beyond how closely it fits: a device's id alone is worth 1000.
+    /// `IOProbeScore`.
+    pub const fn with_probe_score(mut self, score: i32) -> Self {
+        self.score = score;
+        self
+    }
+
+    pub(crate) const fn for_abi(self) -> (abi::Personality, i32) {
+        (self.dwords, self.score)
     }
 }
 
@@ -135,6 +209,7 @@ pub type SessionId = u64;
 pub struct Session {
     id: SessionId,
     generation: u64,
+    client_type: u64,
     ends: Vec<Option<SessionEnds>>,
     ledger: Option<Ledger>,
     hang_up: HangUp,
@@ -143,6 +218,7 @@ pub struct Session {
 /// A session, as it comes from the host.
 pub(crate) struct OfferedSession {
     pub(crate) id: SessionId,
+    pub(crate) client_type: u64,
     pub(crate) generation: u64,
     pub(crate) ends: Vec<Option<SessionEnds>>,
     pub(crate) ledger: Option<OwnedFd>,
@@ -176,6 +252,12 @@ impl Session {
     /// and left it behind. What that one knew of the session is gone.
     pub fn generation(&self) -> u64 {
         self.generation
+    }
+
+    /// Which kind of client this is: the place of its interface in
+    /// [`export_driver!`](crate::export_driver), from 0. The `type` of `NewUserClient`.
+    pub fn client_type(&self) -> u64 {
+        self.client_type
     }
 
     /// The driver's end of a queue that the client puts entries in. Once.
@@ -247,11 +329,17 @@ pub trait Exported: IOService {
     /// The descriptor, for a host that has the driver linked in.
     fn descriptor() -> &'static abi::DriverDescriptor;
 
-    /// The interface's description, if the driver serves one.
-    fn description() -> Option<String>;
+    /// The description of the interface for a kind of client, if the driver serves one.
+    fn description(client_type: u64) -> Option<String>;
 
-    /// Hands a call to the interface.
-    fn serve(&mut self, selector: u64, arguments: Arguments, sink: Box<dyn ReplySink>);
+    /// Hands a call of such a client to the interface.
+    fn serve(
+        &mut self,
+        client_type: u64,
+        selector: u64,
+        arguments: Arguments,
+        sink: Box<dyn ReplySink>,
+    );
 }
 
 /// A started driver, as the ABI holds it.
@@ -259,6 +347,8 @@ pub(crate) struct Instance<D: Exported> {
     queue: IODispatchQueue<D>,
     /// Of the sessions that are open.
     hang_ups: Mutex<HashMap<SessionId, HangUp>>,
+    /// It was told to stop.
+    stop_begun: AtomicBool,
 }
 
 impl<D: Exported> Instance<D> {
@@ -266,15 +356,37 @@ impl<D: Exported> Instance<D> {
         let queue = IODispatchQueue::without_state(queue);
         let driver = D::start(IOPCIDevice::new(device), &queue)?;
         queue.replace_state(Some(driver));
-        Ok(Self { queue, hang_ups: Mutex::default() })
+        Ok(Self { queue, hang_ups: Mutex::default(), stop_begun: AtomicBool::new(false) })
     }
 
     pub(crate) fn queue(&self) -> &abi::Queue {
         self.queue.raw()
     }
 
+    pub(crate) fn begin_stop(&self, owed: abi::Acknowledgement) {
+        self.stop_begun.store(true, Relaxed);
+        let _ = self.queue.enter(|driver| driver.stop_later(Stopping(owed)));
+    }
+
+    pub(crate) fn set_power_state(&self, state: u32, owed: abi::Acknowledgement) {
+        let acknowledgement = PowerAcknowledgement(owed);
+        match PowerState::from_flags(state) {
+            Some(state) => {
+                let _ = self.queue.enter(|it| it.set_power_state(state, acknowledgement));
+            }
+            None => log::warn!("the host has a power state {state:#x} that this driver has not"),
+        }
+    }
+
+    pub(crate) fn client_crashed(&self, session: u64) {
+        let _ = self.queue.enter(|driver| driver.client_crashed(session));
+    }
+
+    /// Ends a driver, which has been told to stop or is told now.
     pub(crate) fn stop(&self) {
-        let _ = self.queue.enter(IOService::stop);
+        if !self.stop_begun.swap(true, Relaxed) {
+            let _ = self.queue.enter(IOService::stop);
+        }
         // Dropped here, on the queue and outside of the state's lock: sources end, replies that
         // are still owed say `ABORTED`.
         drop(self.queue.replace_state(None));
@@ -282,22 +394,23 @@ impl<D: Exported> Instance<D> {
 
     pub(crate) fn call(
         &self,
-        _session: u64,
+        client_type: u64,
         selector: u64,
         arguments: Arguments,
         sink: Box<dyn ReplySink>,
     ) {
         // When the driver is stopped the sink is dropped with the closure, which answers.
-        let _ = self.queue.enter(|driver| driver.serve(selector, arguments, sink));
+        let _ = self.queue.enter(|driver| driver.serve(client_type, selector, arguments, sink));
     }
 
     pub(crate) fn session_opened(&self, offered: OfferedSession) -> i32 {
         let hang_up = HangUp::default();
-        let OfferedSession { id, generation, ends, ledger } = offered;
+        let OfferedSession { id, client_type, generation, ends, ledger } = offered;
         let ledger = ledger.map(Ledger::attach).transpose();
         let ledger = ledger.map_err(|err| Error::new(IOReturn::IPC_ERROR, err.to_string()));
         let opened = ledger.and_then(|ledger| {
-            let session = Session { id, generation, ends, ledger, hang_up: hang_up.clone() };
+            let hang_up = hang_up.clone();
+            let session = Session { id, generation, client_type, ends, ledger, hang_up };
             self.queue.enter(|driver| driver.session_opened(session)).map_err(Error::from).flatten()
         });
         match &opened {
@@ -348,6 +461,13 @@ impl<D: Exported> Drop for Instance<D> {
 /// ```ignore
 /// iohost_driver::export_driver!(Edu, serves edu_api);
 /// ```
+///
+/// With more interfaces than one there are as many kinds of clients. A program says which it is when
+/// it opens its session, 0 for the first; a number that no interface has is refused `UNSUPPORTED`.
+///
+/// ```ignore
+/// iohost_driver::export_driver!(Edu, serves edu_api, edu_maintenance_api);
+/// ```
 #[macro_export]
 macro_rules! export_driver {
     ($driver:ty) => {
@@ -356,12 +476,13 @@ macro_rules! export_driver {
         impl $crate::Exported for $driver {
             $crate::export_driver!(@descriptor);
 
-            fn description() -> ::std::option::Option<::std::string::String> {
+            fn description(_: u64) -> ::std::option::Option<::std::string::String> {
                 ::std::option::Option::None
             }
 
             fn serve(
                 &mut self,
+                _: u64,
                 _: u64,
                 _: $crate::expansion::Arguments,
                 sink: ::std::boxed::Box<dyn $crate::ReplySink>,
@@ -370,23 +491,41 @@ macro_rules! export_driver {
             }
         }
     };
-    ($driver:ty, serves $interface:ident) => {
+    ($driver:ty, serves $($interface:ident),+) => {
         $crate::export_driver!(@export $driver);
 
         impl $crate::Exported for $driver {
             $crate::export_driver!(@descriptor);
 
-            fn description() -> ::std::option::Option<::std::string::String> {
-                ::std::option::Option::Some($interface::description())
+            fn description(
+                client_type: u64,
+            ) -> ::std::option::Option<::std::string::String> {
+                let kinds: &[fn() -> ::std::string::String] = &[$($interface::description),+];
+                ::std::option::Option::Some(kinds.get(client_type as usize)?())
             }
 
             fn serve(
                 &mut self,
+                client_type: u64,
                 selector: u64,
                 arguments: $crate::expansion::Arguments,
                 sink: ::std::boxed::Box<dyn $crate::ReplySink>,
             ) {
-                $interface::serve(self, selector, arguments, sink);
+                type Serve<Driver> = fn(
+                    &mut Driver,
+                    u64,
+                    $crate::expansion::Arguments,
+                    ::std::boxed::Box<dyn $crate::ReplySink>,
+                );
+                let kinds: &[Serve<Self>] = &[$(|driver, selector, arguments, sink| {
+                    $interface::serve(driver, selector, arguments, sink)
+                }),+];
+                match kinds.get(client_type as usize) {
+                    ::std::option::Option::Some(serve) => serve(self, selector, arguments, sink),
+                    ::std::option::Option::None => {
+                        sink.deliver(::std::result::Result::Err($crate::IOReturn::UNSUPPORTED));
+                    }
+                }
             }
         }
     };

@@ -4,6 +4,7 @@
 //! deadline, and deals with each as a whole before the next. Nothing here blocks: what waits for a
 //! kernel driver to let go of its device has threads of its own (`Bindings`).
 
+mod configured;
 mod device_events;
 mod life;
 mod news;
@@ -21,7 +22,7 @@ use iohost_control::plugin::PciIds;
 use iohost_event::{Poller, Ready as Found};
 use iohost_pci::{HotplugSocket, PciFunction};
 use log::{info, warn};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
 use crate::Options;
@@ -36,8 +37,9 @@ const REQUESTS: u64 = 0;
 const SIGNALS: u64 = 1;
 const BINDINGS: u64 = 2;
 const HOTPLUG: u64 = 3;
+const RELOAD: u64 = 4;
 /// Each driver host has two tokens from here on: its messages, then its end.
-const HOSTS: u64 = 4;
+const HOSTS: u64 = 6;
 /// Each session has one from here on: the end of its client.
 const SESSIONS: u64 = 1 << 63;
 
@@ -52,9 +54,11 @@ pub(crate) struct Actor {
     services: Vec<Service>,
     inbox: Inbox,
     signals: UnixStream,
+    /// SIGHUP.
+    reload: UnixStream,
     poller: Poller,
     bindings: Bindings,
-    /// Devices that come back; `None` where the kernel does not say.
+    /// Devices that come; `None` where the kernel does not say.
     hotplug: Option<HotplugSocket>,
     /// A driver host has not read what it was told of services, so that it has to be told later.
     is_behind: bool,
@@ -84,13 +88,17 @@ impl Actor {
         signals.set_nonblocking(true)?;
         pipe::register(SIGTERM, raised.try_clone()?)?;
         pipe::register(SIGINT, raised)?;
+        let (reload, hung_up) = UnixStream::pair()?;
+        reload.set_nonblocking(true)?;
+        pipe::register(SIGHUP, hung_up)?;
         let poller = Poller::new()?;
         poller.watch(&*inbox.wake, REQUESTS)?;
         poller.watch(&signals, SIGNALS)?;
+        poller.watch(&reload, RELOAD)?;
         let bindings = Bindings::new(options.sysfs.clone(), &config.state_directory)?;
         poller.watch(bindings.wake(), BINDINGS)?;
-        let hotplug = HotplugSocket::open()
-            .inspect_err(|err| warn!(err:%; "a device that comes back will not be noticed"))
+        let hotplug = HotplugSocket::open(&options.sysfs)
+            .inspect_err(|err| warn!(err:%; "a device that comes will not be noticed"))
             .ok();
         if let Some(hotplug) = &hotplug {
             poller.watch(hotplug, HOTPLUG)?;
@@ -104,6 +112,7 @@ impl Actor {
             services,
             inbox,
             signals,
+            reload,
             poller,
             bindings,
             hotplug,
@@ -127,6 +136,7 @@ impl Actor {
                 self.start(at, Cause::Asked);
             }
         }
+        self.look_for_devices();
         let mut found = Found::new(64);
         while !self.is_finished() {
             let waited = self.poller.wait(&mut found, self.until_next_deadline());
@@ -138,6 +148,7 @@ impl Actor {
                 match token {
                     REQUESTS => self.answer_requests(),
                     SIGNALS => self.take_signals(),
+                    RELOAD => self.take_reload_signal(),
                     BINDINGS => self.hear_of_bindings(),
                     HOTPLUG => self.hear_hotplug(),
                     SESSIONS.. => self.client_left(token - SESSIONS),
@@ -240,5 +251,12 @@ fn word(service: &Service) -> &str {
 }
 
 fn ids(function: &PciFunction) -> PciIds {
-    PciIds { vendor: function.vendor, device: function.device, class: function.class }
+    PciIds {
+        vendor: function.vendor,
+        device: function.device,
+        subsystem_vendor: function.subsystem_vendor,
+        subsystem_device: function.subsystem_device,
+        class: function.class,
+        revision: function.revision,
+    }
 }

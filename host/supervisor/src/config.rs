@@ -12,7 +12,10 @@
 //!
 //! [[device]]
 //! address = "0000:01:00.0"        # a PCI function
-//! driver = "edu"                  # without it: the plugin whose match table fits best
+//! driver = "edu"                  # without it: the plugin whose match table fits best; if that one
+//!                                 # does not start, the next best
+//! # category = "diagnosis"        # only plugins of that category; without it: of the one without a name
+//! # disabled = true               # leave the device alone, whatever else says it may be taken
 //! interrupts = ["intx"]           # without it: whatever the device has
 //! bind = true                     # take it from its kernel driver; give it back at the end
 //! on_error = "reset"              # at an error of the device: "notify" (only its driver and the log),
@@ -24,7 +27,19 @@
 //! name = "edu0"
 //! socket = "/run/edu.sock"        # a device behind a vfio-user server
 //! driver = "edu"                  # has to be named: the device says what it is too late
+//!
+//! [[match]]                       # PCI functions that iohost may take when it finds them, or when
+//!                                 # they appear; none that the machine uses, and no [[device]]
+//! primary = "0x11e81234"          # device and vendor; alternatives with spaces between them, each
+//!                                 # under a mask if need be: "0x00001234&0x0000ffff"
+//! # secondary = "0x11001af4"      # those of the board
+//! # ids = "0x11e81234"            # either of the two
+//! # class = "0x00ff0000"          # class in the upper 24 bits, revision in the rest
+//! # driver, category, interrupts, on_error, backend and allow_unsafe as for a device
 //! ```
+//!
+//! Each key of a `[[match]]` that is there has to agree. `iohost reload` and SIGHUP have the daemon
+//! read the file again: what it says anew of a device restarts that device's driver, and no other.
 //!
 //! A mistake is reported with file, line and key, before anything is touched.
 
@@ -32,6 +47,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use iohost_control::host::{DeviceLocation, InterruptChoice, PciBackend};
+use iohost_control::plugin::{Alternatives, PciMatch};
 use iohost_pci::{Binding, PciAddress};
 use serde::Deserialize;
 use toml::Spanned;
@@ -58,6 +74,30 @@ pub struct Config {
     pub limits: Limits,
     /// The devices, in the order of the file; names and locations are unique.
     pub devices: Vec<DeviceConfig>,
+    /// What may be taken wherever it is, in the order of the file: the first that agrees counts.
+    pub matches: Vec<MatchRule>,
+}
+
+/// PCI functions that may be taken wherever they are.
+#[derive(Clone, Debug, PartialEq)]
+pub struct MatchRule {
+    /// Which ones.
+    pub wanted: PciMatch,
+    /// How each is driven, with another name and location.
+    pattern: DeviceConfig,
+}
+
+impl MatchRule {
+    /// The function at an address, as this rule has it driven.
+    pub(crate) fn device(&self, address: PciAddress) -> DeviceConfig {
+        let location = Location::Pci(address);
+        DeviceConfig { name: location.to_string(), location, ..self.pattern.clone() }
+    }
+
+    /// The driver that it names, and the line of the rule.
+    pub(crate) fn driver(&self) -> Option<(&str, usize)> {
+        self.pattern.driver.as_deref().map(|driver| (driver, self.pattern.line))
+    }
 }
 
 /// What clients may ask for.
@@ -99,6 +139,10 @@ pub struct DeviceConfig {
     pub backend: Option<PciBackend>,
     /// What to do about an error that the device reports.
     pub on_error: ErrorPolicy,
+    /// The category of drivers that compete for it; most have the one without a name.
+    pub category: String,
+    /// Whether it is to be left alone, unless somebody asks for it.
+    pub is_disabled: bool,
     /// The line of the entry.
     pub line: usize,
 }
@@ -225,7 +269,10 @@ impl Config {
             }
             devices.push(device);
         }
+        let matches = raw.matches.into_iter().map(|rule| source.check_rule(rule));
+        let matches = matches.collect::<Result<_, _>>()?;
         Ok(Self {
+            matches,
             driver_directory: raw.driver_directory,
             runtime_directory: raw.runtime_directory,
             state_directory: raw.state_directory,
@@ -248,6 +295,8 @@ struct RawConfig {
     limits: Limits,
     #[serde(default)]
     device: Vec<Spanned<RawDevice>>,
+    #[serde(default, rename = "match")]
+    matches: Vec<Spanned<RawMatch>>,
 }
 
 fn default_driver_directory() -> PathBuf {
@@ -273,6 +322,29 @@ struct RawDevice {
     interrupts: Vec<InterruptChoice>,
     #[serde(default)]
     bind: bool,
+    backend: Option<Spanned<PciBackend>>,
+    #[serde(default)]
+    allow_unsafe: bool,
+    #[serde(default)]
+    on_error: ErrorPolicy,
+    #[serde(default)]
+    category: String,
+    #[serde(default)]
+    disabled: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawMatch {
+    ids: Option<Spanned<String>>,
+    primary: Option<Spanned<String>>,
+    secondary: Option<Spanned<String>>,
+    class: Option<Spanned<String>>,
+    driver: Option<String>,
+    #[serde(default)]
+    category: String,
+    #[serde(default)]
+    interrupts: Vec<InterruptChoice>,
     backend: Option<Spanned<PciBackend>>,
     #[serde(default)]
     allow_unsafe: bool,
@@ -344,8 +416,58 @@ impl Source<'_> {
             bind: device.bind,
             backend: device.backend.map(Spanned::into_inner),
             on_error: device.on_error,
+            category: device.category,
+            is_disabled: device.disabled,
             line,
         })
+    }
+
+    fn check_rule(&self, rule: Spanned<RawMatch>) -> Result<MatchRule, ConfigError> {
+        let line = self.line(&rule.span());
+        let rule = rule.into_inner();
+        let read = |name: &str, key: Option<Spanned<String>>| {
+            let read = |text: Spanned<String>| {
+                text.get_ref().parse::<Alternatives>().map_err(|err| {
+                    self.error(
+                        self.line(&text.span()),
+                        format!("key `{name}`: {err}"),
+                        "see the ids with `iohost devices`; the device's come first: 11e8:1234 is \
+                         0x11e81234",
+                    )
+                })
+            };
+            key.map(read).transpose()
+        };
+        let wanted = PciMatch {
+            ids: read("ids", rule.ids)?,
+            primary: read("primary", rule.primary)?,
+            secondary: read("secondary", rule.secondary)?,
+            class: read("class", rule.class)?,
+        };
+        if wanted == PciMatch::default() {
+            return Err(self.error(
+                line,
+                "a match has none of `ids`, `primary`, `secondary` and `class`".into(),
+                "say which PCI functions may be taken, such as primary = \"0x11e81234\"",
+            ));
+        }
+        let location = Location::Pci("0000:00:00.0".parse().expect("an address"));
+        if let Some(backend) = &rule.backend {
+            self.check_backend(backend, &location, rule.allow_unsafe)?;
+        }
+        let pattern = DeviceConfig {
+            name: String::new(),
+            location,
+            driver: rule.driver,
+            interrupts: rule.interrupts,
+            bind: true,
+            backend: rule.backend.map(Spanned::into_inner),
+            on_error: rule.on_error,
+            category: rule.category,
+            is_disabled: false,
+            line,
+        };
+        Ok(MatchRule { wanted, pattern })
     }
 
     fn check_backend(
@@ -459,6 +581,7 @@ mod tests {
         assert_eq!(config.devices[0].name, "0000:01:00.0");
         assert_eq!(config.devices[0].interrupts, [InterruptChoice::IntX]);
         assert_eq!(config.devices[1].location, Location::Socket("/run/edu.sock".into()));
+        assert_eq!(config.matches.len(), 1);
     }
 
     #[test]
@@ -486,6 +609,36 @@ mod tests {
             "iohost.toml:3: key `interrupts`: unknown value `irq`\n  next: use one of intx, msi, \
              msix"
         );
+    }
+
+    #[test]
+    fn a_match_is_read_with_its_alternatives_and_how_what_it_finds_is_driven() {
+        let config = parse(
+            "[[match]]\nprimary = \"0x11e81234 0x00008086&0xffff\"\nclass = \"0x01080200\"\n\
+             driver = \"edu\"\non_error = \"reset\"\n",
+        );
+        let rule = &config.unwrap().matches[0];
+        assert_eq!(rule.wanted.primary, "0x11e81234 0x00008086&0xffff".parse().ok());
+        assert_eq!(rule.driver(), Some(("edu", 1)));
+        let device = rule.device("0000:01:00.0".parse().unwrap());
+        assert_eq!((&*device.name, device.bind), ("0000:01:00.0", true));
+        assert_eq!((device.driver.as_deref(), device.on_error), (Some("edu"), ErrorPolicy::Reset));
+    }
+
+    #[test]
+    fn a_match_of_everything_or_of_nonsense_is_refused() {
+        let message = |text| parse(text).unwrap_err().to_string();
+        assert_eq!(
+            message("[[match]]\ndriver = \"edu\"\n"),
+            "iohost.toml:1: a match has none of `ids`, `primary`, `secondary` and `class`"
+        );
+        assert_eq!(
+            message("[[match]]\n\nclass = \"disk\"\n"),
+            "iohost.toml:3: key `class`: \"disk\" is not a number as 0x11e81234, or one under a \
+             mask as 0x00001234&0x0000ffff"
+        );
+        assert!(message("[[match]]\nclass = \"1\"\nbackend = \"uio\"\n").contains("UNSAFE"));
+        assert!(message("[[match]]\nclass = \"1\"\nname = \"a\"\n").contains("`name`"));
     }
 
     #[test]

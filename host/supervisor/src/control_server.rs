@@ -10,11 +10,11 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 use std::time::Duration;
 
-use iohost_control::host::{QueueStatistics, Statistics};
+use iohost_control::host::{PowerState, QueueStatistics, Statistics};
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{
-    BindOptions, Bound, Description, Device, DeviceList, Error, EventKind, Opened, Queue, Reason,
-    Service, ServiceEvent, State, Status, Unbound,
+    BindOptions, Bound, Description, Device, DeviceList, Error, EventKind, Opened, Powered,
+    Properties, Queue, Reason, Reloaded, Service, ServiceEvent, State, Status, Unbound,
 };
 use log::{debug, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -131,7 +131,7 @@ struct Control(Asker);
     vendor = "iohost",
     product = "iohost",
     version = env!("CARGO_PKG_VERSION"),
-    types = [Device, Service, State, Reason, Queue, QueueStatistics, EventKind]
+    types = [Device, Service, State, PowerState, Reason, Queue, QueueStatistics, EventKind]
 )]
 impl Control {
     /// The devices the daemon can see.
@@ -168,9 +168,26 @@ impl Control {
         Ok(self.0.ask(|answer| Request::Unbind { device: address, answer }).await?)
     }
 
+    /// Reads the configuration and the plugins again, and does what has changed: services begin,
+    /// end, or start again, and no other one is disturbed. With a mistake nothing changes.
+    async fn reload(&self) -> Result<Reloaded, Error> {
+        Ok(self.0.ask(Request::Reload).await?)
+    }
+
     /// What a service's driver host counts: its sessions and its dispatch queues.
     async fn statistics(&self, service: String) -> Result<Statistics, Error> {
         Ok(self.0.ask(|answer| Request::Statistics { service, answer }).await?)
+    }
+
+    /// What a service's driver says of itself.
+    async fn properties(&self, service: String) -> Result<Properties, Error> {
+        Ok(self.0.ask(|answer| Request::Properties { service, answer }).await?)
+    }
+
+    /// Has a service's driver go into a power state. Answered once it has acknowledged that, or
+    /// refused with power-late after 20 s.
+    async fn power(&self, service: String, state: PowerState) -> Result<Powered, Error> {
+        Ok(self.0.ask(|answer| Request::Power { service, state, answer }).await?)
     }
 
     /// The interface that a service serves.
@@ -197,7 +214,8 @@ impl Control {
     }
 
     /// Opens a session. queue_bytes are the bytes of each queue's ring, in the order of the
-    /// interface; absent for the default. Beside the reply: the session's socket, then for each
+    /// interface; absent for the default. client_type is the kind of client; absent for the first.
+    /// Beside the reply: the session's socket, then for each
     /// queue its memory, its data-available eventfd and its data-serviced eventfd. The session
     /// ends when its socket closes.
     #[zlink(return_fds)]
@@ -205,8 +223,10 @@ impl Control {
         &self,
         service: String,
         queue_bytes: Option<Vec<u32>>,
+        client_type: Option<u64>,
     ) -> (Result<Opened, Error>, Vec<OwnedFd>) {
-        match self.0.ask(|answer| Request::Open { service, queue_bytes, answer }).await {
+        let wanted = (queue_bytes, client_type.unwrap_or_default());
+        match self.0.ask(|answer| Request::Open { service, wanted, answer }).await {
             Ok((opened, fds)) => (Ok(opened), fds),
             Err(failure) => (Err(failure.into()), Vec::new()),
         }

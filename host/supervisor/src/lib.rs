@@ -43,6 +43,7 @@ pub use plugins::Inspect;
 pub use restart::{Decision, RestartPolicy};
 
 use crate::actor::Actor;
+use crate::config::MatchRule;
 use crate::plugins::Plugins;
 use crate::runtime_directory::RuntimeDirectory;
 
@@ -181,6 +182,9 @@ fn check_plugins(options: &Options, config: &Config, file: &Path) -> Result<Plug
                 in_config(Failure { message, ..failure }, Some(device.line))
             })?;
         }
+    }
+    for (name, line) in config.matches.iter().filter_map(MatchRule::driver) {
+        plugins.named(name).map_err(|failure| in_config(failure, Some(line)))?;
     }
     Ok(plugins)
 }

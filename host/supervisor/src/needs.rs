@@ -62,6 +62,8 @@ mod tests {
             bind: true,
             backend,
             on_error: ErrorPolicy::default(),
+            category: String::new(),
+            is_disabled: false,
             line: 0,
         }
     }
@@ -71,7 +73,12 @@ mod tests {
         backend: Option<PciBackend>,
         may_lock: Option<u64>,
     ) -> Option<Failure> {
-        let plugin = PluginInfo { name: "disk".into(), personalities: Vec::new(), needs };
+        let plugin = PluginInfo {
+            name: "disk".into(),
+            category: String::new(),
+            personalities: Vec::new(),
+            needs,
+        };
         let device = device(backend);
         check(&plugin, &device, may_lock).err()
     }

@@ -83,30 +83,47 @@ impl Plugins {
         ))
     }
 
-    /// The plugin that fits the device best; among equals, the first by name.
-    pub(crate) fn best_for(&self, ids: PciIds) -> Option<&Plugin> {
+    /// The plugins of a category that are for a device, with how well they fit: the best first, and
+    /// equals by name.
+    pub(crate) fn candidates(&self, ids: PciIds, category: &str) -> Vec<(i32, &Plugin)> {
         let fit = |plugin: &Plugin| {
             plugin.info.personalities.iter().filter_map(|personality| personality.fit(ids)).max()
         };
-        let fitting = self.usable.iter().filter_map(|plugin| Some((fit(plugin)?, plugin)));
-        // `max_by_key` takes the last of equals, so from behind.
-        fitting.rev().max_by_key(|(fit, _)| *fit).map(|(_, plugin)| plugin)
+        let competing = self.usable.iter().filter(|plugin| plugin.info.category == category);
+        let mut fitting: Vec<_> =
+            competing.filter_map(|plugin| Some((fit(plugin)?, plugin))).collect();
+        fitting.sort_by_key(|(fit, _)| std::cmp::Reverse(*fit));
+        fitting
+    }
+
+    /// The plugin that would be taken for a device that the configuration does not have.
+    pub(crate) fn best_for(&self, ids: PciIds) -> Option<&Plugin> {
+        self.candidates(ids, "").first().map(|(_, plugin)| *plugin)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use iohost_control::plugin::{ClassMatch, Needs, Personality};
+    use iohost_control::plugin::{Masked, Needs, Personality};
 
     use super::*;
 
-    const EDU: PciIds = PciIds { vendor: 0x1234, device: 0x11e8, class: 0x00ff00 };
+    const EDU: PciIds = PciIds {
+        vendor: 0x1234,
+        device: 0x11e8,
+        subsystem_vendor: 0x1af4,
+        subsystem_device: 0x1100,
+        class: 0x00ff00,
+        revision: 0x10,
+    };
 
-    fn plugins(list: &[(&str, Personality)]) -> Plugins {
-        let plugin = |(name, personality): &(&str, Personality)| Plugin {
+    /// Plugins by name, category and personality.
+    fn plugins(list: &[(&str, &str, Personality)]) -> Plugins {
+        let plugin = |(name, category, personality): &(&str, &str, Personality)| Plugin {
             file: format!("/{name}.so").into(),
             info: PluginInfo {
                 name: name.to_string(),
+                category: category.to_string(),
                 personalities: vec![*personality],
                 needs: Needs::default(),
             },
@@ -119,32 +136,64 @@ mod tests {
     }
 
     fn exact() -> Personality {
-        Personality { vendor: Some(0x1234), device: Some(0x11e8), class: None }
+        Personality::pci(0x1234, 0x11e8)
+    }
+
+    fn by_class() -> Personality {
+        let class = Masked { value: 0x00ff_0000, mask: 0xffff_ff00 };
+        Personality { class, ..Personality::default() }
+    }
+
+    fn with_score(score: i32, personality: Personality) -> Personality {
+        Personality { score, ..personality }
     }
 
     #[test]
-    fn the_most_specific_plugin_wins() {
-        let class = Some(ClassMatch { code: 0x00ff00, mask: 0xffff00 });
-        let by_class = Personality { class, ..Personality::default() };
-        let plugins = plugins(&[("any", by_class), ("edu", exact())]);
-        assert_eq!(plugins.best_for(EDU).unwrap().info.name, "edu");
+    fn candidates_come_best_first_by_closeness_score_and_name() {
+        let revision = Masked { value: 0x10, mask: 0xff };
+        let by_revision = Personality { class: revision, ..exact() };
+        for (list, expected) in [
+            (vec![("a", "", by_class()), ("b", "", exact())], "b a"),
+            (vec![("a", "", exact()), ("b", "", by_revision)], "b a"),
+            (vec![("a", "", exact()), ("b", "", exact()), ("c", "", exact())], "a b c"),
+            (vec![("a", "", exact()), ("b", "", with_score(1, exact()))], "b a"),
+            (vec![("a", "", with_score(-1, exact())), ("b", "", exact())], "b a"),
+            (vec![("a", "", exact()), ("b", "", with_score(1000, by_class()))], "b a"),
+            (vec![("a", "", Personality::pci(0x1234, 1)), ("b", "", by_class())], "b"),
+            (vec![("a", "", Personality::pci(0x1234, 1))], ""),
+        ] {
+            let plugins = plugins(&list);
+            let found = plugins.candidates(EDU, "");
+            let names: Vec<_> = found.iter().map(|(_, plugin)| &*plugin.info.name).collect();
+            assert_eq!(names.join(" "), expected, "{list:?}");
+        }
     }
 
     #[test]
-    fn among_equals_the_first_name_wins() {
-        let plugins = plugins(&[("a", exact()), ("b", exact()), ("c", exact())]);
-        assert_eq!(plugins.best_for(EDU).unwrap().info.name, "a");
+    fn drivers_of_another_category_do_not_compete() {
+        let plugins = plugins(&[
+            ("edu", "", by_class()),
+            ("tester", "diagnosis", exact()),
+            ("other", "diagnosis", by_class()),
+        ]);
+        let names = |category| {
+            let found = plugins.candidates(EDU, category);
+            found.iter().map(|(_, plugin)| plugin.info.name.clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(""), ["edu"]);
+        assert_eq!(names("diagnosis"), ["tester", "other"]);
+        assert_eq!(names("none of these"), [""; 0]);
     }
 
     #[test]
     fn a_device_for_which_nothing_is_made_gets_nothing() {
         let other = PciIds { device: 1, ..EDU };
-        assert_eq!(plugins(&[("edu", exact())]).best_for(other), None);
+        assert_eq!(plugins(&[("edu", "", exact())]).best_for(other), None);
     }
 
     #[test]
     fn a_name_that_is_missing_is_answered_with_the_names_there_are() {
-        let failure = plugins(&[("edu", exact())]).named("nvme").unwrap_err();
+        let failure = plugins(&[("edu", "", exact())]).named("nvme").unwrap_err();
         assert_eq!(
             failure.to_string(),
             "no plugin in /drivers is named \"nvme\"\n  next: install the plugin there, or \

@@ -4,9 +4,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc;
 
-use iohost_control::host::{Failure, Statistics};
+use iohost_control::host::{Failure, PowerState, Statistics};
 use iohost_control::varlink::{
-    BindOptions, Bound, Description, DeviceList, Opened, ServiceEvent, Status, Unbound,
+    BindOptions, Bound, Description, DeviceList, Opened, Powered, Properties, Reloaded,
+    ServiceEvent, Status, Unbound,
 };
 use iohost_event::Signal;
 use smol::channel;
@@ -16,12 +17,40 @@ use smol::channel;
 pub(crate) enum Request {
     Devices(Answer<DeviceList>),
     Status(Answer<Status>),
-    Bind { device: String, options: BindOptions, answer: Answer<Bound> },
-    Unbind { device: String, answer: Answer<Unbound> },
-    Statistics { service: String, answer: Answer<Statistics> },
-    Describe { service: String, answer: Answer<Description> },
+    Bind {
+        device: String,
+        options: BindOptions,
+        answer: Answer<Bound>,
+    },
+    Unbind {
+        device: String,
+        answer: Answer<Unbound>,
+    },
+    Statistics {
+        service: String,
+        answer: Answer<Statistics>,
+    },
+    Describe {
+        service: String,
+        answer: Answer<Description>,
+    },
+    Properties {
+        service: String,
+        answer: Answer<Properties>,
+    },
+    Power {
+        service: String,
+        state: PowerState,
+        answer: Answer<Powered>,
+    },
+    Reload(Answer<Reloaded>),
     Watch(Answer<channel::Receiver<ServiceEvent>>),
-    Open { service: String, queue_bytes: Option<Vec<u32>>, answer: Answer<(Opened, Vec<OwnedFd>)> },
+    /// Wanted are the bytes of each queue, and the kind of client.
+    Open {
+        service: String,
+        wanted: (Option<Vec<u32>>, u64),
+        answer: Answer<(Opened, Vec<OwnedFd>)>,
+    },
 }
 
 /// Where an answer goes. Dropped without one, the asker is told that the daemon stops.

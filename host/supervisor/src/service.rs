@@ -5,8 +5,10 @@ use std::mem;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, Quiesced, Ready, RunningService, Statistics};
-use iohost_control::varlink::{BindOptions, Bound, Opened, State as Shown, Unbound};
+use iohost_control::host::{Failure, PowerState, Quiesced, Ready, RunningService, Statistics};
+use iohost_control::varlink::{
+    BindOptions, Bound, Opened, Powered, Properties, State as Shown, Unbound,
+};
 use iohost_event::Packets;
 use iohost_interface::Description;
 use iohost_pci::Order;
@@ -23,9 +25,17 @@ pub(crate) struct Service {
     pub(crate) device: DeviceConfig,
     /// Whether it was asked for by `bind` and is forgotten when it is given back.
     pub(crate) on_request: bool,
+    /// Whether a `[[match]]` brought it.
+    pub(crate) by_rule: bool,
+    /// What a new configuration makes of it once its device is given back.
+    pub(crate) next: Option<Next>,
     pub(crate) state: State,
     /// The plugin that was chosen for the last start.
     pub(crate) driver: Option<String>,
+    /// Why that one, for a person.
+    pub(crate) choice: Option<String>,
+    /// Drivers that did not start since somebody asked for the service, with the reasons.
+    pub(crate) failed: Vec<(String, Failure)>,
     /// The reset that the last driver host reported.
     pub(crate) reset: Option<String>,
     /// What became of making the device safe, the last time.
@@ -51,7 +61,7 @@ pub(crate) struct Service {
     /// By number. They outlive driver hosts, as long as another one is to come.
     pub(crate) sessions: BTreeMap<u64, Session>,
     /// The interface that the sessions were opened with.
-    pub(crate) served: Option<Description>,
+    pub(crate) served: Option<Vec<Description>>,
     /// Who opens a session while the service restarts.
     pub(crate) visitors: Vec<Visitor>,
 }
@@ -74,7 +84,9 @@ pub(crate) struct Service {
 /// `Stopping` out without a driver host, or `Actor::end` for what happened to the device,
 /// 7 `Actor::stopped`, or `Actor::ended`, which may as well lead to Restarting or Quarantined,
 /// 8 `Actor::start_taken`, 9 `Actor::put_away`, 10 `Actor::given_back`. A device that could not be
-/// made safe is Quarantined whatever else is true (`Actor::is_unfit`).
+/// made safe is Quarantined whatever else is true (`Actor::is_unfit`). From Starting a service goes to
+/// Starting again where the next best driver is tried (`Actor::try_next`), and from GivingBack to 1
+/// where the configuration says something new of it (`Service::next`).
 #[derive(Debug)]
 pub(crate) enum State {
     Down(Failure),
@@ -87,7 +99,8 @@ pub(crate) enum State {
     Running {
         host: Host,
         ready: Ready,
-        interface: Description,
+        /// By the kind of client; there is always a first.
+        interfaces: Vec<Description>,
     },
     Restarting {
         at: Instant,
@@ -120,6 +133,15 @@ pub(crate) enum Then {
     Start,
 }
 
+/// What follows when a device is given back because the configuration is another one.
+#[derive(Clone, Debug)]
+pub(crate) enum Next {
+    /// It is started, as that says.
+    Replace(Box<DeviceConfig>),
+    /// It is no service any more.
+    Remove,
+}
+
 /// A driver host and what is expected of it.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -142,6 +164,16 @@ pub(crate) struct Host {
     pub(crate) told: Option<BTreeMap<String, u64>>,
     /// Who waits for its numbers. Dropped with it, which tells them.
     pub(crate) asked: Vec<Answer<Statistics>>,
+    /// Who waits for what the driver says of itself.
+    pub(crate) asked_properties: Vec<Answer<Properties>>,
+    /// Who waits for a power state.
+    pub(crate) asked_power: Vec<(PowerState, Answer<Powered>)>,
+    /// The state that the driver has acknowledged last.
+    pub(crate) power: PowerState,
+    /// Whether the driver says that it is busy.
+    pub(crate) is_busy: bool,
+    /// Whether it wanted to be visible before it was said to run.
+    pub(crate) is_registered: bool,
 }
 
 /// What follows the end of a driver host that was told to end for more than a request, or that only
@@ -156,13 +188,18 @@ pub(crate) enum Ending {
     Died(Failure),
     /// Nothing but a request starts it again.
     Isolated(Failure),
+    /// The driver wanted to end: its device is given back.
+    Terminated(Failure),
 }
 
 impl Ending {
     pub(crate) fn why(&self) -> Option<&Failure> {
         match self {
             Ending::Stopped => None,
-            Ending::Removed(why) | Ending::Died(why) | Ending::Isolated(why) => Some(why),
+            Ending::Removed(why)
+            | Ending::Died(why)
+            | Ending::Isolated(why)
+            | Ending::Terminated(why) => Some(why),
         }
     }
 }
@@ -212,7 +249,7 @@ pub(crate) enum Stage {
 #[derive(Debug)]
 pub(crate) struct Visitor {
     pub(crate) deadline: Instant,
-    pub(crate) queue_bytes: Option<Vec<u32>>,
+    pub(crate) wanted: (Option<Vec<u32>>, u64),
     pub(crate) answer: Answer<(Opened, Vec<OwnedFd>)>,
 }
 
@@ -231,8 +268,12 @@ impl Service {
         Self {
             device,
             on_request,
+            by_rule: false,
+            next: None,
             state: State::Down(not_yet),
             driver: None,
+            choice: None,
+            failed: Vec::new(),
             reset: None,
             quiesced: None,
             quiescing: false,
@@ -312,11 +353,14 @@ impl Service {
 
     /// The service as other drivers see it, if it runs.
     pub(crate) fn running(&self) -> Option<RunningService> {
-        let State::Running { ready, interface, .. } = &self.state else { return None };
+        let State::Running { ready, interfaces, .. } = &self.state else { return None };
+        if !ready.is_registered {
+            return None;
+        }
         Some(RunningService {
             name: self.device.name.clone(),
             driver: ready.driver.clone(),
-            interface: interface.name.clone(),
+            interface: interfaces[0].name.clone(),
             incarnation: self.incarnation,
         })
     }
@@ -379,12 +423,16 @@ impl Service {
             state,
             reason: reason.cloned().map(Into::into),
             pid: self.host().map(|host| host.process.pid()),
+            choice: self.choice.clone(),
             incarnation: self.incarnation,
             backend,
             is_unsafe: self.device.is_unsafe(),
             reset: self.reset.clone(),
             quiesced: self.quiesced.clone(),
             sessions: self.sessions.len() as u64,
+            is_registered: self.running().is_some(),
+            is_busy: self.host().is_some_and(|host| host.is_busy),
+            power: self.host().filter(|host| host.was_ready).map(|host| host.power),
         }
     }
 }

@@ -15,6 +15,7 @@ use iohost_memory::ring::{Bell, Ledger, Ring, RingError};
 /// What a session's two sides share.
 #[derive(Debug)]
 pub(crate) struct SessionMemory {
+    client_type: u64,
     ledger: Ledger,
     queues: Vec<QueueMemory>,
 }
@@ -54,8 +55,8 @@ impl SessionError {
 }
 
 impl SessionMemory {
-    /// Makes empty queues of these sizes.
-    pub(crate) fn create(sizes: &[QueueSize]) -> Result<Self, SessionError> {
+    /// Makes empty queues of these sizes, for a kind of client.
+    pub(crate) fn create(sizes: &[QueueSize], client_type: u64) -> Result<Self, SessionError> {
         let queue = |size: &QueueSize| {
             Ok(QueueMemory {
                 bytes: size.bytes,
@@ -66,13 +67,14 @@ impl SessionMemory {
             })
         };
         let queues = sizes.iter().map(queue).collect::<Result<_, SessionError>>()?;
-        Ok(Self { ledger: Ledger::create()?, queues })
+        Ok(Self { client_type, ledger: Ledger::create()?, queues })
     }
 
     /// What a driver host is told of the session.
     pub(crate) fn for_host(&self, session: u64, generation: u64) -> OpenSession {
         let queues = self.queues.iter().map(|queue| QueueSize { bytes: queue.bytes });
-        OpenSession { session, generation, queues: queues.collect() }
+        let client_type = self.client_type;
+        OpenSession { session, generation, client_type, queues: queues.collect() }
     }
 
     /// The descriptors for a driver host, beside its end of the socket, in the order of

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use iohost_control::host::RunningService;
@@ -12,7 +12,10 @@ use iohost_device_backend::{DeviceEvent, InterruptKind};
 use iohost_device_models::{Bus, DeviceModel, Function};
 use iohost_dispatch::{Engine, EngineClock};
 use iohost_driver::{Exported, IOReturn, ToClient, ToDriver};
-use iohost_driver_host::{Device, Driver, NewSession, Plugin, SessionQueue, StartError};
+use iohost_driver_host::{
+    Device, Driver, NewSession, Plugin, PowerNews, PowerState, Registry, Services, SessionQueue,
+    StartError,
+};
 use iohost_interface::{
     Arguments, Caller, Description, InterfaceClient, PendingAnswer, answer_pair,
 };
@@ -30,6 +33,7 @@ pub struct Rig<D: Exported, M: DeviceModel> {
     device: Arc<Device>,
     driver: Option<Arc<Driver>>,
     next_session: u64,
+    power: Arc<Mutex<Vec<PowerNews>>>,
     /// Other services that began.
     incarnations: AtomicU64,
     kind: PhantomData<fn() -> D>,
@@ -56,7 +60,11 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
         let (device, _) = Device::take_over(backend.clone(), interrupts.to_vec())
             .expect("an emulated function can be reset");
         let plugin = Plugin::linked(D::descriptor());
-        let driver = Driver::start(&engine, plugin, device.clone(), Arc::default())?;
+        let power = Arc::new(Mutex::default());
+        let news: Arc<Mutex<Vec<PowerNews>>> = power.clone();
+        let services = Services::default()
+            .telling_power(move |told| news.lock().expect("nobody panics with it").push(told));
+        let driver = Driver::start(&engine, plugin, device.clone(), Arc::new(services))?;
         let driver = Some(Arc::new(driver));
         Ok(Self {
             engine: Arc::new(engine),
@@ -65,6 +73,7 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
             device,
             driver,
             next_session: 1,
+            power,
             incarnations: AtomicU64::new(0),
             kind: PhantomData,
         })
@@ -122,25 +131,42 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
 
     /// A client's calls to the driver; answers are there after [`settle`](Self::settle).
     pub fn client<C: InterfaceClient>(&self) -> C {
-        C::new(Arc::new(DirectCalls { driver: self.driver().clone() }))
+        C::new(Arc::new(DirectCalls { driver: self.driver().clone(), session: 0 }))
+    }
+
+    /// The calls of the client that has a session, which may be of another kind than the first.
+    pub fn client_of<C: InterfaceClient>(&self, session: &RigSession) -> C {
+        C::new(Arc::new(DirectCalls { driver: self.driver().clone(), session: session.number }))
     }
 
     /// Calls a method by its number, with arguments that no typed client would send.
     pub fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
-        DirectCalls { driver: self.driver().clone() }.call(selector, arguments)
+        DirectCalls { driver: self.driver().clone(), session: 0 }.call(selector, arguments)
     }
 
     /// Opens a session whose data queues have `queue_byte_count` bytes each.
     pub fn open_session(&mut self, queue_byte_count: u32) -> Result<RigSession, IOReturn> {
-        let description = D::description().unwrap_or_default();
-        let description = Description::parse(&description).expect("made by `interface!`");
-        let parts: Vec<_> =
-            description.queues.iter().map(|_| QueueParts::new(queue_byte_count)).collect();
+        self.open_session_as(0, queue_byte_count)
+    }
+
+    /// The same for a client of another kind than the first.
+    pub fn open_session_as(
+        &mut self,
+        client_type: u64,
+        queue_byte_count: u32,
+    ) -> Result<RigSession, IOReturn> {
+        let description = D::description(client_type).unwrap_or_default();
+        let queues = match &*description {
+            "" => Vec::new(),
+            text => Description::parse(text).expect("made by `interface!`").queues,
+        };
+        let parts: Vec<_> = queues.iter().map(|_| QueueParts::new(queue_byte_count)).collect();
         let number = self.next_session;
         self.next_session += 1;
         let queues = parts.iter().map(QueueParts::for_driver).collect();
         // Without a ledger: whoever could survive is in this process too.
         let session = NewSession { number, generation: 1, queues, ledger: None };
+        self.driver().expect_client_type(number, client_type);
         self.driver().session_opened(session)?;
         Ok(RigSession { number, queues: parts.into_iter().map(Some).collect() })
     }
@@ -166,11 +192,38 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
         self.driver().services().ended(name);
     }
 
-    /// Stops the driver. What it owed its callers they have been told.
+    /// Tells the driver that the process of a session's client has died; it hears of it at
+    /// [`settle`](Self::settle).
+    pub fn client_crashed(&self, session: &RigSession) {
+        self.driver().client_crashed(session.number);
+    }
+
+    /// What the driver says of itself.
+    pub fn registry(&self) -> &Registry {
+        self.driver().services().registry()
+    }
+
+    /// Has the driver go into a power state; it hears of it at [`settle`](Self::settle).
+    pub fn set_power_state(&self, state: PowerState) {
+        self.driver().set_power_state(state);
+    }
+
+    /// What became of power states since the last call.
+    pub fn power_news(&self) -> Vec<PowerNews> {
+        std::mem::take(&mut *self.power.lock().expect("nobody panics with it"))
+    }
+
+    /// Tells the driver to stop, which most have done when this returns. What they owed their
+    /// callers they have been told.
     pub fn stop(&mut self) {
         if let Some(driver) = &self.driver {
-            driver.stop();
+            driver.begin_stop();
         }
+    }
+
+    /// Whether the driver has stopped and is dropped.
+    pub fn has_stopped(&self) -> bool {
+        self.driver().has_stopped()
     }
 
     /// What the driver failed of: the first panic in one of its handlers.
@@ -266,13 +319,15 @@ impl QueueParts {
 /// Calls that go straight to the driver's queue.
 struct DirectCalls {
     driver: Arc<Driver>,
+    /// 0: none.
+    session: u64,
 }
 
 impl Caller for DirectCalls {
     fn call(&self, selector: u64, arguments: Arguments) -> Box<dyn PendingAnswer> {
         let (sink, pending) = answer_pair();
         match arguments.check() {
-            Ok(()) => self.driver.call(0, selector, arguments, sink, || ()),
+            Ok(()) => self.driver.call(self.session, selector, arguments, sink, || ()),
             // A session's transport carries no more.
             Err(status) => sink.deliver(Err(status)),
         }

@@ -43,7 +43,29 @@ pub struct DriverDescriptor {
     pub header: DescriptorHeader,
     /// The part that is used once the plugin is loaded.
     pub entry: DriverEntry,
+    /// More of what is read from the file. It and what follows are there if `header.size` says so.
+    pub matching: Matching,
+    /// More of what is used once the plugin is loaded.
+    pub life_cycle: LifeCycleEntry,
 }
+
+/// Bytes of the descriptor of the first plugins, which end with their entry.
+pub const FIRST_DESCRIPTOR: usize = std::mem::offset_of!(DriverDescriptor, matching);
+
+/// Plain bytes: how a driver competes with others for a device. A plugin without it has all zeros.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct Matching {
+    /// Only drivers of one category compete; UTF-8, padded with zeros.
+    pub category: [u8; NAME_BYTES],
+    /// What each personality is worth beyond how closely it fits.
+    pub scores: [i32; MOST_PERSONALITIES],
+    /// [`REGISTERS_ITSELF`], or 0.
+    pub flags: u64,
+}
+
+/// The driver is visible once it says so, and not as soon as it has started.
+pub const REGISTERS_ITSELF: u64 = 1;
 
 /// Plain bytes, without a pointer among them: readable without running anything.
 #[repr(C)]
@@ -139,6 +161,44 @@ pub struct DriverEntry {
     ) -> i32,
 }
 
+/// What the host calls in the life of a driver beyond [`DriverEntry`], on the driver's default
+/// queue, but for `describe_type`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct LifeCycleEntry {
+    /// The driver is to stop, and has stopped when it acknowledges; `stop` of [`DriverEntry`] is
+    /// called after that. Nothing else is called meanwhile but handlers of its own sources.
+    pub begin_stop: unsafe extern "C" fn(instance: *mut c_void, owed: *mut HostAcknowledgement),
+    /// As `session_opened`, with the kind of client that is wanted.
+    pub session_opened_as: unsafe extern "C" fn(
+        instance: *mut c_void,
+        session: *const SessionInfo,
+        client_type: u64,
+    ) -> i32,
+    /// As `call`, of a session of that kind.
+    pub call_as: unsafe extern "C" fn(
+        instance: *mut c_void,
+        session: u64,
+        client_type: u64,
+        selector: u64,
+        arguments: *const CallArguments,
+        reply: *mut HostReply,
+    ),
+    /// As `describe`, of the interface for clients of that kind. `UNSUPPORTED`: there is no such
+    /// kind. Any thread, also before `start`.
+    pub describe_type: unsafe extern "C" fn(
+        client_type: u64,
+        sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+        context: *mut c_void,
+    ) -> i32,
+    /// The process of a session's client has died with the session open. `session_closed` follows.
+    pub client_crashed: unsafe extern "C" fn(instance: *mut c_void, session: u64),
+    /// The power state is to be another one, and is when the driver acknowledges: 0 off, 0x10000
+    /// low, 2 on.
+    pub set_power_state:
+        unsafe extern "C" fn(instance: *mut c_void, state: u32, owed: *mut HostAcknowledgement),
+}
+
 /// Memory for a client. The descriptor is given away with it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -224,6 +284,8 @@ opaque! {
     HostAction;
     /// A source of news of services.
     HostWatch;
+    /// An acknowledgement that the driver owes.
+    HostAcknowledgement;
     /// An invocation of one of the driver's actions.
     HostInvocation;
     /// Where a panic is told, for one call.
@@ -682,6 +744,110 @@ pub struct DriverAction {
     /// The plugin's.
     pub context: *mut c_void,
 }
+
+/// What a driver says of itself, and the services it makes: the table `iohost.service.1`.
+///
+/// An entry is a service in the registry of the driver's process, by its number; `queue` is any of
+/// the driver's queues. Dictionaries and their values are JSON. `NOT_FOUND` for an entry that is
+/// not there, or no more.
+#[repr(C)]
+#[derive(Debug)]
+pub struct ServiceTable {
+    /// Bytes of this table.
+    pub size: u32,
+    /// The driver's own entry.
+    pub own: unsafe extern "C" fn(queue: *mut HostQueue) -> u64,
+    /// The entry that provides for one; the device's is the last. `NOT_FOUND`.
+    pub provider:
+        unsafe extern "C" fn(queue: *mut HostQueue, entry: u64, provider: *mut u64) -> i32,
+    /// Makes an entry visible to clients and other drivers; before the driver has started, once
+    /// it has.
+    pub register: unsafe extern "C" fn(queue: *mut HostQueue, entry: u64) -> i32,
+    /// Makes an entry of the dictionary that `provider` has as the property `key`.
+    pub create: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        provider: u64,
+        key: *const u8,
+        key_len: usize,
+        entry: *mut u64,
+    ) -> i32,
+    /// Ends an entry, later. The driver's own: the driver is stopped. `options` is 0.
+    pub terminate: unsafe extern "C" fn(queue: *mut HostQueue, entry: u64, options: u32) -> i32,
+    /// Gives an entry a name of at most 127 bytes.
+    pub set_name: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        entry: u64,
+        name: *const u8,
+        name_len: usize,
+    ) -> i32,
+    /// Gives an entry's name to `sink`. `ERROR` when it has none.
+    pub copy_name: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        entry: u64,
+        sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+        context: *mut c_void,
+    ) -> i32,
+    /// Gives all properties of an entry to `sink`, as a dictionary; with 1 as `whose` an array of
+    /// its own and those of its providers, up to the root.
+    pub copy_properties: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        entry: u64,
+        whose: u32,
+        sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+        context: *mut c_void,
+    ) -> i32,
+    /// Merges a dictionary into the properties that the driver has set.
+    pub set_properties: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        entry: u64,
+        dictionary: *const u8,
+        dictionary_len: usize,
+    ) -> i32,
+    /// Takes back a property that the driver has set.
+    pub remove_property: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        entry: u64,
+        name: *const u8,
+        name_len: usize,
+    ) -> i32,
+    /// Gives a property's value to `sink`; option 1: the nearest provider's that has it, else.
+    pub search_property: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        entry: u64,
+        name: *const u8,
+        name_len: usize,
+        options: u64,
+        sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+        context: *mut c_void,
+    ) -> i32,
+    /// Adds to an entry's busy count.
+    pub adjust_busy: unsafe extern "C" fn(queue: *mut HostQueue, entry: u64, delta: i32) -> i32,
+    /// An entry's busy count: its own and one for each busy entry that it provides for.
+    pub busy_state: unsafe extern "C" fn(queue: *mut HostQueue, entry: u64, count: *mut u32) -> i32,
+    /// Asks for a power state, as `set_power_state` of [`LifeCycleEntry`] is then told.
+    pub change_power_state: unsafe extern "C" fn(queue: *mut HostQueue, state: u32) -> i32,
+    /// Says that what was owed is done, and consumes it. Any thread.
+    pub acknowledge: unsafe extern "C" fn(owed: *mut HostAcknowledgement),
+    /// Gives a queue a name by which `copy_dispatch_queue` finds it. `BAD_ARGUMENT` for an empty
+    /// one, or "Default", whose queue runs the driver already.
+    pub set_dispatch_queue: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        name: *const u8,
+        name_len: usize,
+        named: *mut HostQueue,
+    ) -> i32,
+    /// The queue of that name, "Default" for the one that runs the driver. `NOT_FOUND`; `ERROR`
+    /// when the driver has stopped.
+    pub copy_dispatch_queue: unsafe extern "C" fn(
+        queue: *mut HostQueue,
+        name: *const u8,
+        name_len: usize,
+        named: *mut *mut HostQueue,
+    ) -> i32,
+}
+
+/// The name of [`ServiceTable`].
+pub const SERVICE: &std::ffi::CStr = c"iohost.service.1";
 
 /// Other services: the table `iohost.services.1`.
 #[repr(C)]

@@ -5,13 +5,14 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recvfrom, socket,
 };
 
-use crate::PciAddress;
+use crate::{PciAddress, Sysfs};
 
 /// What happened to a function.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,10 +36,16 @@ const LONGEST: usize = 8192;
 const KERNEL_GROUP: u32 = 1;
 
 impl HotplugSocket {
-    /// Listens from now on.
+    /// Listens from now on, to what is announced of the functions of `sysfs`: by the kernel, or, of
+    /// a tree that a test made, by whoever sends to the datagram socket `uevents` in it.
     ///
     /// Errors: what `socket` and `bind` say; `EPROTONOSUPPORT` from a kernel without networking.
-    pub fn open() -> io::Result<Self> {
+    pub fn open(sysfs: &Sysfs) -> io::Result<Self> {
+        if !sysfs.is_the_kernels() {
+            let socket = UnixDatagram::bind(sysfs.root().join("uevents"))?;
+            socket.set_nonblocking(true)?;
+            return Ok(Self(socket.into()));
+        }
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let protocol = SockProtocol::NetlinkKObjectUEvent;
         let fd = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
@@ -124,7 +131,7 @@ mod tests {
 
     #[test]
     fn a_socket_that_nothing_was_announced_on_has_nothing_to_tell() {
-        let socket = HotplugSocket::open().unwrap();
+        let socket = HotplugSocket::open(&Sysfs::default()).unwrap();
         // Whatever this machine does meanwhile, the call returns.
         while socket.next_event().is_some() {}
     }

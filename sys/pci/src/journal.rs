@@ -245,3 +245,26 @@ fn options() -> OpenOptions {
 fn sync(directory: &Path) -> io::Result<()> {
     File::open(directory)?.sync_all()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_an_error_with_its_file_and_what_was_noted_before_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let journal = Journal::new(folder.path().to_owned());
+        let address: PciAddress = "0000:01:00.0".parse().unwrap();
+        let noted = Record { persist: Some(Persist::Function), undo: None };
+        journal.write(address, &noted).unwrap();
+        let new = journal.record(address).with_extension("new");
+        std::os::unix::fs::symlink("/dev/full", new).unwrap();
+
+        let other = Record { persist: Some(Persist::Group), undo: None };
+        let Err(PciError::State { path, source }) = journal.write(address, &other) else {
+            panic!("a full disk takes nothing")
+        };
+        assert_eq!((path, source.kind()), (journal.record(address), ErrorKind::StorageFull));
+        assert_eq!(journal.read(address).unwrap(), Some(noted));
+    }
+}

@@ -89,6 +89,11 @@ impl Sysfs {
         Self { proc: proc.into(), ..self }
     }
 
+    /// Whether this is the machine's own.
+    pub(crate) fn is_the_kernels(&self) -> bool {
+        self.root == Path::new("/sys")
+    }
+
     /// Every PCI function there is, by address. A function that goes away meanwhile is left out.
     pub fn functions(&self) -> Result<Vec<PciFunction>, PciError> {
         let mut functions = Vec::new();

@@ -64,6 +64,18 @@ iohost_interface::interface! {
         /// The status of looking for the memory of the caller of the first `hold` that is not
         /// answered.
         17 => fn look_for_memory_of_held(memory: u64) -> i32;
+
+        /// How many clients have died with a session open.
+        18 => fn crashed_clients() -> u32;
+
+        /// Sets a property of the driver to a text, and its busy count one higher.
+        19 => fn describe(name: String, text: String);
+
+        /// Has the stop complete so much later.
+        20 => fn stop_after(milliseconds: u32);
+
+        /// The driver ends itself.
+        21 => fn terminate();
     }
 
     queues {}
@@ -77,3 +89,18 @@ pub const PUBLISHED: u64 = 1;
 
 /// Bytes of each; no multiple of a page.
 pub const MEMORY_BYTES: usize = 10_000;
+
+/// The interface for another kind of client, of type 1.
+pub mod registering {
+    iohost_interface::interface! {
+        /// Has the driver be seen.
+        pub interface registering;
+
+        methods {
+            /// The type of the client.
+            0 => fn client_type() -> u32;
+        }
+
+        queues {}
+    }
+}

@@ -3,14 +3,17 @@
 use std::ffi::c_void;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
-use iohost_driver_abi::{ClientMemory, DriverEntry, SessionInfo};
+use iohost_driver_abi::{ClientMemory, DriverEntry, LifeCycleEntry, SessionInfo};
 use iohost_interface::{Arguments, IOReturn, ReplySink};
 
+use super::service::owed;
 use super::session::{ReplyObject, lent};
+use crate::power::{Acknowledgement, PowerState};
 
 /// What a driver's `start` made. All but the drop runs on the driver's default queue.
 pub(crate) struct Instance {
     pub(super) entry: DriverEntry,
+    pub(super) life_cycle: Option<LifeCycleEntry>,
     pub(super) instance: *mut c_void,
 }
 
@@ -45,6 +48,32 @@ pub struct SessionQueue {
 }
 
 impl Instance {
+    /// Has the driver stop; it has when it acknowledges, which may be before this returns. Then
+    /// `stop` has to be called.
+    pub(crate) fn begin_stop(&self, done: Acknowledgement) {
+        if let Some(functions) = self.life_cycle {
+            // SAFETY: as in `stop`; the acknowledgement is given away.
+            unsafe { (functions.begin_stop)(self.instance, owed(done)) }
+        }
+    }
+
+    /// Tells the driver of a power state; it acknowledges when it is so. A driver of before there
+    /// were any has it at once.
+    pub(crate) fn set_power_state(&self, state: PowerState, done: Acknowledgement) {
+        if let Some(functions) = self.life_cycle {
+            // SAFETY: as in `stop`; the acknowledgement is given away.
+            unsafe { (functions.set_power_state)(self.instance, state.flags(), owed(done)) }
+        }
+    }
+
+    /// The process of a session's client has died.
+    pub(crate) fn client_crashed(&self, session: u64) {
+        if let Some(functions) = self.life_cycle {
+            // SAFETY: as in `stop`.
+            unsafe { (functions.client_crashed)(self.instance, session) }
+        }
+    }
+
     pub(crate) fn stop(&self) {
         // SAFETY: contract 1, with the instance that `start` made and that is not released.
         unsafe { (self.entry.stop)(self.instance) }
@@ -53,6 +82,7 @@ impl Instance {
     pub(crate) fn call(
         &self,
         session: u64,
+        client_type: u64,
         selector: u64,
         arguments: &Arguments,
         sink: Box<dyn ReplySink>,
@@ -60,13 +90,25 @@ impl Instance {
         let passed = arguments.actions.clone();
         let arguments = lent(arguments);
         let reply = Box::into_raw(Box::new(ReplyObject { sink, passed, given: Vec::new() }));
-        // SAFETY: as in `stop`; the arguments live for the call, the reply is given away.
-        unsafe {
-            (self.entry.call)(self.instance, session, selector, &raw const arguments, reply.cast());
+        let (instance, arguments) = (self.instance, &raw const arguments);
+        match (client_type, self.life_cycle) {
+            // SAFETY: as in `stop`; the arguments live for the call, the reply is given away.
+            (1.., Some(functions)) => unsafe {
+                let reply = reply.cast();
+                (functions.call_as)(instance, session, client_type, selector, arguments, reply);
+            },
+            // SAFETY: the same.
+            _ => unsafe {
+                (self.entry.call)(instance, session, selector, arguments, reply.cast());
+            },
         }
     }
 
-    pub(crate) fn session_opened(&self, session: NewSession) -> Result<(), IOReturn> {
+    pub(crate) fn session_opened(
+        &self,
+        session: NewSession,
+        client_type: u64,
+    ) -> Result<(), IOReturn> {
         let queues: Vec<_> = session
             .queues
             .into_iter()
@@ -84,8 +126,15 @@ impl Instance {
             generation: session.generation,
             ledger: session.ledger.map_or(-1, OwnedFd::into_raw_fd),
         };
-        // SAFETY: as in `stop`; the info lives for the call, its descriptors are given away.
-        let status = unsafe { (self.entry.session_opened)(self.instance, &raw const info) };
+        let info = &raw const info;
+        let status = match self.life_cycle {
+            Some(functions) => {
+                // SAFETY: as in `stop`; the info lives for the call, its descriptors are given away.
+                unsafe { (functions.session_opened_as)(self.instance, info, client_type) }
+            }
+            // SAFETY: the same.
+            None => unsafe { (self.entry.session_opened)(self.instance, info) },
+        };
         IOReturn(status).result()
     }
 

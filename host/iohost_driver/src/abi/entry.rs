@@ -6,8 +6,8 @@ use std::slice;
 
 use iohost_driver_abi::{
     ABI_VERSION, CallArguments, ClientMemory, DescriptorHeader, DriverDescriptor, DriverEntry,
-    HostDevice, HostQueue, HostReply, HostTable, MAGIC, MOST_PERSONALITIES, NAME_BYTES,
-    Personality, SessionInfo,
+    HostAcknowledgement, HostDevice, HostQueue, HostReply, HostTable, LifeCycleEntry, MAGIC,
+    MOST_PERSONALITIES, Matching, NAME_BYTES, REGISTERS_ITSELF, SessionInfo,
 };
 use iohost_interface::IOReturn;
 
@@ -15,21 +15,23 @@ use super::Tables;
 use super::callback::guarded;
 use super::device::Device;
 use super::queue::Queue;
+use super::service::Acknowledgement;
 use super::session::{HostSink, copied};
-use crate::service::{Exported, Instance, OfferedSession, SessionEnds};
+use crate::service::{ANY_DEVICE, Exported, Instance, OfferedSession, SessionEnds};
 
 /// The descriptor of a driver, for `export_driver!`.
 pub const fn descriptor<D: Exported>(
     name: &'static str,
     built_with: &'static str,
 ) -> DriverDescriptor {
-    let mut personalities = [NO_DEVICE; MOST_PERSONALITIES];
+    let mut personalities = [ANY_DEVICE; MOST_PERSONALITIES];
+    let mut scores = [0; MOST_PERSONALITIES];
     let count = D::PERSONALITIES.len();
     assert!(count > 0, "a driver without a personality matches no device");
     assert!(count <= MOST_PERSONALITIES, "too many personalities");
     let mut index = 0;
     while index < count {
-        personalities[index] = D::PERSONALITIES[index].for_abi();
+        (personalities[index], scores[index]) = D::PERSONALITIES[index].for_abi();
         index += 1;
     }
     DriverDescriptor {
@@ -54,17 +56,21 @@ pub const fn descriptor<D: Exported>(
             session_closed: session_closed::<D>,
             copy_client_memory: copy_client_memory::<D>,
         },
+        matching: Matching {
+            category: padded(D::MATCH_CATEGORY),
+            scores,
+            flags: if D::REGISTERS_ITSELF { REGISTERS_ITSELF } else { 0 },
+        },
+        life_cycle: LifeCycleEntry {
+            begin_stop: begin_stop::<D>,
+            session_opened_as: session_opened_as::<D>,
+            call_as: call_as::<D>,
+            describe_type: describe_type::<D>,
+            client_crashed: client_crashed::<D>,
+            set_power_state: set_power_state::<D>,
+        },
     }
 }
-
-const NO_DEVICE: Personality = Personality {
-    primary: 0,
-    primary_mask: 0,
-    subsystem: 0,
-    subsystem_mask: 0,
-    class: 0,
-    class_mask: 0,
-};
 
 const fn padded(text: &str) -> [u8; NAME_BYTES] {
     assert!(text.len() < NAME_BYTES, "a name of at most 63 bytes");
@@ -123,19 +129,74 @@ pub(super) unsafe extern "C" fn release<D: Exported>(instance: *mut c_void) {
     let _ = guarded(move || drop(instance));
 }
 
+unsafe extern "C" fn begin_stop<D: Exported>(
+    instance: *mut c_void,
+    owed: *mut HostAcknowledgement,
+) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    // SAFETY: contract 5: it is ours from here on.
+    let owed = unsafe { Acknowledgement::of(owed) };
+    instance.guarded(|| instance.begin_stop(owed));
+}
+
+unsafe extern "C" fn set_power_state<D: Exported>(
+    instance: *mut c_void,
+    state: u32,
+    owed: *mut HostAcknowledgement,
+) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    // SAFETY: contract 5: it is ours from here on.
+    let owed = unsafe { Acknowledgement::of(owed) };
+    instance.guarded(|| instance.set_power_state(state, owed));
+}
+
+unsafe extern "C" fn client_crashed<D: Exported>(instance: *mut c_void, session: u64) {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    instance.guarded(|| instance.client_crashed(session));
+}
+
 unsafe extern "C" fn describe<D: Exported>(
     sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
     context: *mut c_void,
 ) {
-    if let Ok(Some(text)) = guarded(D::description) {
-        // SAFETY: the text lives for the call, and the sink is the host's with its context.
-        unsafe { sink(context, text.as_ptr(), text.len()) };
+    // SAFETY: the sink is the host's with its context.
+    let _ = unsafe { describe_type::<D>(0, sink, context) };
+}
+
+unsafe extern "C" fn describe_type<D: Exported>(
+    client_type: u64,
+    sink: unsafe extern "C" fn(context: *mut c_void, text: *const u8, len: usize),
+    context: *mut c_void,
+) -> i32 {
+    match guarded(|| D::description(client_type)) {
+        Ok(Some(text)) => {
+            // SAFETY: the text lives for the call, and the sink is the host's with its context.
+            unsafe { sink(context, text.as_ptr(), text.len()) };
+            0
+        }
+        Ok(None) => IOReturn::UNSUPPORTED.0,
+        Err(_) => IOReturn::INTERNAL_ERROR.0,
     }
 }
 
 pub(super) unsafe extern "C" fn call<D: Exported>(
     instance: *mut c_void,
     session: u64,
+    selector: u64,
+    arguments: *const CallArguments,
+    reply: *mut HostReply,
+) {
+    // SAFETY: the same promises.
+    unsafe { call_as::<D>(instance, session, 0, selector, arguments, reply) }
+}
+
+unsafe extern "C" fn call_as<D: Exported>(
+    instance: *mut c_void,
+    _session: u64,
+    client_type: u64,
     selector: u64,
     arguments: *const CallArguments,
     reply: *mut HostReply,
@@ -147,12 +208,21 @@ pub(super) unsafe extern "C" fn call<D: Exported>(
     // Made first: whatever happens, its drop answers the caller.
     let sink = Box::new(HostSink { reply });
     arguments.actions = sink.passed();
-    instance.guarded(|| instance.call(session, selector, arguments, sink));
+    instance.guarded(|| instance.call(client_type, selector, arguments, sink));
 }
 
 pub(super) unsafe extern "C" fn session_opened<D: Exported>(
     instance: *mut c_void,
     session: *const SessionInfo,
+) -> i32 {
+    // SAFETY: the same promises.
+    unsafe { session_opened_as::<D>(instance, session, 0) }
+}
+
+unsafe extern "C" fn session_opened_as<D: Exported>(
+    instance: *mut c_void,
+    session: *const SessionInfo,
+    client_type: u64,
 ) -> i32 {
     // SAFETY: contract 4.
     let instance = unsafe { Instance::<D>::of(instance) };
@@ -176,6 +246,7 @@ pub(super) unsafe extern "C" fn session_opened<D: Exported>(
     });
     let offered = OfferedSession {
         id: session.session,
+        client_type,
         generation: session.generation,
         ends: ends.map(Some).collect(),
         ledger: (session.ledger >= 0).then(|| owned(session.ledger)),

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use iohost_control::host::{DeviceEvent, Failure, Outcome, Quiesced, ToHost};
 use iohost_control::varlink::Unbound;
+use iohost_doctor::Code;
 use iohost_pci::Hotplug;
 use log::{error, info, warn};
 
@@ -15,7 +16,7 @@ use super::Actor;
 use crate::bindings::from_pci;
 use crate::config::{ErrorPolicy, Location};
 use crate::request::stopping;
-use crate::service::{Cause, Ending, Service, State};
+use crate::service::{Cause, Ending, Next, Service, State, Then};
 
 impl Actor {
     /// A driver host says what became of making its device safe.
@@ -64,6 +65,18 @@ impl Actor {
                 }
             }
         }
+    }
+
+    /// A driver wants to end.
+    pub(super) fn terminate(&mut self, at: usize) {
+        let name = &self.services[at].device.name;
+        let why = Failure::new(
+            "terminated",
+            format!("the driver of {name:?} has ended itself"),
+            format!("read its log for the reason, then start it again: iohost bind {name}"),
+        );
+        info!(device = name; "the driver ends itself");
+        self.end(at, ToHost::Stop, Ending::Terminated, why);
     }
 
     /// Ends a driver for what happened to its device: clients are told why, and a driver that has
@@ -117,6 +130,9 @@ impl Actor {
         match ending {
             Ending::Removed(_) => unreachable!("dealt with above"),
             Ending::Stopped => self.stopped(at),
+            Ending::Terminated(_) if self.stopping => self.stopped(at),
+            Ending::Terminated(_) if !was_safe => self.quiesce_then(at, ending),
+            Ending::Terminated(why) => self.put_away(at, Then::GoDown(why)),
             Ending::Died(_) if self.stopping => self.stopped(at),
             // The next driver host begins with making the device safe.
             Ending::Died(why) => self.died(at, why),
@@ -155,6 +171,11 @@ impl Actor {
         for answer in service.unbinds.drain(..) {
             answer.give(Ok(Unbound { kernel_driver: None }));
         }
+        match service.next.take() {
+            Some(Next::Replace(device)) => service.device = *device,
+            Some(Next::Remove) => drop(self.services.remove(at)),
+            None => {}
+        }
     }
 
     /// Nothing but a request starts it again. The device stays in our hands.
@@ -172,9 +193,15 @@ impl Actor {
         }
         service.last_death = Some(why.clone());
         service.state = State::Quarantined(why);
+        match service.next.take() {
+            Some(Next::Replace(device)) => service.device = *device,
+            // It stays in our hands until somebody has looked, and goes then.
+            Some(Next::Remove) => service.on_request = true,
+            None => {}
+        }
     }
 
-    /// The kernel has announcements: devices that were removed may be there again.
+    /// The kernel has announcements: devices may be there again, or be new.
     pub(super) fn hear_hotplug(&mut self) {
         while let Some(event) = self.hotplug.as_ref().and_then(|socket| socket.next_event()) {
             if self.stopping {
@@ -188,17 +215,25 @@ impl Actor {
                     self.start(at, Cause::Asked);
                 }
             }
+            match event {
+                Hotplug::Added(address) => self.appeared(address),
+                Hotplug::Missed => self.look_for_devices(),
+                Hotplug::Bound(..) => {}
+            }
         }
     }
 
-    /// Whether this is the return of a service's device. One that was unbound by hand is back when
+    /// Whether this is the coming of a service's device that is waited for. One that was unbound by hand is back when
     /// it is bound again, and not because it is still there.
     fn is_back(&self, at: usize, event: &Hotplug) -> bool {
         let service = &self.services[at];
         let Location::Pci(ours) = service.device.location else { return false };
-        let is_down = service.is_removed && matches!(service.state, State::Down(_));
+        let State::Down(why) = &service.state else { return false };
+        // One that was not there yet, or not ours, has never been: it comes in the same way.
+        let is_awaited =
+            service.is_removed || ["no-such-device", Code::NotBound.name()].contains(&&*why.code);
         let wanted = service.device.binding().driver();
-        is_down
+        is_awaited
             && match event {
                 Hotplug::Added(address) => *address == ours && service.device.bind,
                 Hotplug::Bound(address, driver) => *address == ours && driver == wanted,

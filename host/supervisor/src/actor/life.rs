@@ -3,12 +3,12 @@
 use std::mem;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, MOST_DESCRIPTORS, Ready, Start, ToHost};
+use iohost_control::host::{Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, ToHost};
 use iohost_control::varlink::{Bound, Unbound};
 use iohost_doctor::Code;
 use iohost_event::PacketError;
 use iohost_interface::Description;
-use iohost_pci::{Order, PciFunction, Persist};
+use iohost_pci::{Order, Persist};
 use log::{debug, error, info, warn};
 
 use super::{Actor, HOSTS, given_back, ids, protocol, why};
@@ -19,7 +19,7 @@ use crate::needs;
 use crate::plugins::Plugin;
 use crate::request::stopping;
 use crate::restart::Decision;
-use crate::service::{Cause, Ending, Host, LastWords, State, Then};
+use crate::service::{Cause, Ending, Host, LastWords, Next, State, Then};
 
 impl Actor {
     /// What earlier daemons left: persistent devices are services, and what nobody wants goes back.
@@ -31,7 +31,9 @@ impl Actor {
                 None => (self.add(left.address), true),
             };
             let service = &mut self.services[at];
-            if let Some(persist) = left.persist {
+            if service.device.is_disabled {
+                self.stop(at);
+            } else if let Some(persist) = left.persist {
                 service.device.bind = true;
                 service.persists = true;
                 service.group = persist == Persist::Group;
@@ -47,6 +49,18 @@ impl Actor {
 
     /// 1 and 5: chooses a plugin and takes the device.
     pub(super) fn start(&mut self, at: usize, cause: Cause) {
+        if cause == Cause::Asked {
+            self.services[at].failed.clear();
+        }
+        let device = &self.services[at].device;
+        if device.is_disabled {
+            let why = disabled(device);
+            info!(device = device.name; "not started: {}", why.message);
+            let service = &mut self.services[at];
+            service.refuse_binds(&why);
+            service.state = State::Down(why);
+            return;
+        }
         match self.is_to_be_taken(at) {
             Ok(false) => self.start_taken(at, cause),
             Ok(true) => {
@@ -69,10 +83,12 @@ impl Actor {
     }
 
     pub(super) fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
-        let plugin = self.choose_plugin(&self.services[at].device)?.clone();
+        let (plugin, choice) = self.choose_plugin(at)?;
+        let plugin = plugin.clone();
         needs::check(&plugin.info, &self.services[at].device, iohost_doctor::may_lock())?;
         let service = &mut self.services[at];
         service.driver = Some(plugin.info.name.clone());
+        service.choice = Some(choice);
         service.is_removed = false;
         service.incarnation += 1;
         let host = self.launch(at, Some(&plugin), cause)?;
@@ -109,6 +125,8 @@ impl Actor {
             interrupts: service.device.interrupts.clone(),
             plugin: plugin.map(|plugin| plugin.file.to_string_lossy().into_owned()),
             incarnation: service.incarnation,
+            // Room for 2^32 entries of each driver host.
+            registry: (number + 1) << 32,
         });
         // A process that is gone already is noticed by its end.
         let _ = process.send(&start, &[]);
@@ -123,12 +141,28 @@ impl Actor {
             ending: None,
             told: None,
             asked: Vec::new(),
+            asked_properties: Vec::new(),
+            asked_power: Vec::new(),
+            power: PowerState::On,
+            is_busy: false,
+            is_registered: false,
         })
     }
 
-    pub(super) fn choose_plugin(&self, device: &DeviceConfig) -> Result<&Plugin, Failure> {
+    /// The best plugin for a device that has not failed on it, and why it is that one, in words.
+    pub(super) fn choose_plugin(&self, at: usize) -> Result<(&Plugin, String), Failure> {
+        let service = &self.services[at];
+        let device = &service.device;
+        let failed = |plugin: &Plugin| {
+            let failed = service.failed.iter().find(|(name, _)| *name == plugin.info.name);
+            failed.map(|(_, failure)| failure)
+        };
         if let Some(name) = &device.driver {
-            return self.plugins.named(name);
+            let plugin = self.plugins.named(name)?;
+            return match failed(plugin) {
+                Some(failure) => Err(failure.clone()),
+                None => Ok((plugin, "the configuration names it".to_owned())),
+            };
         }
         let Location::Pci(address) = device.location else {
             return Err(Failure::new(
@@ -138,25 +172,62 @@ impl Actor {
             ));
         };
         let function = self.options.sysfs.function(address).map_err(from_pci)?;
-        self.plugins.best_for(ids(&function)).ok_or_else(|| {
-            let PciFunction { vendor, device, class, .. } = function;
-            Failure::new(
-                "no-driver",
-                format!(
-                    "no plugin in {} is for device {address} ({vendor:04x}:{device:04x}, class \
-                     {class:06x})",
-                    self.config.driver_directory.display()
-                ),
-                "install a plugin for it there",
-            )
-        })
+        let candidates = self.plugins.candidates(ids(&function), &device.category);
+        let chosen = candidates.iter().find(|(_, plugin)| failed(plugin).is_none());
+        if let Some((_, plugin)) = chosen {
+            return Ok((plugin, in_words(&candidates, &plugin.info.name, &service.failed)));
+        }
+        match service.failed.as_slice() {
+            [] => {
+                let ids = ids(&function);
+                let category = match device.category.as_str() {
+                    "" => String::new(),
+                    category => format!(" of category {category:?}"),
+                };
+                let directory = self.config.driver_directory.display();
+                Err(Failure::new(
+                    "no-driver",
+                    format!("no plugin{category} in {directory} is for device {address} ({ids})"),
+                    "install a plugin for it there",
+                ))
+            }
+            [(_, failure)] => Err(failure.clone()),
+            // The best one had reason to start; what the others lacked may be said with it.
+            [(_, best), ..] => {
+                let all: Vec<_> = service
+                    .failed
+                    .iter()
+                    .map(|(name, why)| format!("{name}: {}", why.message))
+                    .collect();
+                let count = all.len();
+                let message = format!("none of {count} drivers started: {}", all.join("; "));
+                Err(Failure { message, ..best.clone() })
+            }
+        }
+    }
+
+    /// A driver did not start on a device that the next best one may start on. Whether there is
+    /// such a one.
+    fn try_next(&mut self, at: usize, failure: &Failure, is_retry: bool) -> bool {
+        let service = &mut self.services[at];
+        let (None, Some(driver)) = (&service.device.driver, service.driver.clone()) else {
+            return false;
+        };
+        service.failed.push((driver.clone(), failure.clone()));
+        if self.choose_plugin(at).is_err() {
+            return false;
+        }
+        let device = &self.services[at].device.name;
+        warn!(device, driver; "the next best driver is tried: {}", failure.message);
+        self.start_taken(at, if is_retry { Cause::Death } else { Cause::Asked });
+        true
     }
 
     /// Whether a device has to be taken first: a PCI function, where iohost may. Refused is what no
     /// plugin is for, and what would have to be bound and may not be.
     pub(super) fn is_to_be_taken(&self, at: usize) -> Result<bool, Failure> {
         let device = &self.services[at].device;
-        self.choose_plugin(device)?;
+        self.choose_plugin(at)?;
         let Location::Pci(address) = device.location else { return Ok(false) };
         if device.bind {
             return Ok(true);
@@ -213,14 +284,16 @@ impl Actor {
     }
 
     /// 2: the driver runs.
-    pub(super) fn became_ready(&mut self, at: usize, ready: Ready) {
-        let interface = match Description::parse(&ready.interface) {
-            Ok(interface) if 2 + 3 * interface.queues.len() <= MOST_DESCRIPTORS => interface,
-            Ok(interface) => {
-                let count = interface.queues.len();
-                return self.condemn(at, protocol(&format!("an interface of {count} queues")));
-            }
-            Err(err) => return self.condemn(at, protocol(&err.to_string())),
+    pub(super) fn became_ready(&mut self, at: usize, mut ready: Ready) {
+        let read = |text: &String| match Description::parse(text) {
+            Ok(interface) if 2 + 3 * interface.queues.len() <= MOST_DESCRIPTORS => Ok(interface),
+            Ok(interface) => Err(format!("an interface of {} queues", interface.queues.len())),
+            Err(err) => Err(err.to_string()),
+        };
+        let all = std::iter::once(&ready.interface).chain(&ready.further_interfaces);
+        let interfaces = match all.map(read).collect::<Result<Vec<_>, _>>() {
+            Ok(interfaces) => interfaces,
+            Err(words) => return self.condemn(at, protocol(&words)),
         };
         let service = &mut self.services[at];
         let old = mem::replace(&mut service.state, State::Down(stopping()));
@@ -229,6 +302,7 @@ impl Actor {
         };
         host.deadline = None;
         host.was_ready = true;
+        ready.is_registered |= host.is_registered;
         info!(
             device = service.device.name, driver = ready.driver, backend = ready.backend,
             reset = ready.reset, incarnation = service.incarnation; "driver running"
@@ -239,7 +313,7 @@ impl Actor {
             let service = service.device.name.clone();
             answer.give(Ok(Bound { service, driver: ready.driver.clone() }));
         }
-        service.state = State::Running { host, ready, interface };
+        service.state = State::Running { host, ready, interfaces };
         self.keep_sessions_that_fit(at);
     }
 
@@ -347,6 +421,18 @@ impl Actor {
         }
         (service.group, service.persists) = (false, false);
         service.state = State::Down(why);
+        match (service.next.take(), self.stopping) {
+            (Some(Next::Remove), _) => {
+                self.services.remove(at);
+                return;
+            }
+            (Some(Next::Replace(device)), false) if !service.is_lost => {
+                service.device = *device;
+                service.deaths.forget();
+                return self.start(at, Cause::Asked);
+            }
+            _ => {}
+        }
         if service.on_request && !self.stopping {
             self.services.remove(at);
         }
@@ -399,12 +485,23 @@ impl Actor {
                 // It was to make its device safe, and has not: another one does.
                 self.quiesce_then(at, Ending::Stopped);
             }
+            (State::Starting(_), Some(LastWords::Said(failure))) if is_the_drivers(&failure) => {
+                if !self.try_next(at, &failure, is_retry) {
+                    match self.choose_plugin(at).err().unwrap_or(failure) {
+                        failure if is_retry => self.died(at, failure),
+                        failure => self.go_down(at, failure),
+                    }
+                }
+            }
             (State::Starting(_), Some(LastWords::Said(failure))) if !is_retry => {
                 self.go_down(at, failure);
             }
             (State::Starting(_), words) => {
                 let why = why(words).unwrap_or_else(unexpected);
-                self.died(at, why);
+                let is_hung = why.code == "driver-hung";
+                if !(is_hung && self.try_next(at, &why, is_retry)) {
+                    self.died(at, why);
+                }
             }
             (State::Running { .. }, words) => {
                 let why = why(words).unwrap_or_else(unexpected);
@@ -420,6 +517,8 @@ impl Actor {
         let service = &mut self.services[at];
         service.refuse_binds(&why);
         service.last_death = Some(why.clone());
+        // It is matched anew.
+        service.failed.clear();
         match service.deaths.add(now, &self.options.restart) {
             Decision::RestartAfter(pause) => {
                 warn!(
@@ -512,4 +611,43 @@ impl Actor {
         service.is_lost = true;
         service.state = State::Down(failure);
     }
+}
+
+/// Whether a driver did not start for what it or its file is, so that another one may.
+fn is_the_drivers(failure: &Failure) -> bool {
+    failure.code == "driver-start" || failure.code.starts_with("plugin-")
+}
+
+fn disabled(device: &DeviceConfig) -> Failure {
+    Failure::new(
+        "disabled",
+        format!(
+            "device {:?} is disabled in line {} of the configuration",
+            device.name, device.line
+        ),
+        "take `disabled` out of the device there, then: iohost reload",
+    )
+}
+
+/// Why a plugin was chosen.
+fn in_words(candidates: &[(i32, &Plugin)], chosen: &str, failed: &[(String, Failure)]) -> String {
+    if let [(score, _)] = candidates {
+        return format!("it alone is for the device (score {score})");
+    }
+    let describe = |(score, plugin): &(i32, &Plugin)| {
+        let name = &plugin.info.name;
+        match failed.iter().find(|(failed, _)| failed == name) {
+            Some((_, why)) => format!("{name} (score {score}, not started: {})", why.message),
+            None => format!("{name} (score {score})"),
+        }
+    };
+    let all: Vec<_> = candidates.iter().map(describe).collect();
+    let why = match failed.is_empty() {
+        true => "it fits best",
+        false => "it fits best of those that start",
+    };
+    let equals = |score| candidates.iter().filter(|(other, _)| *other == score).count() > 1;
+    let tie = candidates.iter().any(|(score, plugin)| plugin.info.name == chosen && equals(*score));
+    let tie = if tie { ", the first by name among equals" } else { "" };
+    format!("{why}{tie}: {}", all.join(", "))
 }

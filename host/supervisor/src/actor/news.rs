@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use iohost_control::host::{DeviceEvent, Failure, FromHost, RunningService, ToHost};
+use iohost_control::host::{DeviceEvent, Failure, FromHost, PowerState, RunningService, ToHost};
+use iohost_control::varlink::{Powered, Properties};
 use iohost_event::PacketError;
-use log::debug;
+use log::{debug, info, warn};
 
 use super::{Actor, protocol};
 use crate::driver_process::{DriverProcess, Heard};
-use crate::service::{LastWords, Opening, Service, State};
+use crate::service::{Host, LastWords, Opening, Service, State};
 
 /// Messages of one driver host that are dealt with before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
@@ -98,6 +99,27 @@ impl Actor {
             {
                 host.told = Some(BTreeMap::new())
             }
+            (State::Starting(host) | State::Running { host, .. }, FromHost::Busy { is_busy }) => {
+                host.is_busy = is_busy;
+            }
+            (State::Running { ready, .. }, FromHost::Registered) => {
+                debug!(device = service.device.name; "visible from now on");
+                ready.is_registered = true;
+            }
+            // Said on a queue of the driver's, before the host has said that it runs.
+            (State::Starting(host), FromHost::Registered) => host.is_registered = true,
+            (State::Starting(_) | State::Running { .. }, FromHost::Terminate) => self.terminate(at),
+            (
+                State::Starting(host) | State::Running { host, .. },
+                FromHost::Power { state, is_late },
+            ) => {
+                power_news(&service.device.name, host, state, is_late);
+            }
+            (State::Running { host, .. }, FromHost::Properties { text }) => {
+                for answer in host.asked_properties.drain(..) {
+                    answer.give(Ok(Properties { entries: text.clone() }));
+                }
+            }
             // Sent before it read that it has to stop.
             (
                 State::Stopping(_),
@@ -105,6 +127,11 @@ impl Actor {
                 | FromHost::SessionOpened { .. }
                 | FromHost::SessionClosed { .. }
                 | FromHost::Statistics(_)
+                | FromHost::Properties { .. }
+                | FromHost::Power { .. }
+                | FromHost::Busy { .. }
+                | FromHost::Registered
+                | FromHost::Terminate
                 | FromHost::WatchServices,
             ) => {}
             (State::Running { host, .. }, FromHost::Statistics(statistics)) => {
@@ -141,6 +168,26 @@ impl Actor {
                 Err(_) => self.is_behind = true,
             }
         }
+    }
+}
+
+/// What became of a power state: whoever asked for it has an answer.
+fn power_news(device: &str, host: &mut Host, state: PowerState, is_late: bool) {
+    if is_late {
+        warn!(device, state:?; "the driver has not acknowledged its power state in 20 s");
+    } else {
+        info!(device, state:?; "the driver has another power state");
+        host.power = state;
+    }
+    for (_, answer) in host.asked_power.extract_if(.., |(asked, _)| *asked == state) {
+        answer.give(match is_late {
+            false => Ok(Powered { state }),
+            true => Err(Failure::new(
+                "power-late",
+                format!("the driver of {device:?} has not acknowledged the state within 20 s"),
+                "read its log; `iohost status` shows when it has",
+            )),
+        });
     }
 }
 

@@ -3,10 +3,10 @@
 use std::sync::mpsc::TryRecvError;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, PciBackend, QueueSize, Statistics, ToHost};
+use iohost_control::host::{Failure, PciBackend, PowerState, QueueSize, Statistics, ToHost};
 use iohost_control::varlink::{
-    BindOptions, Bound, Description as Described, Device, DeviceList, Opened, Queue, Status,
-    Unbound,
+    BindOptions, Bound, Description as Described, Device, DeviceList, Opened, Powered, Properties,
+    Queue, Status, Unbound,
 };
 use iohost_event::{PacketError, Packets};
 use iohost_pci::PciAddress;
@@ -34,10 +34,11 @@ impl Actor {
                 Request::Describe { service, answer } => answer.give(self.describe(&service)),
                 Request::Bind { device, options, answer } => self.bind(&device, options, answer),
                 Request::Unbind { device, answer } => self.unbind(&device, answer),
+                Request::Reload(answer) => answer.give(self.reload()),
                 Request::Watch(answer) => answer.give(Ok(self.watchers.add())),
-                Request::Open { service, queue_bytes, answer } => {
-                    self.open(&service, queue_bytes, answer);
-                }
+                Request::Properties { service, answer } => self.properties(&service, answer),
+                Request::Power { service, state, answer } => self.power(&service, state, answer),
+                Request::Open { service, wanted, answer } => self.open(&service, wanted, answer),
             }
         }
     }
@@ -107,6 +108,36 @@ impl Actor {
             let _ = host.process.send(&ToHost::Query, &[]);
         }
         host.asked.push(answer);
+    }
+
+    /// Asks a driver host for what its driver says of itself.
+    fn properties(&mut self, word: &str, answer: Answer<Properties>) {
+        let service = match self.find(word) {
+            Ok(at) => &mut self.services[at],
+            Err(failure) => return answer.give(Err(failure)),
+        };
+        let State::Running { host, .. } = &mut service.state else {
+            return answer.give(Err(not_running(service)));
+        };
+        if host.asked_properties.is_empty() {
+            // A process that is gone already is noticed by its end.
+            let _ = host.process.send(&ToHost::QueryProperties, &[]);
+        }
+        host.asked_properties.push(answer);
+    }
+
+    /// Has a driver go into a power state.
+    fn power(&mut self, word: &str, state: PowerState, answer: Answer<Powered>) {
+        let service = match self.find(word) {
+            Ok(at) => &mut self.services[at],
+            Err(failure) => return answer.give(Err(failure)),
+        };
+        let State::Running { host, .. } = &mut service.state else {
+            return answer.give(Err(not_running(service)));
+        };
+        // A process that is gone already is noticed by its end.
+        let _ = host.process.send(&ToHost::SetPower { state }, &[]);
+        host.asked_power.push((state, answer));
     }
 
     pub(super) fn describe(&self, word: &str) -> Result<Described, Failure> {
@@ -196,7 +227,7 @@ impl Actor {
     pub(super) fn open(
         &mut self,
         word: &str,
-        queue_bytes: Option<Vec<u32>>,
+        wanted: (Option<Vec<u32>>, u64),
         answer: Answer<(Opened, Vec<std::os::fd::OwnedFd>)>,
     ) {
         let at = match self.find(word) {
@@ -206,21 +237,21 @@ impl Actor {
         let deadline = Instant::now() + self.options.patience.session;
         let service = &mut self.services[at];
         if service.runs_again_by(deadline) {
-            return service.visitors.push(Visitor { deadline, queue_bytes, answer });
+            return service.visitors.push(Visitor { deadline, wanted, answer });
         }
-        self.open_now(at, deadline, queue_bytes, answer);
+        self.open_now(at, deadline, wanted, answer);
     }
 
     pub(super) fn open_now(
         &mut self,
         at: usize,
         deadline: Instant,
-        queue_bytes: Option<Vec<u32>>,
+        wanted: (Option<Vec<u32>>, u64),
         answer: Answer<(Opened, Vec<std::os::fd::OwnedFd>)>,
     ) {
         let number = self.next_session;
         self.next_session += 1;
-        match self.open_session(at, number, queue_bytes) {
+        match self.open_session(at, number, wanted) {
             Err(failure) => answer.give(Err(failure)),
             Ok((memory, socket, opened, fds)) => {
                 let opening = Some(Opening { deadline, opened, fds, answer });
@@ -242,11 +273,30 @@ impl Actor {
         &self,
         at: usize,
         number: u64,
-        queue_bytes: Option<Vec<u32>>,
+        (queue_bytes, client_type): (Option<Vec<u32>>, u64),
     ) -> Result<(SessionMemory, Packets, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
         let service = &self.services[at];
-        let State::Running { host, ready, interface } = &service.state else {
+        let State::Running { host, ready, interfaces } = &service.state else {
             return Err(not_running(service));
+        };
+        if !ready.is_registered {
+            return Err(Failure::new(
+                "not-registered",
+                format!("the driver of {:?} runs and takes no clients yet", word(service)),
+                "try again; the driver says when it is ready",
+            ));
+        }
+        let kind = usize::try_from(client_type).unwrap_or(usize::MAX);
+        let Some(interface) = interfaces.get(kind) else {
+            let count = interfaces.len();
+            return Err(Failure::new(
+                "client-type",
+                format!(
+                    "driver {:?} has no clients of type {client_type}, but {count} from 0 on",
+                    ready.driver
+                ),
+                "read the driver's documentation for the types of clients that it has",
+            ));
         };
         let (limits, sessions) = (&self.config.limits, &service.sessions);
         if sessions.len() >= limits.sessions_per_service {
@@ -274,7 +324,8 @@ impl Actor {
         }
         let queues: Vec<QueueSize> =
             bytes.iter().map(|bytes| QueueSize { bytes: *bytes }).collect();
-        let memory = SessionMemory::create(&queues).map_err(|err| err.into_failure())?;
+        let memory =
+            SessionMemory::create(&queues, client_type).map_err(|err| err.into_failure())?;
         let (theirs, drivers) = Packets::pair().map_err(crate::no_resources)?;
         self.poller.watch_for_end_once(&drivers, SESSIONS + number).map_err(crate::no_resources)?;
         let message = ToHost::OpenSession(memory.for_host(number, 1));
@@ -292,7 +343,10 @@ impl Actor {
         let opened = Opened {
             session: number,
             service: service.device.name.clone(),
-            interface: ready.interface.clone(),
+            interface: match kind {
+                0 => ready.interface.clone(),
+                further => ready.further_interfaces[further - 1].clone(),
+            },
             queues: interface
                 .queues
                 .iter()
@@ -361,6 +415,8 @@ impl Actor {
             bind: true,
             backend: None,
             on_error: ErrorPolicy::default(),
+            category: String::new(),
+            is_disabled: false,
             line: 0,
         };
         self.services.push(Service::new(device, true));

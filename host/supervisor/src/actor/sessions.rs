@@ -29,10 +29,13 @@ impl Actor {
     /// The driver that runs now may serve another interface than the one before it.
     pub(super) fn keep_sessions_that_fit(&mut self, at: usize) {
         let service = &mut self.services[at];
-        let State::Running { interface, .. } = &service.state else { return };
-        let interface = interface.clone();
-        let earlier = service.served.replace(interface.clone());
-        if earlier.is_some_and(|earlier| !interface.continues(&earlier)) {
+        let State::Running { interfaces, .. } = &service.state else { return };
+        let interfaces = interfaces.clone();
+        let earlier = service.served.replace(interfaces.clone()).unwrap_or_default();
+        let continues = |(kind, earlier)| {
+            interfaces.get(kind).is_some_and(|interface| interface.continues(earlier))
+        };
+        if !earlier.iter().enumerate().all(continues) {
             let why = Failure::new(
                 "other-interface",
                 format!("the driver of {:?} serves another interface now", word(service)),
@@ -63,7 +66,7 @@ impl Actor {
             if is_running {
                 self.is_behind |= !service.hand_over_sessions();
                 for visitor in mem::take(&mut service.visitors) {
-                    self.open_now(at, visitor.deadline, visitor.queue_bytes, visitor.answer);
+                    self.open_now(at, visitor.deadline, visitor.wanted, visitor.answer);
                 }
             }
         }

@@ -1,6 +1,8 @@
 //! The daemon as a process, with driver hosts that follow a script.
 
+mod configured;
 mod device_events;
+mod matching;
 mod rig;
 
 use std::io::{BufRead, BufReader, Write};
@@ -191,6 +193,23 @@ fn a_driver_host_that_dies_once_at_start_gets_another_chance() {
     let mut rig = Rig::start(&["recover"]);
     rig.wait_for("driver running device=recover");
     assert_eq!(rig.connect().status().unwrap().services[0].incarnation, 2);
+}
+
+#[test]
+fn a_driver_that_has_not_registered_takes_no_clients_and_is_news_when_it_does() {
+    let rig = Rig::start(&["good", "shy"]);
+    let mut daemon = rig.connect();
+    daemon.bind("good").unwrap();
+    daemon.bind("shy").unwrap();
+    let mut watch = rig.connect().watch().unwrap();
+    assert_eq!(watch.next_event().unwrap().service, "good");
+    assert_eq!(refused(daemon.open("shy")).code, "not-registered");
+    let shy = rig.service("shy").unwrap();
+    assert_eq!((shy.state, shy.is_registered), (State::Running, false));
+    daemon.properties("shy").unwrap();
+    assert_eq!(watch.next_event_within(WATCHDOG).unwrap().unwrap().service, "shy");
+    daemon.open("shy").unwrap();
+    assert_eq!(refused(daemon.open_as("shy", 1)).code, "client-type");
 }
 
 #[test]
@@ -457,7 +476,9 @@ fn the_interface_describes_itself() {
     assert!(info.contains("\"io.iohost\""), "{info}");
     let text = ask("{\"method\":\"org.varlink.service.GetInterfaceDescription\",\
          \"parameters\":{\"interface\":\"io.iohost\"}}\0");
-    for word in ["method Open(service: string, queue_bytes: ?[]int)", "error Refused"] {
+    for word in
+        ["method Open(service: string, queue_bytes: ?[]int, client_type: ?int)", "error Refused"]
+    {
         assert!(text.contains(word), "{word} is not in:\n{text}");
     }
 }

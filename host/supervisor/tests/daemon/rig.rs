@@ -9,6 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 use iohost_client::Daemon;
+use iohost_client::varlink::Service;
 use nix::sys::signal::Signal;
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
@@ -120,6 +121,50 @@ impl Rig {
         }
     }
 
+    /// A function with the ids of `edu`, alone in its IOMMU group and bound for VFIO already.
+    pub(crate) fn add_edu(&self, address: &str) {
+        self.add_pci(address, "0x1234", "0x11e8");
+        let device = self.path("sys/bus/pci/devices").join(address);
+        let driver = self.path("sys/bus/pci/drivers/vfio-pci");
+        let group = self.path("sys/kernel/iommu_groups").join(&address[5..7]);
+        for folder in [&driver, &group.join("devices")] {
+            std::fs::create_dir_all(folder).unwrap();
+        }
+        symlink(&group, device.join("iommu_group")).unwrap();
+        symlink(&device, group.join("devices").join(address)).unwrap();
+        symlink(driver, device.join("driver")).unwrap();
+        std::fs::write(device.join("driver_override"), "vfio-pci\n").unwrap();
+    }
+
+    /// Announces a function as the kernel does.
+    pub(crate) fn announce(&self, action: &str, address: &str, more: &str) {
+        let text = format!(
+            "{action}@/devices/{address}\0ACTION={action}\0SUBSYSTEM=pci\0\
+             PCI_SLOT_NAME={address}\0{more}"
+        );
+        let socket = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        socket.send_to(text.as_bytes(), self.path("sys/uevents")).unwrap();
+    }
+
+    /// Puts a plugin of that name where the daemon looks for them.
+    pub(crate) fn install(&self, name: &str) {
+        std::fs::write(self.path("drivers").join(name).with_extension("so"), "").unwrap();
+    }
+
+    /// Writes the configuration anew, behind its folders.
+    pub(crate) fn configure(&self, config: &str) {
+        std::fs::write(self.path("iohost.toml"), folders(&self.path) + config).unwrap();
+    }
+
+    /// The line of the configuration in which the text of `configure` begins.
+    pub(crate) const FIRST_LINE: usize = 4;
+
+    /// A service, as `status` shows it.
+    pub(crate) fn service(&self, name: &str) -> Option<Service> {
+        let services = self.connect().status().unwrap().services;
+        services.into_iter().find(|service| service.name == name)
+    }
+
     /// Puts a function alone into an IOMMU group, and under a driver that lets go of it only when
     /// somebody reads the path that this returns.
     pub(crate) fn give_to_slow_driver(&self, address: &str) -> PathBuf {
@@ -157,13 +202,17 @@ fn directory(config: &str) -> TempDir {
     for name in ["drivers", "sys/bus/pci/devices"] {
         std::fs::create_dir_all(directory.path().join(name)).unwrap();
     }
-    let path = directory.path().display();
-    let text = format!(
-        "driver_directory = \"{path}/drivers\"\nruntime_directory = \"{path}/run\"\n\
-         state_directory = \"{path}/state\"\n{config}"
-    );
+    let text = folders(directory.path()) + config;
     std::fs::write(directory.path().join("iohost.toml"), text).unwrap();
     directory
+}
+
+fn folders(directory: &Path) -> String {
+    let path = directory.display();
+    format!(
+        "driver_directory = \"{path}/drivers\"\nruntime_directory = \"{path}/run\"\n\
+         state_directory = \"{path}/state\"\n"
+    )
 }
 
 fn spawn(directory: &Path) -> (Child, Receiver<String>) {

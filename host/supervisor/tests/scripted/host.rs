@@ -13,7 +13,7 @@ use iohost_control::host::{
 };
 use iohost_control::plugin::{Needs, Personality, PluginInfo};
 use iohost_event::Packets;
-use iohost_interface::packet::{self, Call, FromClient, ReplyPacket, encode_resumed};
+use iohost_interface::packet::{self, FromClient, ReplyPacket, encode_resumed};
 use iohost_memory::ring::{Bell, Consumer, Doorway, Ledger, Peer, Producer, Ring};
 use iohost_pci::Sysfs;
 use iohost_supervisor::{DaemonError, Options, Patience, RestartPolicy};
@@ -39,8 +39,11 @@ fn main() {
         return;
     };
     let script = std::path::Path::new(&plugin).file_stem().unwrap().to_str().unwrap().to_owned();
+    // Behind "edu-NUMBER-" stands what it does.
+    let name = script;
+    let script = name.split('-').nth(2).filter(|_| name.starts_with("edu-")).unwrap_or(&name);
     let later = start.incarnation > 1;
-    match script.as_str() {
+    match script {
         "hang" => sleep(),
         "exit" => std::process::exit(3),
         "garbage" => daemon.send(b"{\"ready\":", &[]).unwrap(),
@@ -54,6 +57,11 @@ fn main() {
             let failure = Failure::new("device-quarantined", "it is broken", "mend it");
             return send(&daemon, &FromHost::Failed(failure));
         }
+        "decline" => {
+            let failure =
+                Failure::new("driver-start", format!("not for {name}"), "give it another");
+            return send(&daemon, &FromHost::Failed(failure));
+        }
         "unasked" => send(&daemon, &FromHost::Stopped),
         "once" if later => std::process::exit(4),
         "recover" if !later => std::process::exit(4),
@@ -63,17 +71,24 @@ fn main() {
     send(
         &daemon,
         &FromHost::Ready(Ready {
-            driver: script.clone(),
+            driver: name.clone(),
             backend: "scripted".into(),
             reset: "done".into(),
-            interface: match script.as_str() {
+            interface: match script {
                 "changes" if later => INTERFACE.replace("method 1", "method 9"),
                 _ => INTERFACE.into(),
             },
+            further_interfaces: Vec::new(),
+            is_registered: script != "shy",
         }),
     );
     while let Some((message, fds)) = receive(&daemon) {
         match message {
+            // Asked for its properties, the shy one shows itself.
+            ToHost::QueryProperties => {
+                send(&daemon, &FromHost::Registered);
+                send(&daemon, &FromHost::Properties { text: "[]".into() });
+            }
             ToHost::OpenSession(_) if script == "deaf" => {}
             ToHost::OpenSession(OpenSession { session, generation: 2.., .. })
                 if script == "choosy" =>
@@ -96,7 +111,8 @@ fn main() {
             | ToHost::ServiceBegan(_)
             | ToHost::ServiceEnded { .. }
             | ToHost::CloseSession { .. }
-            | ToHost::Query => {}
+            | ToHost::Query
+            | ToHost::SetPower { .. } => {}
         }
     }
 }
@@ -131,9 +147,15 @@ fn inspect(file: &Path) -> Result<PluginInfo, Failure> {
         return Err(Failure::new("plugin-abi", "this plugin is for another iohost", "rebuild it"));
     }
     let name = file.file_stem().unwrap().to_str().unwrap().to_owned();
-    let edu = Personality { vendor: Some(0x1234), device: Some(0x11e8), class: None };
-    let personalities = if name == "edu" { vec![edu] } else { Vec::new() };
-    Ok(PluginInfo { name, personalities, needs: Needs::default() })
+    // "edu" is for that device, and so are "edu-NUMBER-…", which think as much more of themselves.
+    let score = match name.split('-').collect::<Vec<_>>().as_slice() {
+        ["edu"] => Some(0),
+        ["edu", number, ..] => number.parse().ok(),
+        _ => None,
+    };
+    let edu = |score| Personality { score, ..Personality::pci(0x1234, 0x11e8) };
+    let personalities = score.map(edu).into_iter().collect();
+    Ok(PluginInfo { name, category: String::new(), personalities, needs: Needs::default() })
 }
 
 fn sleep() -> ! {
@@ -172,7 +194,8 @@ fn serve(daemon: &Packets, open: &OpenSession, fds: Vec<OwnedFd>) {
         }
     }
     while let Ok(packet) = socket.receive(&mut buffer, 0) {
-        let call = Call::decode(&buffer[..packet.len]).unwrap();
+        // A client that closes its session says goodbye first.
+        let Ok(FromClient::Call(call)) = FromClient::decode(&buffer[..packet.len]) else { break };
         ledger.begin(call.id);
         match call.selector {
             1 => std::process::exit(5),
