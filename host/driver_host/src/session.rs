@@ -174,6 +174,8 @@ impl Sessions {
                 Err(err) => return self.end(session.id, &with_sources(&err)),
             };
             let done = packet.map_err(|fault| fault.to_string()).and_then(|packet| match packet {
+                // An end without a reason is one in order.
+                FromClient::Goodbye => Err(String::new()),
                 FromClient::Resumed { generation } => session.resumed(generation),
                 _ if session.is_stale.load(Relaxed) => {
                     files.by_ref().for_each(drop);
@@ -189,8 +191,6 @@ impl Sessions {
                     session.offer(memory, file, read_only)
                 }
                 FromClient::Withdraw { memory } => session.withdraw(memory),
-                // An end without a reason is one in order.
-                FromClient::Goodbye => Err(String::new()),
                 FromClient::Invoke(invocation) => self.invoke(session, invocation),
                 FromClient::Release { action } => {
                     let held = session.actions.take_back(action);

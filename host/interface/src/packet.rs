@@ -45,7 +45,7 @@ const MAP: u32 = u32::from_be_bytes(*b"IOM1");
 const OFFER: u32 = u32::from_be_bytes(*b"IOF1");
 const WITHDRAW: u32 = u32::from_be_bytes(*b"IOW1");
 /// What follows is the end of the connection, in order.
-const GOODBYE: u32 = u32::from_be_bytes(*b"IOG1");
+const GOODBYE: u32 = u32::from_be_bytes(*b"IOB1");
 const TAKEN: u32 = u32::from_be_bytes(*b"IOT1");
 const AWAY: u32 = u32::from_be_bytes(*b"IOA1");
 const GENERATION: u32 = u32::from_be_bytes(*b"IOG1");

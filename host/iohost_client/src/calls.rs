@@ -157,7 +157,7 @@ impl Calls {
     /// Ends the connection for both sides, and with it the receiving thread.
     pub(crate) fn close(&self) {
         // A driver that reads nothing is left without.
-        if self.send_unsent() {
+        if self.state().send_unsent(&self.socket) {
             let _ = self.socket.send(&encode_goodbye(), &[]);
         }
         if let Ok(socket) = self.duplicate() {

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use iohost_control::host::{Failure, ToHost};
 use iohost_event::{PacketError, Poller};
+use iohost_interface::Description;
 use iohost_interface::packet::encode_away;
 use log::{debug, warn};
 
@@ -32,7 +33,7 @@ impl Actor {
         let State::Running { interfaces, .. } = &service.state else { return };
         let interfaces = interfaces.clone();
         let earlier = service.served.replace(interfaces.clone()).unwrap_or_default();
-        let continues = |(kind, earlier)| {
+        let continues = |(kind, earlier): (usize, &Description)| {
             interfaces.get(kind).is_some_and(|interface| interface.continues(earlier))
         };
         if !earlier.iter().enumerate().all(continues) {
