@@ -31,7 +31,7 @@ fn what_a_driver_says_of_itself_is_shown() {
     let (system, _device) = System::with_driver("probe");
     let session = system.connect().open("edu0").unwrap();
     assert!(!system.service("edu0").is_busy);
-    probe(&session).describe("colour".into(), "green".into()).wait().unwrap();
+    probe(&session).describe("green".into()).wait().unwrap();
     eventually("the driver to be busy", || system.service("edu0").is_busy);
     let shown = system.iohost(&["properties", "edu0"]);
     assert_eq!(shown.code, Some(0), "{}", shown.stderr);

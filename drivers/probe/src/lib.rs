@@ -206,9 +206,9 @@ impl probe_api::Server for Probe {
         reply.complete(self.crashed_clients);
     }
 
-    fn describe(&mut self, name: String, text: String, reply: Reply<()>) {
+    fn describe(&mut self, colour: String, reply: Reply<()>) {
         let service = self.queue.service();
-        let properties = Properties::from_iter([(name, text.into())]);
+        let properties = Properties::from_iter([("colour".to_owned(), colour.into())]);
         let described = service.set_properties(properties);
         let described = described.and_then(|()| service.adjust_busy(1));
         reply.finish(described.map_err(|err| err.code()));

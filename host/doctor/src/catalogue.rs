@@ -511,6 +511,12 @@ catalogue! {
         check: "iohost status --json has is_registered",
         fix: "Wait for it; iohost_client's Daemon::watch tells.",
     }
+    OtherInterface = "other-interface", None, {
+        means: "The driver that took over serves another interface than the one before it.",
+        why: "A session outlives its driver only where the next one has all that the session's client was built for.",
+        check: "iohost call SERVICE lists the methods",
+        fix: "Open a new session.",
+    }
     ClientType = "client-type", None, {
         means: "The driver has no clients of that type.",
         why: "A driver can have more than one interface; a program names one by its place, from 0.",

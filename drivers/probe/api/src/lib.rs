@@ -68,8 +68,8 @@ iohost_interface::interface! {
         /// How many clients have died with a session open.
         18 => fn crashed_clients() -> u32;
 
-        /// Sets a property of the driver to a text, and its busy count one higher.
-        19 => fn describe(name: String, text: String);
+        /// Sets the driver's property `colour`, and its busy count one higher.
+        19 => fn describe(colour: String);
 
         /// Has the stop complete so much later.
         20 => fn stop_after(milliseconds: u32);
