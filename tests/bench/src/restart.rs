@@ -51,7 +51,7 @@ fn ours(effort: Effort) -> Result<Vec<f64>> {
         Ok(())
     };
     let mut times = Vec::new();
-    for number in 0..effort.of(50, 1) {
+    for number in 0..effort.of(20, 1) {
         let host = system.await_ready("edu0");
         round_trip(2 * number)?;
         let start = Instant::now();
@@ -75,7 +75,7 @@ fn ours(effort: Effort) -> Result<Vec<f64>> {
 fn spawn_again(effort: Effort) -> Result<Vec<f64>> {
     let mut times = Vec::new();
     let (mut child, mut socket) = spawn(effort)?;
-    for _ in 0..effort.of(50, 1) {
+    for _ in 0..effort.of(20, 1) {
         let start = Instant::now();
         child.kill()?;
         child.wait()?;
