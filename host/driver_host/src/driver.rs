@@ -1,10 +1,11 @@
 //! A driver that runs: its instance, its default queue, its device.
 
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use iohost_dispatch::{Engine, Owner, Queue, QueueOptions};
-use iohost_interface::{Arguments, IOReturn, ReplySink};
+use iohost_interface::{Arguments, ClientFile, IOReturn, ReplySink};
+use iohost_memory::flight_recorder::{CallSlot, Kind};
 
 use crate::plugin::{Instance, NewSession, Plugin};
 use crate::{Device, Services};
@@ -23,17 +24,26 @@ pub struct Driver {
 
 /// Owns the driver's queues: keeps what failed there first.
 #[derive(Default)]
-struct FirstFailure(Mutex<Option<String>>);
+struct FirstFailure {
+    first: Mutex<Option<String>>,
+    /// Told of each one.
+    report: OnceLock<Report>,
+}
+
+type Report = Box<dyn Fn(&str) + Send + Sync>;
 
 impl FirstFailure {
     fn get(&self) -> Option<String> {
-        self.0.lock().expect(NO_PANIC).clone()
+        self.first.lock().expect(NO_PANIC).clone()
     }
 }
 
 impl Owner for FirstFailure {
     fn failed(&self, _: &str, reason: &str) {
-        self.0.lock().expect(NO_PANIC).get_or_insert_with(|| reason.to_owned());
+        self.first.lock().expect(NO_PANIC).get_or_insert_with(|| reason.to_owned());
+        if let Some(report) = self.report.get() {
+            report(reason);
+        }
     }
 }
 
@@ -60,7 +70,9 @@ impl Driver {
         let owner = failure.clone();
         let queue = Queue::create_for(owner, engine, "Default", QueueOptions::default())
             .map_err(|status| failed(status, None))?;
-        let started = queue.dispatch_sync(|| plugin.start(&queue, &services, device));
+        let started = queue.dispatch_sync(|| {
+            queue.recorded(Kind::Start, 0, 0, || plugin.start(&queue, &services, device))
+        });
         match started.flatten() {
             Ok(instance) => {
                 let instance = Mutex::new(Some(instance));
@@ -101,13 +113,21 @@ impl Driver {
         begin: impl FnOnce() + Send + 'static,
     ) {
         let driver = self.clone();
-        let mut owed = Owed(Some(sink));
+        let slot = self.queue.recorder().and_then(|recorder| recorder.call(session, selector));
+        let slot = slot.map(Arc::new);
+        let queue = self.queue.clone();
+        let sink = Recorded { sink, slot: slot.clone(), queue, session, selector };
+        let mut owed = Owed(Some(Box::new(sink)));
         self.queue.dispatch_async(move || {
             if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC)
                 && let Some(sink) = owed.0.take()
             {
                 begin();
-                instance.call(session, selector, &arguments, sink);
+                slot.iter().for_each(|slot| slot.running());
+                driver.queue.recorded(Kind::Call, session, selector, || {
+                    instance.call(session, selector, &arguments, sink);
+                });
+                slot.iter().for_each(|slot| slot.taken());
             }
         });
     }
@@ -133,7 +153,8 @@ impl Driver {
         let opened = self.queue.dispatch_sync(|| {
             let instance = self.instance.lock().expect(NO_PANIC);
             let instance = instance.as_ref().ok_or(IOReturn::NOT_READY)?;
-            instance.session_opened(session)
+            let number = session.number;
+            self.queue.recorded(Kind::SessionOpened, number, 0, || instance.session_opened(session))
         });
         opened.flatten()
     }
@@ -143,7 +164,9 @@ impl Driver {
         let driver = self.clone();
         self.queue.dispatch_async(move || {
             if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC) {
-                instance.session_closed(session);
+                driver.queue.recorded(Kind::SessionClosed, session, 0, || {
+                    instance.session_closed(session);
+                });
             }
         });
     }
@@ -153,12 +176,20 @@ impl Driver {
         self.failure.get()
     }
 
+    /// Has `report` called for each failure, on the thread that failed; at once if there was one.
+    pub(crate) fn on_failure(&self, report: impl Fn(&str) + Send + Sync + 'static) {
+        let report = self.failure.report.get_or_init(|| Box::new(report));
+        if let Some(reason) = self.failure.get() {
+            report(&reason);
+        }
+    }
+
     /// Stops the driver and frees it. A second call does nothing.
     pub fn stop(&self) {
         let stopped = self.queue.dispatch_sync(|| {
             let instance = self.instance.lock().expect(NO_PANIC).take();
             if let Some(instance) = &instance {
-                instance.stop();
+                self.queue.recorded(Kind::Stop, 0, 0, || instance.stop());
             }
             instance
         });
@@ -179,6 +210,27 @@ impl Drop for Owed {
         if let Some(sink) = self.0.take() {
             sink.deliver(Err(IOReturn::NOT_READY));
         }
+    }
+}
+
+/// Where the answer to a call goes, with what is recorded of it.
+struct Recorded {
+    sink: Box<dyn ReplySink>,
+    slot: Option<Arc<CallSlot>>,
+    queue: Queue,
+    session: u64,
+    selector: u64,
+}
+
+impl ReplySink for Recorded {
+    fn deliver(self: Box<Self>, answer: Result<Arguments, IOReturn>) {
+        self.slot.iter().for_each(|slot| slot.answered());
+        self.queue.note(Kind::Answer, self.session, self.selector);
+        self.sink.deliver(answer);
+    }
+
+    fn client_memory(&self, memory: u64) -> Result<ClientFile, IOReturn> {
+        self.sink.client_memory(memory)
     }
 }
 

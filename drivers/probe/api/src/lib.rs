@@ -64,6 +64,17 @@ iohost_interface::interface! {
         /// The status of looking for the memory of the caller of the first `hold` that is not
         /// answered.
         17 => fn look_for_memory_of_held(memory: u64) -> i32;
+
+        /// Dies in the middle of the call: 0 by a null pointer (SIGSEGV), 1 by `abort`, 2 by a
+        /// panic, 3 by `exit(3)`.
+        18 => fn die(how: u32);
+
+        /// Turns in a circle for so many milliseconds (0: for ever), with a report of progress each
+        /// time around if asked for; and is answered then.
+        19 => fn spin(milliseconds: u64, progress: u32);
+
+        /// Writes a byte all over the memory of its process's flight recorder, then dies by SIGSEGV.
+        20 => fn scribble(byte: u32);
     }
 
     queues {}
