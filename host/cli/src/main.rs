@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod call;
+mod crashes;
 mod daemon;
 mod demo;
 mod devices;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         Command::Status { service: Some(service) } => {
             services::statistics(&options, output, service)
         }
+        Command::Crashes(crashes) => crashes::run(output, crashes),
         Command::Call(call) => call::run(&options, output, call),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };

@@ -4,6 +4,7 @@
 //! deadline, and deals with each as a whole before the next. Nothing here blocks: what waits for a
 //! kernel driver to let go of its device has threads of its own (`Bindings`).
 
+mod deaths;
 mod device_events;
 mod life;
 mod news;
@@ -18,26 +19,33 @@ use std::time::{Duration, Instant};
 
 use iohost_control::host::Failure;
 use iohost_control::plugin::PciIds;
-use iohost_event::{Poller, Ready as Found};
+use iohost_event::{Poller, Ready as Found, TickScale};
 use iohost_pci::{HotplugSocket, PciFunction};
 use log::{info, warn};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
 use crate::Options;
 use crate::bindings::Bindings;
 use crate::config::Config;
+use crate::crashes::Crashes;
+use crate::hooks::Hooks;
+use crate::memory_events::MemoryEvents;
 use crate::plugins::Plugins;
 use crate::request::Inbox;
 use crate::service::{Cause, LastWords, Service, State};
 use crate::watchers::Watchers;
 
+pub(crate) use deaths::Evidence;
+
 const REQUESTS: u64 = 0;
 const SIGNALS: u64 = 1;
 const BINDINGS: u64 = 2;
 const HOTPLUG: u64 = 3;
-/// Each driver host has two tokens from here on: its messages, then its end.
-const HOSTS: u64 = 4;
+const CHILDREN: u64 = 4;
+/// Each driver host has tokens from here on: its messages, its end, work while nobody looks.
+const HOSTS: u64 = 5;
+const TOKENS_OF_A_HOST: u64 = 3;
 /// Each session has one from here on: the end of its client.
 const SESSIONS: u64 = 1 << 63;
 
@@ -52,6 +60,8 @@ pub(crate) struct Actor {
     services: Vec<Service>,
     inbox: Inbox,
     signals: UnixStream,
+    /// Raised when a process of ours has ended or was stopped.
+    children: UnixStream,
     poller: Poller,
     bindings: Bindings,
     /// Devices that come back; `None` where the kernel does not say.
@@ -62,6 +72,11 @@ pub(crate) struct Actor {
     watchers: Watchers,
     /// Driver hosts that said more than fits into a turn.
     talkative: BTreeSet<u64>,
+    crashes: Crashes,
+    hooks: Hooks,
+    memory_events: MemoryEvents,
+    /// What the times in flight recorders are worth.
+    ticks: TickScale,
     started: Instant,
     next_host: u64,
     next_session: u64,
@@ -84,7 +99,11 @@ impl Actor {
         signals.set_nonblocking(true)?;
         pipe::register(SIGTERM, raised.try_clone()?)?;
         pipe::register(SIGINT, raised)?;
+        let (children, ended) = UnixStream::pair()?;
+        children.set_nonblocking(true)?;
+        pipe::register(SIGCHLD, ended)?;
         let poller = Poller::new()?;
+        poller.watch(&children, CHILDREN)?;
         poller.watch(&*inbox.wake, REQUESTS)?;
         poller.watch(&signals, SIGNALS)?;
         let bindings = Bindings::new(options.sysfs.clone(), &config.state_directory)?;
@@ -98,12 +117,17 @@ impl Actor {
         let services =
             config.devices.iter().map(|device| Service::new(device.clone(), false)).collect();
         Ok(Self {
+            crashes: Crashes::new(&config.state_directory),
+            hooks: Hooks::default(),
+            memory_events: MemoryEvents::of_this_process(),
+            ticks: TickScale::start(),
             options: options.clone(),
             config,
             plugins,
             services,
             inbox,
             signals,
+            children,
             poller,
             bindings,
             hotplug,
@@ -141,8 +165,15 @@ impl Actor {
                     BINDINGS => self.hear_of_bindings(),
                     HOTPLUG => self.hear_hotplug(),
                     SESSIONS.. => self.client_left(token - SESSIONS),
-                    _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
-                    _ => self.bury((token - HOSTS) / 2),
+                    CHILDREN => self.look_at_children(),
+                    _ => {
+                        let number = (token - HOSTS) / TOKENS_OF_A_HOST;
+                        match (token - HOSTS) % TOKENS_OF_A_HOST {
+                            0 => self.listen_to(number),
+                            1 => self.bury(number),
+                            _ => self.has_work(number),
+                        }
+                    }
                 }
             }
             self.check_deadlines(Instant::now());

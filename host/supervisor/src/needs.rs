@@ -49,6 +49,7 @@ mod tests {
 
     use super::*;
     use crate::config::{ErrorPolicy, Location};
+    use crate::restart::RestartChoices;
 
     const DMA: Needs = Needs { dma_bytes: 1 << 20, messages: false };
     const MESSAGES: Needs = Needs { dma_bytes: 0, messages: true };
@@ -62,6 +63,7 @@ mod tests {
             bind: true,
             backend,
             on_error: ErrorPolicy::default(),
+            restart: RestartChoices::default(),
             line: 0,
         }
     }

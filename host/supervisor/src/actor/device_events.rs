@@ -28,7 +28,8 @@ impl Actor {
             }
             outcome => info!(device, outcome:?, how = quiesced.how; "the device is safe"),
         }
-        service.quiesced = Some(quiesced);
+        service.quiesced = Some(quiesced.clone());
+        self.finish_report(at, &quiesced);
     }
 
     /// Something happened to a device whose driver starts or runs.
@@ -184,6 +185,8 @@ impl Actor {
                 if self.is_back(at, &event) {
                     let service = &mut self.services[at];
                     service.is_removed = false;
+                    // Plugged in anew: what its predecessor did is no sign of what it will do.
+                    service.deaths.forget();
                     info!(device = service.device.name; "the device is there again");
                     self.start(at, Cause::Asked);
                 }
@@ -197,6 +200,12 @@ impl Actor {
         let service = &self.services[at];
         let Location::Pci(ours) = service.device.location else { return false };
         let is_down = service.is_removed && matches!(service.state, State::Down(_));
+        // A device that was given up is held by us, so it can come only after it went.
+        let is_replaced = matches!(service.state, State::Quarantined(_))
+            && matches!(event, Hotplug::Added(address) if *address == ours);
+        if is_replaced && service.device.bind {
+            return true;
+        }
         let wanted = service.device.binding().driver();
         is_down
             && match event {

@@ -16,6 +16,7 @@ use crate::bindings::from_pci;
 use crate::config::{DeviceConfig, ErrorPolicy, Location};
 use crate::plugins::Plugins;
 use crate::request::{Answer, Request, stopping};
+use crate::restart::RestartChoices;
 use crate::service::{Cause, Opening, Service, Session, Stage, State, Visitor};
 use crate::session::SessionMemory;
 
@@ -361,6 +362,7 @@ impl Actor {
             bind: true,
             backend: None,
             on_error: ErrorPolicy::default(),
+            restart: RestartChoices::default(),
             line: 0,
         };
         self.services.push(Service::new(device, true));
