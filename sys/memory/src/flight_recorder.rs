@@ -36,6 +36,7 @@
 //! | 24 | first panic: 0 none, 1 being written, 2 written |
 //! | 32 | bytes of its text |
 //! | 40 | its text, up to [`PANIC_BYTES`] |
+//! | 4088 | lanes from the first one that have been in use ever; the others are not touched |
 //! | 4096 | [`CALLS`] slots of 4 words: stage (0 free), session, selector, ticks |
 //! | 12288 | [`LANES`] lanes of [`LANE_BYTES`] each |
 //!
@@ -76,6 +77,7 @@ const CALLS_LEFT_OUT: usize = 16;
 const PANIC: usize = 24;
 const PANIC_LEN: usize = 32;
 const PANIC_TEXT: usize = 40;
+const LANES_EVER: usize = CALLS_AT - 8;
 const CALLS_AT: usize = 4096;
 const CALL_BYTES: usize = 32;
 const LANES_AT: usize = CALLS_AT + CALLS * CALL_BYTES;
@@ -95,7 +97,7 @@ const EVENT_BYTES: usize = 32;
 /// Bytes of the whole.
 pub const RECORDER_BYTES: usize = LANES_AT + LANES * LANE_BYTES;
 
-const _: () = assert!(PANIC_TEXT + PANIC_BYTES <= CALLS_AT && EVENTS.is_power_of_two());
+const _: () = assert!(PANIC_TEXT + PANIC_BYTES <= LANES_EVER && EVENTS.is_power_of_two());
 const _: () = assert!(LANES_AT.is_multiple_of(64) && LANE_BYTES.is_multiple_of(64));
 
 /// What an event is; with what its two numbers are.
@@ -259,6 +261,7 @@ impl Recorder {
         let name = &name.as_bytes()[..name.len().min(NAME_BYTES)];
         self.memory.write_at(start + NAME, name);
         self.word(start + IN_USE).store(1, Relaxed);
+        self.word(LANES_EVER).fetch_max(u64::from(number) + 1, Relaxed);
         Some(Lane { recorder: self.clone(), number, start })
     }
 
@@ -296,7 +299,8 @@ impl Recorder {
 
     // ---- The daemon ----
 
-    /// How far each lane has come, in the order of their numbers; `None` for one that nobody uses.
+    /// How far each lane has come, in the order of their numbers, up to the last one that was ever in
+    /// use; `None` for one that nobody uses.
     pub fn look(&self) -> Vec<Option<Pulse>> {
         let pulse = |number: usize| {
             let at = |offset| self.word(LANES_AT + number * LANE_BYTES + offset).load(Relaxed);
@@ -306,7 +310,9 @@ impl Recorder {
                 progress: at(PROGRESS),
             })
         };
-        (0..LANES).map(pulse).collect()
+        // To read a page of the memory is to have it: the others would be there for nothing.
+        let lanes = self.word(LANES_EVER).load(Relaxed).min(LANES as u64);
+        (0..lanes as usize).map(pulse).collect()
     }
 
     /// Looks by itself from now on: nobody rings.
@@ -726,7 +732,7 @@ mod tests {
         one.begin_beside();
         assert_eq!(rung(), 1);
         let pulses: Vec<_> = daemon.look().into_iter().flatten().collect();
-        assert_eq!(pulses.len(), 2);
+        assert_eq!((pulses.len(), daemon.look().len()), (2, 2));
         assert!(pulses.iter().all(|pulse| pulse.is_at_work));
         one.end_beside();
         assert!(!daemon.look()[0].unwrap().is_at_work);
