@@ -262,7 +262,9 @@ impl Recorder {
         self.memory.write_at(start + NAME, name);
         self.word(start + IN_USE).store(1, Relaxed);
         self.word(LANES_EVER).fetch_max(u64::from(number) + 1, Relaxed);
-        Some(Lane { recorder: self.clone(), number, start })
+        // SAFETY: a lane lies inside of the memory.
+        let words = unsafe { self.base.add(start) };
+        Some(Lane { recorder: self.clone(), number, words })
     }
 
     /// Remembers a call until the slot is dropped; `None` when there is no room, which is counted.
@@ -406,17 +408,34 @@ impl fmt::Debug for Recorder {
 pub struct Lane {
     recorder: Arc<Recorder>,
     number: u16,
-    /// Invariant: the start of a lane.
-    start: usize,
+    /// Invariant: the start of a lane in the memory of `recorder`, at a multiple of eight. Kept here, as
+    /// to go there by way of the recorder costs as much as the rest of it all.
+    words: NonNull<u8>,
 }
+
+// SAFETY: `words` points into the mapping that `recorder` keeps; both may be used from any thread.
+unsafe impl Send for Lane {}
+// SAFETY: everything that `&Lane` offers is made of atomics.
+unsafe impl Sync for Lane {}
 
 impl Lane {
     /// A word of the lane.
     #[inline]
     fn word<const OFFSET: usize>(&self) -> &AtomicU64 {
         const { assert!(OFFSET.is_multiple_of(8) && OFFSET < EVENTS_AT) };
-        // SAFETY: a lane starts at a multiple of eight, and has `EVENTS_AT` bytes inside the memory.
-        unsafe { self.recorder.word_at(self.start + OFFSET) }
+        // SAFETY: by the assertion and the invariant, eight aligned bytes inside the memory.
+        unsafe { self.word_at(OFFSET) }
+    }
+
+    /// # Safety
+    ///
+    /// `offset` is a multiple of eight, and eight bytes from it are inside the lane.
+    #[inline]
+    unsafe fn word_at(&self, offset: usize) -> &AtomicU64 {
+        // SAFETY: the caller's promise.
+        let word = unsafe { self.words.add(offset) }.cast::<u64>();
+        // SAFETY: as in `Recorder::word`, of which this is one; `recorder` keeps the memory.
+        unsafe { AtomicU64::from_ptr(word.as_ptr()) }
     }
 
     /// The queue works from now on. One thread at a time.
@@ -506,11 +525,11 @@ impl Lane {
     /// The words of an event, by its number, whatever that is.
     #[inline]
     fn event(&self, number: u64) -> [&AtomicU64; 4] {
-        let at = self.start + EVENTS_AT + (number as usize & (EVENTS - 1)) * EVENT_BYTES;
+        let at = EVENTS_AT + (number as usize & (EVENTS - 1)) * EVENT_BYTES;
         [0, 8, 16, 24].map(|offset| {
-            // SAFETY: the mask keeps the event inside of the lane, which is inside of the memory, and
-            // everything is a multiple of eight.
-            unsafe { self.recorder.word_at(at + offset) }
+            // SAFETY: the mask keeps the event inside of the lane, and everything is a multiple of
+            // eight.
+            unsafe { self.word_at(at + offset) }
         })
     }
 
