@@ -177,6 +177,12 @@ impl System {
         self.service(name).pid.expect("a driver that runs has a process")
     }
 
+    /// Waits until a service runs that has had so many driver hosts, and gives its process.
+    pub fn await_ready_again(&self, name: &str, incarnation: u64) -> u32 {
+        eventually("the next driver host", || self.service(name).incarnation == incarnation);
+        self.await_ready(name)
+    }
+
     /// What the daemon and its driver hosts logged.
     pub fn daemon_log(&self) -> String {
         fs::read_to_string(self.path("daemon.log")).expect("the daemon's log")

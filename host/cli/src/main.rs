@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod call;
+mod crashes;
 mod daemon;
 mod demo;
 mod devices;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         }
         Command::Properties { service } => services::properties(&options, output, service),
         Command::Power { service, state } => services::power(&options, output, service, *state),
+        Command::Crashes(crashes) => crashes::run(output, crashes),
         Command::Call(call) => call::run(&options, output, call),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };

@@ -23,6 +23,7 @@ Examples:
   iohost bind 0000:01:00.0                take a device and start its driver
   iohost call edu factorial 5             call a method of a driver
   iohost status --json | jq .services     what runs, for a program
+  iohost crashes                          which drivers died, and why
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage or configuration."
 )]
@@ -151,6 +152,15 @@ after it: iohost does not hear of that by itself.")]
         /// The state.
         state: PowerChoice,
     },
+    /// List the deaths of drivers, or show one closely; works without a daemon.
+    #[command(after_help = "\
+Examples:
+  iohost crashes
+  iohost crashes show 3                   cause, requests in flight, what each queue did last
+  iohost crashes --json | jq '.crashes[] | select(.reason == \"hang\")'
+
+The reports are files in the daemon's state directory, the newest 64 of them.")]
+    Crashes(CrashesOptions),
 
     /// Call a method of a driver, or list its methods.
     #[command(after_help = "\
@@ -225,6 +235,26 @@ pub(crate) struct DoctorOptions {
     /// Memory that drivers are to have for DMA, all of them together.
     #[arg(long, value_name = "BYTES", default_value_t = 8 * 1024 * 1024)]
     pub(crate) dma_memory: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CrashesOptions {
+    /// The daemon's state directory [default: that of /etc/iohost/iohost.toml, or
+    /// /var/lib/iohost].
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+
+    #[command(subcommand)]
+    pub(crate) command: Option<CrashCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CrashCommand {
+    /// Show one report.
+    Show {
+        /// Its number.
+        number: u64,
+    },
 }
 
 #[derive(Debug, Args)]

@@ -19,6 +19,7 @@ pub const MOST_DESCRIPTORS: usize = 64;
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ToHost {
     /// Open the device, reset it, load the driver, start it. Answered by `Ready` or `Failed`.
+    /// Descriptors: the memory and the bell of a flight recorder (`iohost_memory`).
     Start(Start),
     /// A client opened a session, or has one that survived the driver host before this one.
     /// Descriptors: the session's socket, its ledger, then for each queue its memory, its

@@ -547,9 +547,27 @@ catalogue! {
         check: "iohost status; the daemon's log",
         fix: "Read the log for what it said last; a service in quarantine is started again by iohost bind SERVICE.",
     }
+    NoSuchCrash = "no-such-crash", None, {
+        means: "There is no crash report of this number.",
+        why: "The newest 64 are kept; they lie in the daemon's state directory.",
+        check: "iohost crashes",
+        fix: "Name one that is listed, or the directory with --state-dir.",
+    }
+    CrashUnreadable = "crash-unreadable", None, {
+        means: "A crash report, or the folder of them, cannot be read.",
+        why: "They belong to the user that the daemon runs as; or the file is of another version.",
+        check: "ls -l /var/lib/iohost/crashes",
+        fix: "Read it as that user.",
+    }
+    DriverPanicked = "driver-panicked", None, {
+        means: "The driver panicked, and its process was ended.",
+        why: "A handler that panics leaves the driver's state as it was then. The caller is answered, the device is reset and the driver started again.",
+        check: "iohost crashes; iohost crashes show N has the words and the place",
+        fix: "Report it to the driver's author with that.",
+    }
     DriverHung = "driver-hung", None, {
-        means: "The driver did what it was told too slowly, and was killed.",
-        why: "Starting, stopping and leaving have a time limit each, so that a driver cannot hold up the machine.",
+        means: "The driver did what it was told too slowly, or gave no sign of life in the middle of something, and was killed.",
+        why: "Starting, stopping and leaving have a time limit each, and so has each piece of work that reports no progress, so that a driver cannot hold up the machine.",
         check: "the daemon's log; IOHOST_LOG=debug shows more",
         fix: "Find out what it waits for; it is started again.",
     }

@@ -2,7 +2,8 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result, bail};
 use iohost_control::host::{
@@ -18,8 +19,9 @@ use iohost_dispatch::Engine;
 use iohost_doctor::{Code, refusal};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::IOReturn;
+use iohost_memory::flight_recorder::{Kind, Recorder};
 use iohost_pci::{PciError, Sysfs};
-use log::{debug, info, warn};
+use log::{debug, error, info, warn};
 
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
@@ -36,11 +38,12 @@ const MOST_CLIENT_TYPES: u64 = 16;
 pub fn run(daemon: Packets) -> Result<()> {
     let daemon = Arc::new(daemon);
     let conversation = Conversation { daemon: daemon.clone() };
-    let (message, _) = conversation.receive()?.context("the daemon left before the start")?;
+    let (message, fds) = conversation.receive()?.context("the daemon left before the start")?;
     let ToHost::Start(start) = message else {
         bail!("expected `start`, the daemon sent {message:?}")
     };
-    let running = match Running::start(start, &daemon) {
+    let started = recorder(fds).and_then(|recorder| Running::start(start, &daemon, recorder));
+    let running = match started {
         Ok(running) => running,
         Err(failure) => {
             conversation.send(&FromHost::Failed(failure.clone()))?;
@@ -171,6 +174,31 @@ fn send(daemon: &Packets, message: &FromHost) -> Result<()> {
     }
 }
 
+/// The flight recorder that the daemon gives at the start; `None` of one that has none.
+fn recorder(fds: Vec<OwnedFd>) -> Result<Option<Arc<Recorder>>, Failure> {
+    let mut fds = fds.into_iter();
+    let (Some(memory), Some(bell)) = (fds.next(), fds.next()) else { return Ok(None) };
+    match Recorder::attach(memory, bell) {
+        Ok(recorder) => Ok(Some(Arc::new(recorder))),
+        Err(err) => Err(internal(format!("the flight recorder: {}", with_sources(&err)))),
+    }
+}
+
+/// Tells the daemon of a driver that panicked, and ends the process: what the driver's state is
+/// worth, nobody knows. The device is made safe by whoever has it next.
+fn end_for(daemon: &Packets, driver: &str, recorder: Option<&Recorder>, reason: &str) -> ! {
+    error!(reason; "the driver has failed");
+    recorder.into_iter().for_each(|recorder| recorder.panicked(reason));
+    let failure = Failure::new(
+        "driver-panicked",
+        format!("driver {driver:?} {reason}"),
+        "report it to the driver's author, with `iohost crashes show`",
+    );
+    let _ = send(daemon, &FromHost::Failed(failure));
+    // As a program of Rust ends by a panic.
+    std::process::exit(101)
+}
+
 /// The socket of a session, and what the driver gets, from the descriptors in the order of
 /// `OpenSession`.
 fn session_parts(open: &OpenSession, fds: Vec<OwnedFd>) -> Result<(Packets, NewSession), String> {
@@ -201,12 +229,22 @@ struct Running {
     device: Arc<Device>,
     engine: Engine,
     ready: Ready,
+    /// The end is near: what fails from here on changes nothing.
+    ends: Arc<AtomicBool>,
 }
 
 impl Running {
-    fn start(start: Start, daemon: &Arc<Packets>) -> Result<Self, Failure> {
-        let engine = Engine::start()
-            .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
+    fn start(
+        start: Start,
+        daemon: &Arc<Packets>,
+        recorder: Option<Arc<Recorder>>,
+    ) -> Result<Self, Failure> {
+        let engine = match recorder.clone() {
+            Some(recorder) => Engine::start_recorded(recorder),
+            None => Engine::start(),
+        };
+        let engine =
+            engine.map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let backend = open_device(&start.device)?;
         let taken = Device::take_over(backend, allowed(&start.interrupts));
         let (device, quiesced) = taken.map_err(|err| {
@@ -224,12 +262,16 @@ impl Running {
         };
         let _ = send(daemon, &FromHost::Quiesced(quiesced));
         let listener = daemon.clone();
+        let lane = Mutex::new(recorder.as_ref().and_then(|recorder| recorder.lane("(device)")));
         let events = EventWatch::start(&device, move |event| {
-            let event = match event {
-                DeviceEvent::Error => Heard::Error,
-                DeviceEvent::RemovalRequested => Heard::RemovalRequested,
-                DeviceEvent::Gone => Heard::Gone,
+            let (event, number) = match event {
+                DeviceEvent::Error => (Heard::Error, 1),
+                DeviceEvent::RemovalRequested => (Heard::RemovalRequested, 2),
+                DeviceEvent::Gone => (Heard::Gone, 3),
             };
+            if let Some(lane) = &*lane.lock().expect("nothing under this lock can fail") {
+                lane.note(Kind::Device, number, 0);
+            }
             let _ = send(&listener, &FromHost::DeviceEvent(event));
         });
         let events = events
@@ -242,8 +284,9 @@ impl Running {
             further_interfaces: Vec::new(),
             is_registered: true,
         };
+        let ends = Arc::new(AtomicBool::new(false));
         let Some(plugin) = start.plugin else {
-            return Ok(Self { events, sessions: None, driver: None, device, engine, ready });
+            return Ok(Self { events, sessions: None, driver: None, device, engine, ready, ends });
         };
         let path = Path::new(&plugin);
         plugin_file::inspect(path)?;
@@ -287,6 +330,12 @@ impl Running {
             (1..MOST_CLIENT_TYPES).map_while(|kind| driver.description_for(kind)).collect();
         ready.is_registered = driver.services().registry().is_registered();
         let driver = Arc::new(driver);
+        let (told, name, ending) = (daemon.clone(), driver.name(), ends.clone());
+        driver.on_failure(move |reason| {
+            if !ending.load(SeqCst) {
+                end_for(&told, &name, recorder.as_deref(), reason);
+            }
+        });
         let teller = daemon.clone();
         let sessions = Sessions::new(driver.clone(), move |session, reason| {
             let reason = reason.to_owned();
@@ -297,7 +346,7 @@ impl Running {
             sessions.map_err(|status| internal(format!("no session queue: {status}")))?;
         info!(incarnation = start.incarnation, driver = ready.driver.as_str(); "driver started");
         let (sessions, driver) = (Some(sessions), Some(driver));
-        Ok(Self { events, sessions, driver, device, engine, ready })
+        Ok(Self { events, sessions, driver, device, engine, ready, ends })
     }
 
     /// The registry as JSON; without the entries that the driver made where they are too many for a
@@ -334,6 +383,7 @@ impl Running {
 
     /// Stops the driver and leaves the device safe for the next one.
     fn stop(self) -> Quiesced {
+        self.ends.store(true, SeqCst);
         if let Some(driver) = &self.driver {
             driver.stop();
         }
@@ -346,6 +396,7 @@ impl Running {
 
     /// Stops the driver and closes the device as it is.
     fn let_go(self) {
+        self.ends.store(true, SeqCst);
         if let Some(driver) = &self.driver {
             driver.stop();
         }

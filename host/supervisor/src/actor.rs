@@ -5,6 +5,7 @@
 //! kernel driver to let go of its device has threads of its own (`Bindings`).
 
 mod configured;
+mod deaths;
 mod device_events;
 mod life;
 mod news;
@@ -19,27 +20,34 @@ use std::time::{Duration, Instant};
 
 use iohost_control::host::Failure;
 use iohost_control::plugin::PciIds;
-use iohost_event::{Poller, Ready as Found};
+use iohost_event::{Poller, Ready as Found, TickScale};
 use iohost_pci::{HotplugSocket, PciFunction};
 use log::{info, warn};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
 use signal_hook::low_level::pipe;
 
 use crate::Options;
 use crate::bindings::Bindings;
 use crate::config::Config;
+use crate::crashes::Crashes;
+use crate::hooks::Hooks;
+use crate::memory_events::MemoryEvents;
 use crate::plugins::Plugins;
 use crate::request::Inbox;
 use crate::service::{Cause, LastWords, Service, State};
 use crate::watchers::Watchers;
+
+pub(crate) use deaths::Evidence;
 
 const REQUESTS: u64 = 0;
 const SIGNALS: u64 = 1;
 const BINDINGS: u64 = 2;
 const HOTPLUG: u64 = 3;
 const RELOAD: u64 = 4;
-/// Each driver host has two tokens from here on: its messages, then its end.
+const CHILDREN: u64 = 5;
+/// Each driver host has tokens from here on: its messages, its end, work while nobody looks.
 const HOSTS: u64 = 6;
+const TOKENS_OF_A_HOST: u64 = 3;
 /// Each session has one from here on: the end of its client.
 const SESSIONS: u64 = 1 << 63;
 
@@ -56,6 +64,8 @@ pub(crate) struct Actor {
     signals: UnixStream,
     /// SIGHUP.
     reload: UnixStream,
+    /// Raised when a process of ours has ended or was stopped.
+    children: UnixStream,
     poller: Poller,
     bindings: Bindings,
     /// Devices that come; `None` where the kernel does not say.
@@ -66,6 +76,11 @@ pub(crate) struct Actor {
     watchers: Watchers,
     /// Driver hosts that said more than fits into a turn.
     talkative: BTreeSet<u64>,
+    crashes: Crashes,
+    hooks: Hooks,
+    memory_events: MemoryEvents,
+    /// What the times in flight recorders are worth.
+    ticks: TickScale,
     started: Instant,
     next_host: u64,
     next_session: u64,
@@ -91,7 +106,11 @@ impl Actor {
         let (reload, hung_up) = UnixStream::pair()?;
         reload.set_nonblocking(true)?;
         pipe::register(SIGHUP, hung_up)?;
+        let (children, ended) = UnixStream::pair()?;
+        children.set_nonblocking(true)?;
+        pipe::register(SIGCHLD, ended)?;
         let poller = Poller::new()?;
+        poller.watch(&children, CHILDREN)?;
         poller.watch(&*inbox.wake, REQUESTS)?;
         poller.watch(&signals, SIGNALS)?;
         poller.watch(&reload, RELOAD)?;
@@ -106,6 +125,10 @@ impl Actor {
         let services =
             config.devices.iter().map(|device| Service::new(device.clone(), false)).collect();
         Ok(Self {
+            crashes: Crashes::new(&config.state_directory),
+            hooks: Hooks::default(),
+            memory_events: MemoryEvents::of_this_process(),
+            ticks: TickScale::start(),
             options: options.clone(),
             config,
             plugins,
@@ -113,6 +136,7 @@ impl Actor {
             inbox,
             signals,
             reload,
+            children,
             poller,
             bindings,
             hotplug,
@@ -152,8 +176,15 @@ impl Actor {
                     BINDINGS => self.hear_of_bindings(),
                     HOTPLUG => self.hear_hotplug(),
                     SESSIONS.. => self.client_left(token - SESSIONS),
-                    _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
-                    _ => self.bury((token - HOSTS) / 2),
+                    CHILDREN => self.look_at_children(),
+                    _ => {
+                        let number = (token - HOSTS) / TOKENS_OF_A_HOST;
+                        match (token - HOSTS) % TOKENS_OF_A_HOST {
+                            0 => self.listen_to(number),
+                            1 => self.bury(number),
+                            _ => self.has_work(number),
+                        }
+                    }
                 }
             }
             self.check_deadlines(Instant::now());

@@ -10,6 +10,16 @@
 //! queue_bytes = 1048576           # of a queue, where the client does not say
 //! largest_queue_bytes = 67108864  # the most a client may ask for
 //!
+//! [restart]                       # all of it may be left out; a device can have its own
+//! most = 5                        # restarts within the window; one death more is quarantine
+//! window_seconds = 1800
+//! pause_seconds = 1               # before the second restart (the first is at once), then doubled
+//! longest_pause_seconds = 30
+//! hang_seconds = 2                # work of a driver without a sign of life; 0 for never
+//! hang_cap_seconds = 60           # the same, however much progress it reports
+//! # hook = "/usr/local/bin/told"  # run at each death: docs/supervision.md
+//! hook_seconds = 10               # then it is killed
+//!
 //! [[device]]
 //! address = "0000:01:00.0"        # a PCI function
 //! driver = "edu"                  # without it: the plugin whose match table fits best; if that one
@@ -27,6 +37,7 @@
 //! name = "edu0"
 //! socket = "/run/edu.sock"        # a device behind a vfio-user server
 //! driver = "edu"                  # has to be named: the device says what it is too late
+//! restart = { most = 0 }          # for this device alone; the keys of the table above
 //!
 //! [[match]]                       # PCI functions that iohost may take when it finds them, or when
 //!                                 # they appear; none that the machine uses, and no [[device]]
@@ -43,14 +54,18 @@
 //!
 //! A mistake is reported with file, line and key, before anything is touched.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use iohost_control::host::{DeviceLocation, InterruptChoice, PciBackend};
 use iohost_control::plugin::{Alternatives, PciMatch};
 use iohost_pci::{Binding, PciAddress};
 use serde::Deserialize;
 use toml::Spanned;
+
+use crate::restart::{RestartChoices, RestartPolicy};
 
 /// Where the configuration is unless a flag says otherwise.
 pub const DEFAULT_CONFIG: &str = "/etc/iohost/iohost.toml";
@@ -72,6 +87,8 @@ pub struct Config {
     pub state_directory: PathBuf,
     /// What clients may ask for.
     pub limits: Limits,
+    /// When drivers are started again.
+    pub restart: RestartChoices,
     /// The devices, in the order of the file; names and locations are unique.
     pub devices: Vec<DeviceConfig>,
     /// What may be taken wherever it is, in the order of the file: the first that agrees counts.
@@ -143,6 +160,8 @@ pub struct DeviceConfig {
     pub category: String,
     /// Whether it is to be left alone, unless somebody asks for it.
     pub is_disabled: bool,
+    /// When its driver is started again, where that is another answer than for all.
+    pub restart: RestartChoices,
     /// The line of the entry.
     pub line: usize,
 }
@@ -250,9 +269,11 @@ impl Config {
     pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let source = Source { file, text };
         let raw: RawConfig = toml::from_str(text).map_err(|err| source.explain(&err))?;
+        let restart = source.check_restart(raw.restart, &RestartPolicy::default())?;
+        let for_all = RestartPolicy::default().with(&restart);
         let mut devices: Vec<DeviceConfig> = Vec::new();
         for entry in raw.device {
-            let device = source.check(entry)?;
+            let device = source.check(entry, &for_all)?;
             if let Some(other) = devices
                 .iter()
                 .find(|other| other.name == device.name || other.location == device.location)
@@ -277,6 +298,7 @@ impl Config {
             runtime_directory: raw.runtime_directory,
             state_directory: raw.state_directory,
             limits: raw.limits,
+            restart,
             devices,
         })
     }
@@ -293,10 +315,58 @@ struct RawConfig {
     state_directory: PathBuf,
     #[serde(default)]
     limits: Limits,
+    restart: Option<Spanned<RawRestart>>,
     #[serde(default)]
     device: Vec<Spanned<RawDevice>>,
     #[serde(default, rename = "match")]
     matches: Vec<Spanned<RawMatch>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRestart {
+    most: Option<usize>,
+    window_seconds: Option<Seconds>,
+    pause_seconds: Option<Seconds>,
+    longest_pause_seconds: Option<Seconds>,
+    hang_seconds: Option<Seconds>,
+    hang_cap_seconds: Option<Seconds>,
+    hook: Option<PathBuf>,
+    hook_seconds: Option<Seconds>,
+}
+
+/// A time in seconds, whole or with a fraction.
+struct Seconds(Duration);
+
+impl<'de> Deserialize<'de> for Seconds {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        /// Longer than any daemon runs; and sums of such times stay far from any limit.
+        const MOST: f64 = 365.0 * 24.0 * 3600.0;
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = Seconds;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "seconds from 0 to {MOST}")
+            }
+
+            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Seconds, E> {
+                if !(0.0..=MOST).contains(&value) {
+                    return Err(E::invalid_value(serde::de::Unexpected::Float(value), &self));
+                }
+                Ok(Seconds(Duration::from_secs_f64(value)))
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Seconds, E> {
+                self.visit_f64(value as f64)
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Seconds, E> {
+                self.visit_f64(value as f64)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
 }
 
 fn default_driver_directory() -> PathBuf {
@@ -327,6 +397,7 @@ struct RawDevice {
     allow_unsafe: bool,
     #[serde(default)]
     on_error: ErrorPolicy,
+    restart: Option<Spanned<RawRestart>>,
     #[serde(default)]
     category: String,
     #[serde(default)]
@@ -359,7 +430,12 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn check(&self, entry: Spanned<RawDevice>) -> Result<DeviceConfig, ConfigError> {
+    /// `policy` is what holds where the entry says nothing.
+    fn check(
+        &self,
+        entry: Spanned<RawDevice>,
+        policy: &RestartPolicy,
+    ) -> Result<DeviceConfig, ConfigError> {
         let line = self.line(&entry.span());
         let device = entry.into_inner();
         let location = match (device.address, device.socket) {
@@ -408,6 +484,7 @@ impl Source<'_> {
         if let Some(backend) = &device.backend {
             self.check_backend(backend, &location, device.allow_unsafe)?;
         }
+        let restart = self.check_restart(device.restart, policy)?;
         Ok(DeviceConfig {
             name,
             location,
@@ -418,6 +495,7 @@ impl Source<'_> {
             on_error: device.on_error,
             category: device.category,
             is_disabled: device.disabled,
+            restart,
             line,
         })
     }
@@ -465,9 +543,51 @@ impl Source<'_> {
             on_error: rule.on_error,
             category: rule.category,
             is_disabled: false,
+            restart: RestartChoices::default(),
             line,
         };
         Ok(MatchRule { wanted, pattern })
+    }
+
+    /// What a table of restarts says, in place of `policy`.
+    fn check_restart(
+        &self,
+        raw: Option<Spanned<RawRestart>>,
+        policy: &RestartPolicy,
+    ) -> Result<RestartChoices, ConfigError> {
+        let Some(raw) = raw else { return Ok(RestartChoices::default()) };
+        let span = raw.span();
+        let raw = raw.into_inner();
+        let time = |seconds: Option<Seconds>| seconds.map(|Seconds(time)| time);
+        let choices = RestartChoices {
+            most: raw.most,
+            window: time(raw.window_seconds),
+            pause: time(raw.pause_seconds),
+            longest_pause: time(raw.longest_pause_seconds),
+            hang: time(raw.hang_seconds),
+            hang_cap: time(raw.hang_cap_seconds),
+            hook: raw.hook,
+            hook_limit: time(raw.hook_seconds),
+        };
+        match policy.with(&choices).mistake() {
+            None => Ok(choices),
+            Some((key, why)) => Err(self.error(
+                self.line_of(&span, key),
+                format!("key `{key}`: {why}"),
+                "correct it, or leave it out for the default",
+            )),
+        }
+    }
+
+    /// The line of a key inside of a table, or that of the table.
+    fn line_of(&self, table: &Range<usize>, key: &str) -> usize {
+        // The span of a table that is not written in one line is its header's.
+        let rest = &self.text[table.start..];
+        let end = if rest.starts_with('{') { Some(table.len()) } else { rest.find("\n[") };
+        let text = &rest[..end.unwrap_or(rest.len())];
+        let begins = |at: usize| !text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        let at = text.match_indices(key).map(|(at, _)| at).find(|at| begins(*at));
+        self.line(table) + at.map_or(0, |at| text[..at].matches('\n').count())
     }
 
     fn check_backend(
@@ -578,6 +698,9 @@ mod tests {
         let config = parse(&example.join("\n")).unwrap();
 
         assert_eq!(config.limits, Limits::default());
+        let policy = RestartPolicy::default();
+        assert_eq!(policy.with(&config.restart), policy, "the example shows the defaults");
+        assert_eq!(config.devices[1].restart.most, Some(0));
         assert_eq!(config.devices[0].name, "0000:01:00.0");
         assert_eq!(config.devices[0].interrupts, [InterruptChoice::IntX]);
         assert_eq!(config.devices[1].location, Location::Socket("/run/edu.sock".into()));
@@ -703,6 +826,49 @@ mod tests {
         let err = parse("[[device]]\nsocket = \"/s\"\ndriver = \"edu\"\nbackend = \"vfio-cdev\"\n")
             .unwrap_err();
         assert_eq!(err.message, "key `backend`: vfio-cdev is for a PCI function, not for `socket`");
+    }
+
+    #[test]
+    fn a_restart_table_is_for_all_devices_and_one_of_a_device_for_that_one() {
+        let config = parse(
+            "[restart]\nmost = 3\npause_seconds = 0.5\nhook = \"/bin/true\"\n\
+             [[device]]\nname = \"a\"\nsocket = \"/a\"\ndriver = \"edu\"\n\
+             [device.restart]\nhang_seconds = 0\n\
+             [[device]]\nname = \"b\"\nsocket = \"/b\"\ndriver = \"edu\"\n",
+        );
+        let config = config.unwrap();
+        let half = Duration::from_millis(500);
+        assert_eq!((config.restart.most, config.restart.pause), (Some(3), Some(half)));
+        assert_eq!(config.restart.hook, Some("/bin/true".into()));
+        assert_eq!(config.devices[0].restart.hang, Some(Duration::ZERO));
+        assert_eq!(config.devices[1].restart, RestartChoices::default());
+    }
+
+    #[test]
+    fn a_restart_table_that_makes_no_sense_is_refused_with_key_and_line() {
+        assert_eq!(
+            complaint("\n[restart]\nmost = 2\npause_seconds = -1\n"),
+            "iohost.toml:4: key `pause_seconds`: invalid value: floating point `-1.0`, expected \
+             seconds from 0 to 31536000\n  next: correct that line and start again"
+        );
+        assert_eq!(
+            complaint("[restart]\nmost = 2\n\nlongest_pause_seconds = 10\npause_seconds = 60\n"),
+            "iohost.toml:5: key `pause_seconds`: the first pause of 60s is longer than the longest \
+             one of 10s\n  next: correct it, or leave it out for the default"
+        );
+        // Of all devices and of one together.
+        let err = parse(
+            "[restart]\nhang_seconds = 5\n[[device]]\nsocket = \"/a\"\ndriver = \"edu\"\n\
+             restart = { hang_cap_seconds = 4 }\n",
+        );
+        let err = err.unwrap_err();
+        assert_eq!((err.line, err.message.starts_with("key `hang_cap_seconds`")), (Some(6), true));
+        assert_eq!(
+            complaint("[restart]\nhooks = \"/bin/true\"\n"),
+            "iohost.toml:2: unknown key `hooks`\n  next: did you mean `hook`?"
+        );
+        let err = parse("[restart]\nmost = -1\n").unwrap_err();
+        assert!(err.to_string().starts_with("iohost.toml:2: key `most`"), "{err}");
     }
 
     #[test]

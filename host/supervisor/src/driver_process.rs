@@ -12,6 +12,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use iohost_control::host::{Failure, FromHost, LONGEST_MESSAGE, ToHost};
 use iohost_event::{PacketError, Packets, ProcessHandle};
 use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 
 /// A driver host that has been started. Dropped, it is killed.
 #[derive(Debug)]
@@ -19,6 +21,21 @@ pub(crate) struct DriverProcess {
     child: Child,
     handle: ProcessHandle,
     socket: Packets,
+}
+
+/// How a driver host ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Exit {
+    /// The signal that it ended by, if it was one.
+    pub(crate) signal: Option<i32>,
+    /// `exited with code 3`.
+    pub(crate) words: String,
+}
+
+impl Exit {
+    pub(crate) fn is_sigkill(&self) -> bool {
+        self.signal == Some(Signal::SIGKILL as i32)
+    }
 }
 
 /// What a driver host says next.
@@ -104,13 +121,22 @@ impl DriverProcess {
         let _ = self.handle.signal(Signal::SIGKILL);
     }
 
-    /// How the process ended, in words; `None` while it runs.
-    pub(crate) fn ended(&mut self) -> Option<String> {
+    /// How the process ended; `None` while it runs.
+    pub(crate) fn ended(&mut self) -> Option<Exit> {
         match self.child.try_wait() {
             Ok(None) => None,
-            Ok(Some(status)) => Some(in_words(status)),
-            Err(err) => Some(format!("ended, but how is unknown: {err}")),
+            Ok(Some(status)) => Some(Exit { signal: status.signal(), words: in_words(status) }),
+            Err(err) => {
+                Some(Exit { signal: None, words: format!("ended, but how is unknown: {err}") })
+            }
         }
+    }
+
+    /// Whether a signal has stopped the process, and none has it go on yet.
+    pub(crate) fn is_stopped(&self) -> bool {
+        let id = Id::Pid(Pid::from_raw(self.child.id() as i32));
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        matches!(waitid(id, flags), Ok(WaitStatus::Stopped(..)))
     }
 }
 

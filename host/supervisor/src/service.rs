@@ -5,16 +5,20 @@ use std::mem;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use iohost_control::crash::CrashReport;
 use iohost_control::host::{Failure, PowerState, Quiesced, Ready, RunningService, Statistics};
 use iohost_control::varlink::{
     BindOptions, Bound, Opened, Powered, Properties, State as Shown, Unbound,
 };
 use iohost_event::Packets;
 use iohost_interface::Description;
+use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::Order;
 
+use crate::actor::Evidence;
 use crate::config::{DeviceConfig, Location};
 use crate::driver_process::DriverProcess;
+use crate::hang::HangWatch;
 use crate::request::Answer;
 use crate::restart::Deaths;
 use crate::session::SessionMemory;
@@ -48,6 +52,10 @@ pub(crate) struct Service {
     pub(crate) deaths: Deaths,
     /// Why the last driver host died, if one has.
     pub(crate) last_death: Option<Failure>,
+    /// What is left of the driver host that ended last, until that is reported.
+    pub(crate) evidence: Option<Evidence>,
+    /// A report that lacks what became of the device.
+    pub(crate) unfinished_report: Option<CrashReport>,
     /// Whether the whole IOMMU group is taken with it.
     pub(crate) group: bool,
     /// Whether the next daemon takes it again.
@@ -148,6 +156,13 @@ pub(crate) struct Host {
     /// Numbers what the actor watches; never used again.
     pub(crate) number: u64,
     pub(crate) process: DriverProcess,
+    /// What its queues do, where there was memory for that.
+    pub(crate) recorder: Option<Recorder>,
+    /// Looks for hangs, once its driver runs.
+    pub(crate) watch: Option<HangWatch>,
+    /// What became of making the device safe, at its start and at its end.
+    pub(crate) device_before: Option<Quiesced>,
+    pub(crate) device_after: Option<Quiesced>,
     /// When it is killed unless it has done what it was asked.
     pub(crate) deadline: Option<Instant>,
     /// What it said, or what we found, that explains its end.
@@ -281,6 +296,8 @@ impl Service {
             incarnation: 0,
             deaths: Deaths::default(),
             last_death: None,
+            evidence: None,
+            unfinished_report: None,
             group: false,
             persists: false,
             is_lost: false,
@@ -374,7 +391,11 @@ impl Service {
         let openings = self.sessions.values().filter_map(|session| session.opening.as_ref());
         let sessions = openings.map(|opening| opening.deadline);
         let visitors = self.visitors.iter().map(|visitor| visitor.deadline);
-        own.into_iter().chain(sessions).chain(visitors).min()
+        let look = match &self.state {
+            State::Running { host, .. } => host.watch.as_ref().and_then(HangWatch::next),
+            _ => None,
+        };
+        own.into_iter().chain(sessions).chain(visitors).chain(look).min()
     }
 
     /// Whether another driver host is to come, so that its sessions wait for it.

@@ -151,7 +151,8 @@ fn an_area_that_is_not_there_is_said_to_be_planned_or_unknown() {
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(stderr.contains(complaint), "{stderr}");
         assert!(
-            stderr.contains("there are: device, dispatch, events, queue, restart, timers"),
+            stderr
+                .contains("there are: device, dispatch, events, queue, recorder, restart, timers"),
             "{stderr}"
         );
         assert_eq!(output.stdout, b"", "nothing ran");

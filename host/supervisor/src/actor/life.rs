@@ -3,15 +3,17 @@
 use std::mem;
 use std::time::Instant;
 
+use iohost_control::crash;
 use iohost_control::host::{Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, ToHost};
 use iohost_control::varlink::{Bound, Unbound};
 use iohost_doctor::Code;
 use iohost_event::PacketError;
 use iohost_interface::Description;
+use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::{Order, Persist};
 use log::{debug, error, info, warn};
 
-use super::{Actor, HOSTS, given_back, ids, protocol, why};
+use super::{Actor, HOSTS, TOKENS_OF_A_HOST, given_back, ids, protocol, why};
 use crate::bindings::{Done, from_pci};
 use crate::config::{DeviceConfig, Location};
 use crate::driver_process::DriverProcess;
@@ -118,8 +120,11 @@ impl Actor {
         let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
         let number = self.next_host;
         self.next_host += 1;
-        self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
-        self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
+        let token = HOSTS + TOKENS_OF_A_HOST * number;
+        self.poller.watch(process.messages(), token).map_err(crate::no_resources)?;
+        self.poller.watch(process.end(), token + 1).map_err(crate::no_resources)?;
+        let recorder = Recorder::create().map_err(crate::no_resources)?;
+        self.poller.watch(recorder.bell(), token + 2).map_err(crate::no_resources)?;
         let start = ToHost::Start(Start {
             device: service.device.for_host(),
             interrupts: service.device.interrupts.clone(),
@@ -129,10 +134,14 @@ impl Actor {
             registry: (number + 1) << 32,
         });
         // A process that is gone already is noticed by its end.
-        let _ = process.send(&start, &[]);
+        let _ = process.send(&start, &[recorder.memory(), recorder.bell()]);
         Ok(Host {
             number,
             process,
+            recorder: Some(recorder),
+            watch: None,
+            device_before: None,
+            device_after: None,
             deadline: Some(Instant::now() + self.options.patience.start),
             last_words: None,
             was_ready: false,
@@ -315,6 +324,7 @@ impl Actor {
         }
         service.state = State::Running { host, ready, interfaces };
         self.keep_sessions_that_fit(at);
+        self.watch_for_hangs(at);
     }
 
     /// 6: asks a driver host to stop; a service without one is stopped already.
@@ -445,8 +455,8 @@ impl Actor {
         let Some(at) = self.with_host(number) else { return };
         let service = &mut self.services[at];
         let Some(host) = service.host_mut() else { return };
-        let Some(how) = host.process.ended() else { return };
-        let pid = host.process.pid();
+        let Some(exit) = host.process.ended() else { return };
+        let (how, pid) = (exit.words.clone(), host.process.pid());
         let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
         let ending = host.ending.take();
         debug!(device = service.device.name, pid, how = how; "driver host ended");
@@ -460,11 +470,16 @@ impl Actor {
                 "read the log for what it said last; `iohost status` shows when it starts again",
             )
         };
+        self.keep_evidence(at, exit);
         if let Some(ending) = ending {
+            if let (Ending::Isolated(why), false) = (&ending, self.services[at].quiescing) {
+                self.report(at, why, crash::Decision::Quarantine);
+            }
             let in_order = matches!(last_words, Some(LastWords::Stopped));
             return self.ended(at, ending, in_order);
         }
         if let Some(unfit) = self.is_unfit(at) {
+            self.report(at, &unfit, crash::Decision::Quarantine);
             return self.quarantine(at, unfit);
         }
         let service = &mut self.services[at];
@@ -481,6 +496,7 @@ impl Actor {
                     _ => unexpected(),
                 };
                 warn!(device = service.device.name; "driver not stopped in order: {}", why.message);
+                self.report(at, &why, crash::Decision::Stop);
                 self.trouble.get_or_insert(why);
                 // It was to make its device safe, and has not: another one does.
                 self.quiesce_then(at, Ending::Stopped);
@@ -514,12 +530,21 @@ impl Actor {
     /// 4: decides whether and when the next driver host starts.
     pub(super) fn died(&mut self, at: usize, why: Failure) {
         let now = Instant::now();
+        let policy = self.policy(at);
+        let decision = self.services[at].deaths.add(now, &policy);
+        let shown = match decision {
+            Decision::RestartAfter(pause) => {
+                crash::Decision::Restart { pause_ms: pause.as_millis() as u64 }
+            }
+            Decision::Quarantine => crash::Decision::Quarantine,
+        };
+        self.report(at, &why, shown);
         let service = &mut self.services[at];
         service.refuse_binds(&why);
         service.last_death = Some(why.clone());
         // It is matched anew.
         service.failed.clear();
-        match service.deaths.add(now, &self.options.restart) {
+        match decision {
             Decision::RestartAfter(pause) => {
                 warn!(
                     device = service.device.name, pause_ms = pause.as_millis() as u64,
@@ -562,6 +587,7 @@ impl Actor {
         // From behind: a service that is done can leave the list.
         for at in (0..self.services.len()).rev() {
             self.end_late_openings(at, now);
+            self.look_for_hang(at, now);
             let service = &mut self.services[at];
             if let State::Restarting { at: due, .. } = service.state {
                 if due <= now && !self.stopping {

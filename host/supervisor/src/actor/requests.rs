@@ -16,6 +16,7 @@ use crate::bindings::from_pci;
 use crate::config::{DeviceConfig, ErrorPolicy, Location};
 use crate::plugins::Plugins;
 use crate::request::{Answer, Request, stopping};
+use crate::restart::RestartChoices;
 use crate::service::{Cause, Opening, Service, Session, Stage, State, Visitor};
 use crate::session::SessionMemory;
 
@@ -417,6 +418,7 @@ impl Actor {
             on_error: ErrorPolicy::default(),
             category: String::new(),
             is_disabled: false,
+            restart: RestartChoices::default(),
             line: 0,
         };
         self.services.push(Service::new(device, true));
