@@ -5,13 +5,15 @@
 //! `plugin.rs` and its folder are the host's end of the C ABI; [`Driver`] is a started driver
 //! with its queue; `services.rs` has what the driver may know of others; `session.rs` carries the
 //! calls of clients to it, and actions both ways (`session_actions.rs`); [`process`] is the
-//! conversation with the daemon. [`plugin_file`] reads a plugin's descriptor from its file,
+//! conversation with the daemon, and `confinement.rs` what this process gives up before the plugin is
+//! loaded. [`plugin_file`] reads a plugin's descriptor from its file,
 //! without running it.
 //!
 //! The testkit uses the same [`Driver`], with a device that is a Rust value.
 
 #![deny(unsafe_code)]
 
+mod confinement;
 mod device;
 mod device_events;
 mod driver;

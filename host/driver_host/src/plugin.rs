@@ -39,7 +39,6 @@ mod timer;
 
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
-use std::path::Path;
 use std::ptr;
 use std::sync::Arc;
 
@@ -61,6 +60,7 @@ use self::object::{Lent, object, text_of};
 use self::services::SERVICES_TABLE;
 use self::session::SESSION_TABLE;
 use crate::Device;
+use crate::plugin_file::PluginFile;
 use crate::services::Services;
 
 /// A driver's code: a loaded file, or a driver that is linked in.
@@ -76,11 +76,10 @@ pub struct Plugin {
 pub struct LoadedPlugin;
 
 impl LoadedPlugin {
-    /// Loads a file that [`plugin_file::inspect`](crate::plugin_file::inspect) has accepted. Its
-    /// initialisers run here, with the rights this process has left.
-    pub fn load(path: &Path) -> Result<Plugin, libloading::Error> {
+    /// Loads a file. Its initialisers run here, with the rights this process has left.
+    pub fn load(file: &PluginFile) -> Result<Plugin, libloading::Error> {
         // SAFETY: contract: the file is a plugin, trusted with this process.
-        let library = unsafe { libloading::Library::new(path) }?;
+        let library = unsafe { libloading::Library::new(file.name_of_descriptor()) }?;
         // SAFETY: contract 1: the symbol is data of this type.
         let descriptor = unsafe { library.get::<*const DriverDescriptor>(SYMBOL) }?;
         // The symbol's address is the descriptor's; see `Symbol`'s deref.

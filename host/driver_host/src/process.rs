@@ -21,10 +21,12 @@ use iohost_interface::IOReturn;
 use iohost_pci::{PciError, Sysfs};
 use log::{debug, info, warn};
 
+use crate::confinement::confine;
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
+use crate::plugin_file::PluginFile;
 use crate::session::Sessions;
-use crate::{Device, Driver, EventWatch, Services, StartError, plugin_file};
+use crate::{Device, Driver, EventWatch, Services, StartError};
 
 /// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
 pub fn run(daemon: Packets) -> Result<()> {
@@ -181,8 +183,6 @@ struct Running {
 
 impl Running {
     fn start(start: Start, daemon: &Arc<Packets>) -> Result<Self, Failure> {
-        let engine = Engine::start()
-            .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let backend = open_device(&start.device)?;
         let taken = Device::take_over(backend, allowed(&start.interrupts));
         let (device, quiesced) = taken.map_err(|err| {
@@ -199,6 +199,15 @@ impl Running {
             Outcome::Clean | Outcome::Quarantined => quiesced.how.clone(),
         };
         let _ = send(daemon, &FromHost::Quiesced(quiesced));
+        let plugin = start.plugin.map(|path| PluginFile::open(Path::new(&path))).transpose()?;
+        // Here this process stops being trusted. It is one thread so far, since half of a sandbox
+        // is a thread's own; every thread from here on, and the plugin, are born inside.
+        let sandbox = match (&start.confinement, &plugin) {
+            (Some(wanted), Some(plugin)) => Some(confine(wanted, plugin, daemon)?),
+            _ => None,
+        };
+        let engine = Engine::start()
+            .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let listener = daemon.clone();
         let events = EventWatch::start(&device, move |event| {
             let event = match event {
@@ -215,16 +224,21 @@ impl Running {
             backend: device.backend().kind().to_owned(),
             reset,
             interface: String::new(),
+            sandbox,
         };
-        let Some(plugin) = start.plugin else {
+        let Some(plugin) = plugin else {
             return Ok(Self { events, sessions: None, driver: None, device, engine, ready });
         };
-        let path = Path::new(&plugin);
-        plugin_file::inspect(path)?;
-        let plugin = LoadedPlugin::load(path).map_err(|err| Failure {
+        let plugin = LoadedPlugin::load(&plugin).map_err(|err| Failure {
             code: "plugin-load".to_owned(),
-            message: format!("{plugin} cannot be loaded: {}", with_sources(&err)),
-            next: "run `ldd` on it: a library it needs may be missing".to_owned(),
+            message: format!(
+                "{} cannot be loaded: {}",
+                plugin.path().display(),
+                with_sources(&err)
+            ),
+            next: "run `ldd` on it: a library it needs may be missing, or outside of the \
+                   system's folders for libraries"
+                .to_owned(),
         })?;
         let asker = daemon.clone();
         let services = Services::new(move || {

@@ -129,6 +129,8 @@ mod tests {
             is_unsafe: false,
             reset: None,
             quiesced: None,
+            sandbox: None,
+            refused_calls: Vec::new(),
             sessions: 0,
         }
     }

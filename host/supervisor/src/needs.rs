@@ -62,6 +62,10 @@ mod tests {
             bind: true,
             backend,
             on_error: ErrorPolicy::default(),
+            clients: None,
+            sandbox: None,
+            user: None,
+            memory: iohost_sandbox::MEMORY,
             line: 0,
         }
     }

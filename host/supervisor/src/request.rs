@@ -8,7 +8,7 @@ use iohost_control::host::{Failure, Statistics};
 use iohost_control::varlink::{
     BindOptions, Bound, Description, DeviceList, Opened, ServiceEvent, Status, Unbound,
 };
-use iohost_event::Signal;
+use iohost_event::{Peer, Signal};
 use smol::channel;
 
 /// A question, each with the place for its answer.
@@ -16,12 +16,32 @@ use smol::channel;
 pub(crate) enum Request {
     Devices(Answer<DeviceList>),
     Status(Answer<Status>),
-    Bind { device: String, options: BindOptions, answer: Answer<Bound> },
-    Unbind { device: String, answer: Answer<Unbound> },
-    Statistics { service: String, answer: Answer<Statistics> },
-    Describe { service: String, answer: Answer<Description> },
+    Bind {
+        device: String,
+        options: BindOptions,
+        client: Peer,
+        answer: Answer<Bound>,
+    },
+    Unbind {
+        device: String,
+        client: Peer,
+        answer: Answer<Unbound>,
+    },
+    Statistics {
+        service: String,
+        answer: Answer<Statistics>,
+    },
+    Describe {
+        service: String,
+        answer: Answer<Description>,
+    },
     Watch(Answer<channel::Receiver<ServiceEvent>>),
-    Open { service: String, queue_bytes: Option<Vec<u32>>, answer: Answer<(Opened, Vec<OwnedFd>)> },
+    Open {
+        service: String,
+        queue_bytes: Option<Vec<u32>>,
+        client: Peer,
+        answer: Answer<(Opened, Vec<OwnedFd>)>,
+    },
 }
 
 /// Where an answer goes. Dropped without one, the asker is told that the daemon stops.

@@ -70,6 +70,7 @@ fn main() {
                 "changes" if later => INTERFACE.replace("method 1", "method 9"),
                 _ => INTERFACE.into(),
             },
+            sandbox: None,
         }),
     );
     while let Some((message, fds)) = receive(&daemon) {
