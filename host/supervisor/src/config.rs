@@ -15,7 +15,7 @@
 //! largest_queue_bytes = 67108864  # the most a client may ask for
 //! sessions_per_client = 16        # of one process, with all services
 //! memory_per_client = 268435456   # bytes of the queues of those sessions
-//! connections_per_client = 32
+//! connections_per_client = 64
 //! requests_per_second = 1000      # of one process
 //!
 //! [[device]]
@@ -123,7 +123,7 @@ impl Default for Limits {
             largest_queue_bytes: 64 * 1024 * 1024,
             sessions_per_client: 16,
             memory_per_client: 256 * 1024 * 1024,
-            connections_per_client: 32,
+            connections_per_client: 64,
             requests_per_second: 1000,
         }
     }
