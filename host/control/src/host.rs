@@ -69,6 +69,8 @@ pub struct Start {
 pub struct Confinement {
     /// The user and the group to become, where the process may; `None` to stay the daemon's.
     pub identity: Option<(u32, u32)>,
+    /// Nobody else is of that user.
+    pub is_alone: bool,
     /// The most bytes of private memory, and of each memory file.
     pub memory: u64,
     /// The most descriptors.

@@ -29,6 +29,7 @@ pub(crate) fn confine(
     })?;
     let sandbox = Sandbox {
         identity: wanted.identity.map(|(uid, gid)| Identity { uid, gid }),
+        is_alone: wanted.is_alone,
         readable: &[plugin.as_fd()],
         memory: wanted.memory,
         descriptors: wanted.descriptors,

@@ -35,6 +35,8 @@ pub use system_calls::{PolicyError, call_name};
 pub struct Sandbox<'a> {
     /// The user and group to become; `None` to stay who one is.
     pub identity: Option<Identity>,
+    /// Nobody else is of that user, so what it has can be limited as a whole.
+    pub is_alone: bool,
     /// Files beside the libraries that stay readable, by descriptors of them.
     pub readable: &'a [BorrowedFd<'a>],
     /// The most bytes of private memory, and of each memory file.

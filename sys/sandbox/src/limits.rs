@@ -30,8 +30,8 @@ pub(crate) fn set(sandbox: &Sandbox<'_>) -> Result<(), SandboxError> {
     limit(Resource::RLIMIT_FSIZE, sandbox.memory)?;
     limit(Resource::RLIMIT_MSGQUEUE, 0)?;
     limit(Resource::RLIMIT_RTPRIO, 0)?;
-    if sandbox.identity.is_some() {
-        // Counts everything of the user, so it takes a user of one's own.
+    if sandbox.is_alone {
+        // Counts everything of the user.
         let processors = std::thread::available_parallelism().map_or(1, |count| count.get() as u64);
         limit(Resource::RLIMIT_NPROC, THREADS + processors)?;
     }

@@ -160,6 +160,7 @@ impl Actor {
         self.services[at].driver_user = identity.map(|(uid, _)| uid);
         Some(Confinement {
             identity,
+            is_alone: user.is_none() && identity.is_some(),
             memory,
             descriptors: DESCRIPTORS + sessions * MOST_DESCRIPTORS as u64,
             kills: mode == SandboxMode::Strict,
