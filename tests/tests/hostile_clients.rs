@@ -269,11 +269,11 @@ fn a_process_that_opens_more_sessions_than_its_share_is_refused_and_another_is_n
 
 #[test]
 fn a_process_that_wants_more_memory_than_its_share_is_refused_and_another_is_not() {
-    let (system, _device) = limited("memory_per_client = 4194304");
+    let (system, _device) = limited("memory_per_client = 3000000");
     let sessions = [system.open_raw("edu0")];
     let refused = system.connect().open("edu0").unwrap_err().failure();
     assert_eq!(refused.code, "client-memory");
-    assert!(refused.message.contains("the most is 4194304"), "{refused}");
+    assert!(refused.message.contains("the most is 3000000"), "{refused}");
     assert_another_goes_on(&system);
     // What is given back counts no more.
     drop(sessions);
