@@ -300,5 +300,12 @@ pub fn built_files() -> PathBuf {
 }
 
 /// The packages that whole-system tests need files of.
-const PACKAGES: [&str; 6] =
-    ["iohost", "iohost_driver_host", "iohost_device_models", "iohost_client_c", "edu", "probe"];
+const PACKAGES: [&str; 7] = [
+    "iohost",
+    "iohost_driver_host",
+    "iohost_device_models",
+    "iohost_client_c",
+    "edu",
+    "probe",
+    "hostile_plugin",
+];

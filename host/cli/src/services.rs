@@ -91,6 +91,12 @@ fn describe(status: &Status) -> String {
         if let (Some(driver), Some(choice)) = (&service.driver, &service.choice) {
             text += &format!("\n{}: driver {driver}, because {choice}", service.name);
         }
+        if let Some(sandbox) = &service.sandbox {
+            text += &format!("\n{}: sandbox: {sandbox}", service.name);
+            if !service.refused_calls.is_empty() {
+                text += &format!("; refused so far: {}", service.refused_calls.join(", "));
+            }
+        }
         if let Some(reason) = &service.reason {
             text += &format!("\n{}: {}\n  next: {}", service.name, reason.message, reason.next);
             text += &more(&reason.code);

@@ -64,6 +64,8 @@ pub struct Start {
     /// Kinds of interrupt the driver may use, where the configuration restricts them
     /// (`intx`, `msi`, `msix`); empty means all that the device has.
     pub interrupts: Vec<InterruptChoice>,
+    /// What to give up before the plugin is loaded; `None` for nothing.
+    pub confinement: Option<Confinement>,
     /// The plugin file; `None` opens and resets the device, runs no driver, and stops.
     pub plugin: Option<String>,
     /// 1 for the first driver host of this device, one more for each that follows.
@@ -72,6 +74,24 @@ pub struct Start {
     /// host's are higher still.
     #[serde(default)]
     pub registry: u64,
+}
+
+/// What a driver host gives up, beside what every one does (`iohost_sandbox`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confinement {
+    /// The user and the group to become, where the process may; `None` to stay the daemon's.
+    pub identity: Option<(u32, u32)>,
+    /// Nobody else is of that user.
+    pub is_alone: bool,
+    /// The most bytes of private memory, and of each memory file.
+    pub memory: u64,
+    /// The most descriptors.
+    pub descriptors: u64,
+    /// Whether a refused system call is the process's end.
+    pub kills: bool,
+    /// Whether not to start where a part of the sandbox cannot be had.
+    pub required: bool,
 }
 
 /// Where a device is.
@@ -208,6 +228,12 @@ pub enum FromHost {
         /// An array of entries.
         text: String,
     },
+    /// The sandbox refused a system call of this number, for the first time. Written by a signal
+    /// handler, so it can come between any two others.
+    CallRefused {
+        /// The number, on this machine.
+        number: u32,
+    },
     /// The driver has stopped and the device is closed; the process exits after this.
     Stopped,
 }
@@ -290,6 +316,8 @@ pub struct Ready {
     /// Whether clients and other drivers may see it already; else `Registered` says when.
     #[serde(default = "yes")]
     pub is_registered: bool,
+    /// The sandbox in force, in words; `None` for none.
+    pub sandbox: Option<String>,
 }
 
 fn yes() -> bool {

@@ -627,6 +627,67 @@ catalogue! {
         check: "the driver's log lines",
         fix: "Depends on the driver.",
     }
+    AccessDenied = "access-denied", None, {
+        means: "The client's user may not open this service.",
+        why: "The configuration says who may, device by device; the user and its groups are what the kernel noted when \
+              the client connected. Root and the daemon's own user always may.",
+        check: "allow_users and allow_groups of the device in the configuration; id",
+        fix: "Add the user or one of its groups to allow_users or allow_groups. A group that was given just now counts \
+              after the next login.",
+    }
+    AdminOnly = "admin-only", None, {
+        means: "The client's user may not take devices or give them back.",
+        why: "That changes the machine: it is root's and the daemon's own user's, unless the configuration says who else.",
+        check: "admin_users and admin_groups in the configuration; id",
+        fix: "Run it as root, or add the user or one of its groups to admin_users or admin_groups.",
+    }
+    ClientSessions = "client-sessions", None, {
+        means: "The client's process has as many sessions as it may, with all services together.",
+        why: "Each takes memory and descriptors of the daemon, and no client may take those of the others.",
+        check: "iohost status",
+        fix: "Close one, or raise sessions_per_client in the configuration.",
+    }
+    ClientMemory = "client-memory", None, {
+        means: "The queues of the client's sessions would take more memory than one process may have.",
+        why: "The memory is shared, and the daemon holds it while the session lasts.",
+        check: "memory_per_client in the configuration",
+        fix: "Ask for smaller queues, close sessions, or raise memory_per_client in the configuration.",
+    }
+    TooManyConnections = "too-many-connections", None, {
+        means: "The client's process, or its user, has as many connections to the daemon as it may.",
+        why: "Each takes memory and descriptors of the daemon, and no client may take those of the others.",
+        check: "ss -xp | grep io.iohost",
+        fix: "Close some: one connection serves any number of calls. Or raise connections_per_client in the \
+              configuration.",
+    }
+    TooManyRequests = "too-many-requests", None, {
+        means: "The client's process makes more requests of the daemon than it may.",
+        why: "Requests are dealt with one after the other, those of all clients. Calls of a driver are none: they go to \
+              the driver.",
+        check: "requests_per_second in the configuration",
+        fix: "Wait between requests; watch services where it is their state that is asked for. Or raise \
+              requests_per_second in the configuration.",
+    }
+    SandboxFailed = "sandbox-failed", None, {
+        means: "The driver host could not give up its rights.",
+        why: "It does before it loads its plugin, and runs none with rights that it was to give up.",
+        check: "the message has the step and what the kernel said",
+        fix: "Look for what forbids the step: another sandbox around the daemon, a limit. sandbox = \"off\" for the device \
+              runs its driver with the daemon's rights.",
+    }
+    SandboxIncomplete = "sandbox-incomplete", None, {
+        means: "The sandbox is required, and this kernel or this daemon cannot do all of it.",
+        why: "A user of its own takes a daemon with root's rights, Landlock a kernel that has it switched on.",
+        check: "cat /sys/kernel/security/lsm; id",
+        fix: "Give what is missing, or set sandbox = \"on\" to do without.",
+    }
+    NoLandlock = "no-landlock", Some(Notes), {
+        means: "The kernel's Landlock is off, which would keep drivers from files.",
+        why: "Without it a driver can read what everybody may read; it still can write nothing, start nothing and connect \
+              to nothing. iohost status shows what each driver's sandbox has.",
+        check: "cat /sys/kernel/security/lsm",
+        fix: "Add landlock to lsm= on the kernel command line; reboot. A kernel before 5.13 has none.",
+    }
     TooManySessions = "too-many-sessions", None, {
         means: "The service has as many sessions as it may.",
         why: "Each takes memory and descriptors of the daemon.",

@@ -23,12 +23,13 @@ use iohost_memory::flight_recorder::{Kind, Recorder};
 use iohost_pci::{PciError, Sysfs};
 use log::{debug, error, info, warn};
 
+use crate::confinement::confine;
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
+use crate::plugin_file::PluginFile;
 use crate::session::Sessions;
 use crate::{
     Device, Driver, EventWatch, PowerNews, PowerState, Registry, Services, StartError, Told,
-    plugin_file,
 };
 
 /// The most kinds of clients that a driver can have.
@@ -239,12 +240,6 @@ impl Running {
         daemon: &Arc<Packets>,
         recorder: Option<Arc<Recorder>>,
     ) -> Result<Self, Failure> {
-        let engine = match recorder.clone() {
-            Some(recorder) => Engine::start_recorded(recorder),
-            None => Engine::start(),
-        };
-        let engine =
-            engine.map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let backend = open_device(&start.device)?;
         let taken = Device::take_over(backend, allowed(&start.interrupts));
         let (device, quiesced) = taken.map_err(|err| {
@@ -261,6 +256,19 @@ impl Running {
             Outcome::Clean | Outcome::Quarantined => quiesced.how.clone(),
         };
         let _ = send(daemon, &FromHost::Quiesced(quiesced));
+        let plugin = start.plugin.map(|path| PluginFile::open(Path::new(&path))).transpose()?;
+        // Here this process stops being trusted. It is one thread so far, since half of a sandbox
+        // is a thread's own; every thread from here on, and the plugin, are born inside.
+        let sandbox = match (&start.confinement, &plugin) {
+            (Some(wanted), Some(plugin)) => Some(confine(wanted, plugin, daemon)?),
+            _ => None,
+        };
+        let engine = match recorder.clone() {
+            Some(recorder) => Engine::start_recorded(recorder),
+            None => Engine::start(),
+        };
+        let engine =
+            engine.map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let listener = daemon.clone();
         let lane = Mutex::new(recorder.as_ref().and_then(|recorder| recorder.lane("(device)")));
         let events = EventWatch::start(&device, move |event| {
@@ -283,17 +291,22 @@ impl Running {
             interface: String::new(),
             further_interfaces: Vec::new(),
             is_registered: true,
+            sandbox,
         };
         let ends = Arc::new(AtomicBool::new(false));
-        let Some(plugin) = start.plugin else {
+        let Some(plugin) = plugin else {
             return Ok(Self { events, sessions: None, driver: None, device, engine, ready, ends });
         };
-        let path = Path::new(&plugin);
-        plugin_file::inspect(path)?;
-        let plugin = LoadedPlugin::load(path).map_err(|err| Failure {
+        let plugin = LoadedPlugin::load(&plugin).map_err(|err| Failure {
             code: "plugin-load".to_owned(),
-            message: format!("{plugin} cannot be loaded: {}", with_sources(&err)),
-            next: "run `ldd` on it: a library it needs may be missing".to_owned(),
+            message: format!(
+                "{} cannot be loaded: {}",
+                plugin.path().display(),
+                with_sources(&err)
+            ),
+            next: "run `ldd` on it: a library it needs may be missing, or outside of the \
+                   system's folders for libraries"
+                .to_owned(),
         })?;
         let asker = daemon.clone();
         let services = Services::new(move || {

@@ -84,6 +84,8 @@ pub(crate) struct Actor {
     started: Instant,
     next_host: u64,
     next_session: u64,
+    /// The user of the next driver host.
+    next_user: u32,
     /// Whether the daemon is on its way out, and what went wrong on that way.
     stopping: bool,
     /// Whether it goes without waiting for devices that are being given back.
@@ -146,6 +148,7 @@ impl Actor {
             started: Instant::now(),
             next_host: 0,
             next_session: 1,
+            next_user: *life::DRIVER_USERS.start(),
             stopping: false,
             is_hasty: false,
             trouble: None,

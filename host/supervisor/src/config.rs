@@ -4,11 +4,19 @@
 //! driver_directory = "/usr/lib/iohost/drivers"
 //! runtime_directory = "/run/iohost"
 //! state_directory = "/var/lib/iohost"  # how to give back what was taken; one for all daemons
+//! sandbox = "on"                  # of driver hosts: "off"; "on"; "required" (all of it, or the driver is
+//!                                 # not started); "strict" (and a refused system call is its end)
+//! admin_users = ["root"]          # who may bind and unbind, beside root and the daemon's user
+//! admin_groups = []
 //!
 //! [limits]
 //! sessions_per_service = 16       # at the same time
 //! queue_bytes = 1048576           # of a queue, where the client does not say
 //! largest_queue_bytes = 67108864  # the most a client may ask for
+//! sessions_per_client = 16        # of one process, with all services
+//! memory_per_client = 268435456   # bytes of the queues of those sessions
+//! connections_per_client = 64
+//! requests_per_second = 1000      # of one process
 //!
 //! [restart]                       # all of it may be left out; a device can have its own
 //! most = 5                        # restarts within the window; one death more is quarantine
@@ -30,6 +38,11 @@
 //! bind = true                     # take it from its kernel driver; give it back at the end
 //! on_error = "reset"              # at an error of the device: "notify" (only its driver and the log),
 //!                                 # "reset" (and start again), "isolate" (stop it); without it: notify
+//! allow_users = ["root", 1000]    # who may open it, by name or number, beside root and the daemon's
+//! allow_groups = []               # user; without both: whoever may connect to the control socket
+//! # sandbox = "off"               # instead of the one for all
+//! # user = "nobody"               # of its driver host; without it: a number that nobody else has
+//! # memory = 1073741824           # bytes its driver host may have, and of each memory file
 //! # backend = "vfio-group"        # force one; without it: vfio-cdev, or else vfio-group
 //! # allow_unsafe = true           # what backends without an IOMMU need: vfio-no-iommu, uio
 //!
@@ -62,9 +75,11 @@ use std::time::Duration;
 use iohost_control::host::{DeviceLocation, InterruptChoice, PciBackend};
 use iohost_control::plugin::{Alternatives, PciMatch};
 use iohost_pci::{Binding, PciAddress};
+use nix::unistd::{Group, User};
 use serde::Deserialize;
 use toml::Spanned;
 
+use crate::access::Allowed;
 use crate::restart::{RestartChoices, RestartPolicy};
 
 /// Where the configuration is unless a flag says otherwise.
@@ -89,6 +104,10 @@ pub struct Config {
     pub limits: Limits,
     /// When drivers are started again.
     pub restart: RestartChoices,
+    /// What driver hosts give up, where their device does not say.
+    pub sandbox: SandboxMode,
+    /// Who may bind and unbind, beside root and the daemon's user.
+    pub admins: Allowed,
     /// The devices, in the order of the file; names and locations are unique.
     pub devices: Vec<DeviceConfig>,
     /// What may be taken wherever it is, in the order of the file: the first that agrees counts.
@@ -127,6 +146,29 @@ pub struct Limits {
     pub queue_bytes: u32,
     /// The most bytes of a queue that a client may ask for.
     pub largest_queue_bytes: u32,
+    /// Sessions of one process with all services.
+    pub sessions_per_client: usize,
+    /// Bytes of the queues of these sessions.
+    pub memory_per_client: u64,
+    /// Connections of one process.
+    pub connections_per_client: usize,
+    /// Requests of one process, on all its connections.
+    pub requests_per_second: u32,
+}
+
+/// What a driver host gives up before it loads its plugin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SandboxMode {
+    /// Nothing: the driver has the daemon's rights.
+    Off,
+    /// What the kernel can take.
+    #[default]
+    On,
+    /// Everything, or the driver does not start.
+    Required,
+    /// As `Required`, and a refused system call is the end of the driver host.
+    Strict,
 }
 
 impl Default for Limits {
@@ -135,6 +177,10 @@ impl Default for Limits {
             sessions_per_service: 16,
             queue_bytes: 1024 * 1024,
             largest_queue_bytes: 64 * 1024 * 1024,
+            sessions_per_client: 16,
+            memory_per_client: 256 * 1024 * 1024,
+            connections_per_client: 64,
+            requests_per_second: 1000,
         }
     }
 }
@@ -162,6 +208,14 @@ pub struct DeviceConfig {
     pub is_disabled: bool,
     /// When its driver is started again, where that is another answer than for all.
     pub restart: RestartChoices,
+    /// Who may open the service; `None` for whoever may connect.
+    pub clients: Option<Allowed>,
+    /// What its driver host gives up; `None` for what all do.
+    pub sandbox: Option<SandboxMode>,
+    /// User and group of its driver host, by number; `None` for a user of its own.
+    pub user: Option<(u32, u32)>,
+    /// Bytes of private memory of its driver host, and of each memory file.
+    pub memory: u64,
     /// The line of the entry.
     pub line: usize,
 }
@@ -292,6 +346,10 @@ impl Config {
         }
         let matches = raw.matches.into_iter().map(|rule| source.check_rule(rule));
         let matches = matches.collect::<Result<_, _>>()?;
+        let admins = Allowed {
+            users: source.users(raw.admin_users)?,
+            groups: source.groups(raw.admin_groups)?,
+        };
         Ok(Self {
             matches,
             driver_directory: raw.driver_directory,
@@ -299,6 +357,8 @@ impl Config {
             state_directory: raw.state_directory,
             limits: raw.limits,
             restart,
+            sandbox: raw.sandbox,
+            admins,
             devices,
         })
     }
@@ -316,6 +376,12 @@ struct RawConfig {
     #[serde(default)]
     limits: Limits,
     restart: Option<Spanned<RawRestart>>,
+    #[serde(default)]
+    sandbox: SandboxMode,
+    #[serde(default)]
+    admin_users: Vec<Spanned<NameOrNumber>>,
+    #[serde(default)]
+    admin_groups: Vec<Spanned<NameOrNumber>>,
     #[serde(default)]
     device: Vec<Spanned<RawDevice>>,
     #[serde(default, rename = "match")]
@@ -402,6 +468,19 @@ struct RawDevice {
     category: String,
     #[serde(default)]
     disabled: bool,
+    allow_users: Option<Vec<Spanned<NameOrNumber>>>,
+    allow_groups: Option<Vec<Spanned<NameOrNumber>>>,
+    sandbox: Option<SandboxMode>,
+    user: Option<Spanned<NameOrNumber>>,
+    memory: Option<u64>,
+}
+
+/// A user or a group.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a name or a number")]
+enum NameOrNumber {
+    Number(u32),
+    Name(String),
 }
 
 #[derive(Deserialize)]
@@ -485,7 +564,19 @@ impl Source<'_> {
             self.check_backend(backend, &location, device.allow_unsafe)?;
         }
         let restart = self.check_restart(device.restart, policy)?;
+        let clients = match (device.allow_users, device.allow_groups) {
+            (None, None) => None,
+            (users, groups) => Some(Allowed {
+                users: self.users(users.unwrap_or_default())?,
+                groups: self.groups(groups.unwrap_or_default())?,
+            }),
+        };
+        let user = device.user.map(|user| self.user_and_group(user)).transpose()?;
         Ok(DeviceConfig {
+            clients,
+            sandbox: device.sandbox,
+            user,
+            memory: device.memory.unwrap_or(iohost_sandbox::MEMORY),
             name,
             location,
             driver: device.driver,
@@ -544,6 +635,10 @@ impl Source<'_> {
             category: rule.category,
             is_disabled: false,
             restart: RestartChoices::default(),
+            clients: None,
+            sandbox: None,
+            user: None,
+            memory: iohost_sandbox::MEMORY,
             line,
         };
         Ok(MatchRule { wanted, pattern })
@@ -588,6 +683,44 @@ impl Source<'_> {
         let begins = |at: usize| !text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
         let at = text.match_indices(key).map(|(at, _)| at).find(|at| begins(*at));
         self.line(table) + at.map_or(0, |at| text[..at].matches('\n').count())
+    }
+
+    fn users(&self, users: Vec<Spanned<NameOrNumber>>) -> Result<Vec<u32>, ConfigError> {
+        users.into_iter().map(|user| Ok(self.user_and_group(user)?.0)).collect()
+    }
+
+    /// A user, and its own group: of a number that has no name, the same number.
+    fn user_and_group(&self, user: Spanned<NameOrNumber>) -> Result<(u32, u32), ConfigError> {
+        let line = self.line(&user.span());
+        match user.into_inner() {
+            NameOrNumber::Number(uid) => {
+                let known = User::from_uid(uid.into()).ok().flatten();
+                Ok((uid, known.map_or(uid, |user| user.gid.as_raw())))
+            }
+            NameOrNumber::Name(name) => match User::from_name(&name) {
+                Ok(Some(user)) => Ok((user.uid.as_raw(), user.gid.as_raw())),
+                _ => Err(self.unknown("user", &name, line)),
+            },
+        }
+    }
+
+    fn groups(&self, groups: Vec<Spanned<NameOrNumber>>) -> Result<Vec<u32>, ConfigError> {
+        let number = |group: Spanned<NameOrNumber>| {
+            let line = self.line(&group.span());
+            match group.into_inner() {
+                NameOrNumber::Number(gid) => Ok(gid),
+                NameOrNumber::Name(name) => match Group::from_name(&name) {
+                    Ok(Some(group)) => Ok(group.gid.as_raw()),
+                    _ => Err(self.unknown("group", &name, line)),
+                },
+            }
+        };
+        groups.into_iter().map(number).collect()
+    }
+
+    fn unknown(&self, kind: &str, name: &str, line: usize) -> ConfigError {
+        let message = format!("this machine has no {kind} {name:?}");
+        self.error(line, message, &format!("create the {kind}, or give its number"))
     }
 
     fn check_backend(
@@ -716,7 +849,8 @@ mod tests {
         assert_eq!(
             complaint("[limits]\ncolour = 1\n"),
             "iohost.toml:2: unknown key `colour`\n  next: the keys here are \
-             sessions_per_service, queue_bytes, largest_queue_bytes"
+             sessions_per_service, queue_bytes, largest_queue_bytes, sessions_per_client, \
+             memory_per_client, connections_per_client, requests_per_second"
         );
     }
 
@@ -887,6 +1021,37 @@ mod tests {
         let (message, next) = ("no drivers".to_owned(), "make some".to_owned());
         let err = ConfigError { file: PathBuf::new(), line: None, message, next };
         assert_eq!(err.to_string(), "no drivers");
+    }
+
+    #[test]
+    fn who_may_open_a_device_is_given_by_names_and_numbers() {
+        let device = "[[device]]\naddress = \"01:00.0\"\n";
+        let config = parse(&format!("{device}allow_users = [\"root\", 1000]\n")).unwrap();
+        let allowed = Allowed { users: vec![0, 1000], groups: vec![] };
+        assert_eq!(config.devices[0].clients, Some(allowed));
+        assert_eq!(parse(device).unwrap().devices[0].clients, None);
+        assert_eq!(
+            complaint(&format!("{device}allow_groups = [\"no-such-group\"]\n")),
+            "iohost.toml:3: this machine has no group \"no-such-group\"\n  next: create the \
+             group, or give its number"
+        );
+        assert_eq!(
+            complaint("admin_users = [\n  \"no-such-user\"]\n"),
+            "iohost.toml:2: this machine has no user \"no-such-user\"\n  next: create the user, \
+             or give its number"
+        );
+    }
+
+    #[test]
+    fn the_sandbox_is_on_unless_it_is_set() {
+        let config = parse("[[device]]\naddress = \"01:00.0\"\nsandbox = \"off\"\n").unwrap();
+        assert_eq!(config.sandbox, SandboxMode::On);
+        assert_eq!(config.devices[0].sandbox, Some(SandboxMode::Off));
+        assert_eq!(
+            complaint("sandbox = \"maybe\"\n"),
+            "iohost.toml:1: key `sandbox`: unknown value `maybe`\n  next: use one of off, on, \
+             required, strict"
+        );
     }
 
     #[test]

@@ -140,6 +140,14 @@ impl DriverProcess {
     }
 }
 
+impl DriverProcess {
+    /// Whether the process has ended, and by this signal.
+    pub(crate) fn was_killed_by(&mut self, signal: Signal) -> bool {
+        let status = self.child.try_wait().ok().flatten();
+        status.and_then(|status| status.signal()) == Some(signal as i32)
+    }
+}
+
 impl Drop for DriverProcess {
     fn drop(&mut self) {
         if self.ended().is_none() {

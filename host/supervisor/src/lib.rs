@@ -12,6 +12,7 @@
 
 #![forbid(unsafe_code)]
 
+mod access;
 mod actor;
 mod bindings;
 mod config;
@@ -40,9 +41,10 @@ use iohost_pci::Sysfs;
 use log::info;
 use smol::channel;
 
+pub use access::Allowed;
 pub use config::{
     Config, ConfigError, DEFAULT_CONFIG, DEFAULT_DRIVER_DIRECTORY, DEFAULT_RUNTIME_DIRECTORY,
-    DEFAULT_STATE_DIRECTORY, DeviceConfig, ErrorPolicy, Limits, Location,
+    DEFAULT_STATE_DIRECTORY, DeviceConfig, ErrorPolicy, Limits, Location, SandboxMode,
 };
 pub use plugins::Inspect;
 pub use restart::{Decision, RestartChoices, RestartPolicy};
@@ -137,11 +139,12 @@ pub fn run(options: &Options) -> Result<(), DaemonError> {
     let listener = directory.listen()?;
 
     let (asker, inbox) = request::pair().map_err(no_resources)?;
+    let limits = config.limits;
     let mut actor = Actor::new(options, config, plugins, inbox).map_err(no_resources)?;
     let (stop, stopped) = channel::bounded::<()>(1);
     let control = thread::Builder::new()
         .name("control".into())
-        .spawn(move || control_server::serve(listener, asker, stopped))
+        .spawn(move || control_server::serve(listener, asker, limits, stopped))
         .map_err(no_resources)?;
 
     info!(socket:% = directory.socket().display(), pid = std::process::id(); "daemon started");

@@ -66,6 +66,10 @@ mod tests {
             category: String::new(),
             is_disabled: false,
             restart: RestartChoices::default(),
+            clients: None,
+            sandbox: None,
+            user: None,
+            memory: iohost_sandbox::MEMORY,
             line: 0,
         }
     }

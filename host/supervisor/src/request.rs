@@ -9,7 +9,7 @@ use iohost_control::varlink::{
     BindOptions, Bound, Description, DeviceList, Opened, Powered, Properties, Reloaded,
     ServiceEvent, Status, Unbound,
 };
-use iohost_event::Signal;
+use iohost_event::{Peer, Signal};
 use smol::channel;
 
 /// A question, each with the place for its answer.
@@ -20,10 +20,12 @@ pub(crate) enum Request {
     Bind {
         device: String,
         options: BindOptions,
+        client: Peer,
         answer: Answer<Bound>,
     },
     Unbind {
         device: String,
+        client: Peer,
         answer: Answer<Unbound>,
     },
     Statistics {
@@ -41,14 +43,19 @@ pub(crate) enum Request {
     Power {
         service: String,
         state: PowerState,
+        client: Peer,
         answer: Answer<Powered>,
     },
-    Reload(Answer<Reloaded>),
+    Reload {
+        client: Peer,
+        answer: Answer<Reloaded>,
+    },
     Watch(Answer<channel::Receiver<ServiceEvent>>),
     /// Wanted are the bytes of each queue, and the kind of client.
     Open {
         service: String,
         wanted: (Option<Vec<u32>>, u64),
+        client: Peer,
         answer: Answer<(Opened, Vec<OwnedFd>)>,
     },
 }

@@ -10,10 +10,11 @@ use iohost_control::host::{Failure, PowerState, Quiesced, Ready, RunningService,
 use iohost_control::varlink::{
     BindOptions, Bound, Opened, Powered, Properties, State as Shown, Unbound,
 };
-use iohost_event::Packets;
+use iohost_event::{Packets, Peer};
 use iohost_interface::Description;
 use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::Order;
+use iohost_sandbox::call_name;
 
 use crate::actor::Evidence;
 use crate::config::{DeviceConfig, Location};
@@ -44,6 +45,12 @@ pub(crate) struct Service {
     pub(crate) reset: Option<String>,
     /// What became of making the device safe, the last time.
     pub(crate) quiesced: Option<Quiesced>,
+    /// The sandbox of the last driver host that became ready, in words.
+    pub(crate) sandbox: Option<String>,
+    /// The user of the last driver host, where it was given one.
+    pub(crate) driver_user: Option<u32>,
+    /// The system calls that the sandbox refused the last driver host, by number.
+    pub(crate) refused_calls: Vec<u32>,
     /// A driver host without a driver makes the device safe, or was to.
     pub(crate) quiescing: bool,
     /// The device was taken away, and is waited for.
@@ -233,6 +240,8 @@ pub(crate) enum LastWords {
 /// A session of a service.
 #[derive(Debug)]
 pub(crate) struct Session {
+    /// Who opened it, for the limits of one client.
+    pub(crate) client: Peer,
     pub(crate) memory: SessionMemory,
     /// The driver's end.
     pub(crate) socket: Packets,
@@ -265,6 +274,7 @@ pub(crate) enum Stage {
 pub(crate) struct Visitor {
     pub(crate) deadline: Instant,
     pub(crate) wanted: (Option<Vec<u32>>, u64),
+    pub(crate) client: Peer,
     pub(crate) answer: Answer<(Opened, Vec<OwnedFd>)>,
 }
 
@@ -291,6 +301,9 @@ impl Service {
             failed: Vec::new(),
             reset: None,
             quiesced: None,
+            sandbox: None,
+            driver_user: None,
+            refused_calls: Vec::new(),
             quiescing: false,
             is_removed: false,
             incarnation: 0,
@@ -450,6 +463,8 @@ impl Service {
             is_unsafe: self.device.is_unsafe(),
             reset: self.reset.clone(),
             quiesced: self.quiesced.clone(),
+            sandbox: self.sandbox.clone(),
+            refused_calls: self.refused_calls.iter().map(|call| call_name(*call)).collect(),
             sessions: self.sessions.len() as u64,
             is_registered: self.running().is_some(),
             is_busy: self.host().is_some_and(|host| host.is_busy),

@@ -70,6 +70,11 @@ impl SessionMemory {
         Ok(Self { client_type, ledger: Ledger::create()?, queues })
     }
 
+    /// Bytes of the queues.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.queues.iter().map(|queue| u64::from(queue.bytes)).sum()
+    }
+
     /// What a driver host is told of the session.
     pub(crate) fn for_host(&self, session: u64, generation: u64) -> OpenSession {
         let queues = self.queues.iter().map(|queue| QueueSize { bytes: queue.bytes });

@@ -4,6 +4,7 @@
 
 mod clock;
 mod packets;
+mod peer;
 mod poller;
 mod process;
 mod signal;
@@ -12,6 +13,7 @@ mod timer;
 
 pub use clock::Clock;
 pub use packets::{Packet, PacketError, Packets};
+pub use peer::Peer;
 pub use poller::{Poller, Ready};
 pub use process::ProcessHandle;
 pub use signal::Signal;

@@ -1,27 +1,42 @@
 //! The life of a service. The numbers are those of the picture at [`State`].
 
 use std::mem;
+use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use iohost_control::crash;
-use iohost_control::host::{Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, ToHost};
+use iohost_control::host::{
+    Confinement, Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, ToHost,
+};
 use iohost_control::varlink::{Bound, Unbound};
 use iohost_doctor::Code;
 use iohost_event::PacketError;
 use iohost_interface::Description;
 use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::{Order, Persist};
+use iohost_sandbox::call_name;
 use log::{debug, error, info, warn};
+use nix::sys::signal::Signal;
+use nix::unistd::Uid;
 
 use super::{Actor, HOSTS, TOKENS_OF_A_HOST, given_back, ids, protocol, why};
 use crate::bindings::{Done, from_pci};
-use crate::config::{DeviceConfig, Location};
+use crate::config::{DeviceConfig, Location, SandboxMode};
 use crate::driver_process::DriverProcess;
 use crate::needs;
 use crate::plugins::Plugin;
 use crate::request::stopping;
 use crate::restart::Decision;
 use crate::service::{Cause, Ending, Host, LastWords, Next, State, Then};
+
+/// Users of driver hosts, one after the other, and again from the start when they are used up, but
+/// for those of the last driver host of each service.
+///
+/// Source: systemd, `docs/UIDS-GIDS.md`: nobody gives these to anything else.
+pub(super) const DRIVER_USERS: RangeInclusive<u32> = 0x7000_0000..=0x7000_ffff;
+
+/// Descriptors of a driver host beside those of its sessions: vectors, queues, memory.
+const DESCRIPTORS: u64 = 2048;
 
 impl Actor {
     /// What earlier daemons left: persistent devices are services, and what nobody wants goes back.
@@ -117,6 +132,9 @@ impl Actor {
     ) -> Result<Host, Failure> {
         let service = &mut self.services[at];
         service.quiesced = None;
+        service.refused_calls.clear();
+        let confinement = plugin.and_then(|_| self.confinement(at));
+        let service = &self.services[at];
         let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
         let number = self.next_host;
         self.next_host += 1;
@@ -128,6 +146,7 @@ impl Actor {
         let start = ToHost::Start(Start {
             device: service.device.for_host(),
             interrupts: service.device.interrupts.clone(),
+            confinement,
             plugin: plugin.map(|plugin| plugin.file.to_string_lossy().into_owned()),
             incarnation: service.incarnation,
             // Room for 2^32 entries of each driver host.
@@ -156,6 +175,48 @@ impl Actor {
             is_busy: false,
             is_registered: false,
         })
+    }
+
+    /// What a driver host for this service is to give up; `None` for nothing.
+    fn confinement(&mut self, at: usize) -> Option<Confinement> {
+        let device = &self.services[at].device;
+        let mode = device.sandbox.unwrap_or(self.config.sandbox);
+        if mode == SandboxMode::Off {
+            warn!(
+                device = device.name;
+                "the sandbox is off: this driver has all the rights of the daemon"
+            );
+            return None;
+        }
+        let (user, memory) = (device.user, device.memory);
+        let sessions = self.config.limits.sessions_per_service as u64;
+        let identity = user.or_else(|| self.next_user());
+        self.services[at].driver_user = identity.map(|(uid, _)| uid);
+        Some(Confinement {
+            identity,
+            is_alone: user.is_none() && identity.is_some(),
+            memory,
+            descriptors: DESCRIPTORS + sessions * MOST_DESCRIPTORS as u64,
+            kills: mode == SandboxMode::Strict,
+            required: matches!(mode, SandboxMode::Required | SandboxMode::Strict),
+        })
+    }
+
+    /// A user that no driver host has, with the group of the same number; `None` where the daemon
+    /// may not give any.
+    fn next_user(&mut self) -> Option<(u32, u32)> {
+        if !Uid::effective().is_root() {
+            return None;
+        }
+        loop {
+            let uid = self.next_user;
+            let is_last = uid == *DRIVER_USERS.end();
+            self.next_user = if is_last { *DRIVER_USERS.start() } else { uid + 1 };
+            // There are more of them than services.
+            if !self.services.iter().any(|service| service.driver_user == Some(uid)) {
+                return Some((uid, uid));
+            }
+        }
     }
 
     /// The best plugin for a device that has not failed on it, and why it is that one, in words.
@@ -318,6 +379,7 @@ impl Actor {
         );
         service.driver = Some(ready.driver.clone());
         service.reset = Some(ready.reset.clone());
+        service.sandbox = Some(ready.sandbox.clone().unwrap_or_else(|| "off".to_owned()));
         for answer in service.binds.drain(..) {
             let service = service.device.name.clone();
             answer.give(Ok(Bound { service, driver: ready.driver.clone() }));
@@ -455,8 +517,16 @@ impl Actor {
         let Some(at) = self.with_host(number) else { return };
         let service = &mut self.services[at];
         let Some(host) = service.host_mut() else { return };
-        let Some(exit) = host.process.ended() else { return };
-        let (how, pid) = (exit.words.clone(), host.process.pid());
+        let Some(mut exit) = host.process.ended() else { return };
+        let pid = host.process.pid();
+        if host.process.was_killed_by(Signal::SIGSYS) {
+            exit.words += &match service.refused_calls.last() {
+                Some(call) => format!(": seccomp: system call {call} ({})", call_name(*call)),
+                None => ": seccomp: a system call of a thread that had blocked SIGSYS".to_owned(),
+            };
+        }
+        let how = exit.words.clone();
+        let Some(host) = service.host_mut() else { return };
         let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
         let ending = host.ending.take();
         debug!(device = service.device.name, pid, how = how; "driver host ended");

@@ -14,7 +14,7 @@ use iohost_interface::packet::encode_away;
 use log::{debug, warn};
 
 use super::{Actor, not_running, word};
-use crate::service::{Opening, Service, Session, Stage, State};
+use crate::service::{Opening, Service, Session, Stage, State, Visitor};
 
 impl Actor {
     /// The client of a session has left. A driver host that has the session notices, and says so once
@@ -67,7 +67,8 @@ impl Actor {
             if is_running {
                 self.is_behind |= !service.hand_over_sessions();
                 for visitor in mem::take(&mut service.visitors) {
-                    self.open_now(at, visitor.deadline, visitor.wanted, visitor.answer);
+                    let Visitor { deadline, wanted, client, answer } = visitor;
+                    self.open_now(at, deadline, wanted, client, answer);
                 }
             }
         }

@@ -80,6 +80,7 @@ fn main() {
             },
             further_interfaces: Vec::new(),
             is_registered: script != "shy",
+            sandbox: None,
         }),
     );
     while let Some((message, fds)) = receive(&daemon) {
