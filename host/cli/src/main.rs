@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod block;
 mod call;
 mod daemon;
 mod demo;
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
         Command::Properties { service } => services::properties(&options, output, service),
         Command::Power { service, state } => services::power(&options, output, service, *state),
         Command::Call(call) => call::run(&options, output, call),
+        Command::Block(block) => block::run(&options, output, block),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };
     match result {

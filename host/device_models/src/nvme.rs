@@ -130,9 +130,12 @@ impl Nvme {
         self.held.len()
     }
 
-    /// Executes what is held, and holds no more.
+    /// Executes what is held, and holds no more. A controller that has broken down forgets it.
     pub fn release_io(&mut self, bus: &mut Bus<'_>) {
         self.is_holding = false;
+        if !self.registers.is_running() {
+            self.held.clear();
+        }
         while let Some((queue, command)) = self.held.pop_front() {
             self.execute_io(bus, queue, command);
         }
