@@ -85,6 +85,7 @@ pub struct Nvme {
 enum Waiting {
     Disks(Reply<Vec<u8>>),
     Describe(u32, Reply<Vec<u8>>),
+    Health(Reply<Vec<u8>>),
 }
 
 impl IOService for Nvme {
@@ -164,11 +165,7 @@ impl block_api::Server for Nvme {
     }
 
     fn health(&mut self, reply: Reply<Vec<u8>>) {
-        match &self.state {
-            State::Failed(failure) => reply.fail(code_of(failure)),
-            State::Running => self.ask_for_health(reply),
-            _ => reply.fail(IOReturn::NOT_READY),
-        }
+        self.answer(Waiting::Health(reply));
     }
 }
 
@@ -186,12 +183,13 @@ impl Nvme {
                     Some(namespace) => reply.complete(self.disk(disk, namespace).to_bytes()),
                     None => reply.fail(IOReturn::NOT_FOUND),
                 },
+                Waiting::Health(reply) => self.ask_for_health(reply),
             },
             State::Failed(failure) => {
                 let code = code_of(failure);
-                match call {
-                    Waiting::Disks(reply) | Waiting::Describe(_, reply) => reply.fail(code),
-                }
+                let (Waiting::Disks(reply) | Waiting::Describe(_, reply) | Waiting::Health(reply)) =
+                    call;
+                reply.fail(code);
             }
             _ => self.waiting.push(call),
         }

@@ -18,11 +18,13 @@
 //!
 //! [`BlockDevice`] reads and writes slices, in as many requests at a time as is good for speed; what
 //! blocks has a form for tasks beside it. Below it is [`Requests`]: single requests, with their bytes
-//! in memory that the device reaches in place, for who wants no copy or an order of its own.
+//! in memory that the device reaches in place, for who wants no copy or an order of its own. [`nbd`]
+//! serves a disk to programs that know nothing of us.
 
 #![forbid(unsafe_code)]
 
 mod device;
+pub mod nbd;
 mod requests;
 
 pub use block_api::{Completion, Disk, Failure, Health, Operation, Request, Status};

@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
@@ -32,6 +34,7 @@ pub(crate) fn run(
             read(options, output, disk, file.as_deref(), *offset, *length)
         }
         BlockCommand::Write { disk, file, offset } => write(options, output, disk, file, *offset),
+        BlockCommand::Export { disk, at } => export(options, output, disk, at),
         BlockCommand::Bench { disk, depth, size, seconds, sequential, polled, write } => {
             let plan = Plan {
                 depth: *depth,
@@ -301,6 +304,39 @@ fn fill(source: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
         }
     }
     Ok(filled)
+}
+
+/// Each client has a session of its own, and a thread.
+fn export(
+    options: &Options,
+    output: Output,
+    which: &DiskOptions,
+    socket: &Path,
+) -> Result<(), CommandError> {
+    // So that a wrong name is an error now and not for every client.
+    let disk = find(options, which)?.1;
+    let is_stale = UnixStream::connect(socket)
+        .is_err_and(|err| err.kind() == io::ErrorKind::ConnectionRefused);
+    if is_stale {
+        std::fs::remove_file(socket).map_err(|err| unusable(socket, &err))?;
+    }
+    let listener = UnixListener::bind(socket).map_err(|err| unusable(socket, &err))?;
+    let text = format!("disk {} of {} at {}", disk.number, which.service, socket.display());
+    output.result(&json!({ "disk": disk.number, "socket": socket }), text);
+    thread::scope(|scope| {
+        loop {
+            let (stream, _) = listener.accept().map_err(|err| unusable(socket, &err))?;
+            scope.spawn(|| match open(options, which) {
+                Ok(mut disk) => {
+                    let ended = iohost_block::nbd::serve(stream, &mut disk);
+                    if let Err(err) = ended {
+                        output.error(&unusable(socket, &err).failure);
+                    }
+                }
+                Err(err) => output.error(&err.failure),
+            });
+        }
+    })
 }
 
 /// What is measured.

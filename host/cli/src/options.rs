@@ -316,6 +316,21 @@ pub(crate) enum BlockCommand {
         offset: u64,
     },
 
+    /// Serve a disk to programs that speak NBD, at a Unix socket, until it is interrupted.
+    #[command(after_help = "\
+Examples:
+  iohost block export nvme0 /run/nvme0.nbd
+  qemu-img info nbd+unix:///?socket=/run/nvme0.nbd
+  nbd-client -unix /run/nvme0.nbd /dev/nbd0")]
+    Export {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// The socket to make; one that nobody listens on is replaced.
+        #[arg(value_name = "PATH")]
+        at: PathBuf,
+    },
+
     /// Measure how fast it reads, at random places.
     Bench {
         #[command(flatten)]

@@ -90,6 +90,27 @@ struct Shadow {
     event_indices: u64,
 }
 
+impl Shadow {
+    /// Takes a doorbell's value, and writes the event index that `take` wants, until the value that
+    /// is there was there after the index was: a host that does not see the index is seen. One that
+    /// changes it all the time is left alone.
+    fn follow(self, bus: &mut Bus<'_>, mut take: impl FnMut(u32) -> Option<u32>) {
+        const LOOKS: u32 = 64;
+        let mut seen = None;
+        for _ in 0..LOOKS {
+            let mut value = [0; 4];
+            bus.dma_read(self.doorbells, &mut value);
+            let value = u32::from_le_bytes(value);
+            if seen == Some(value) {
+                return;
+            }
+            seen = Some(value);
+            let Some(index) = take(value) else { return };
+            bus.dma_write(self.event_indices, &index.to_le_bytes());
+        }
+    }
+}
+
 impl Nvme {
     /// A controller at power-on. Namespaces are numbered from 1 on.
     ///
@@ -219,15 +240,16 @@ impl Nvme {
     fn process(&mut self, bus: &mut Bus<'_>, queue: u16) {
         loop {
             self.look_at_shadow_tail(bus, queue);
-            let Some(submission) = self.submission.get_mut(&queue) else { return };
-            if !self.registers.is_running() {
-                return;
-            }
+            let Some(submission) = self.submission.get(&queue) else { return };
+            let target = submission.completion_queue;
+            self.look_at_shadow_head(bus, target);
             // A full completion queue holds its submission queues back (section 4.1).
-            let room = self.completion.get(&submission.completion_queue);
-            if room.is_none_or(|completion| completion.is_congested()) {
+            let is_held_back =
+                self.completion.get(&target).is_none_or(|completion| completion.is_congested());
+            if is_held_back || !self.registers.is_running() {
                 return;
             }
+            let Some(submission) = self.submission.get_mut(&queue) else { return };
             let Some(address) = submission.next() else {
                 return;
             };
@@ -253,31 +275,30 @@ impl Nvme {
     /// Takes the tail from the host's shadow doorbell, and asks to be rung for the next one
     /// (section 7.13).
     fn look_at_shadow_tail(&mut self, bus: &mut Bus<'_>, queue: u16) {
-        let (Some(shadow), 1..) = (self.shadow, queue) else { return };
+        let Some(shadow) = self.shadow_doorbell(u64::from(queue) * 2) else { return };
         let Some(submission) = self.submission.get_mut(&queue) else { return };
-        let place = u64::from(queue) * 2 * (4 << self.options.doorbell_stride);
-        let mut value = [0; 4];
-        bus.dma_read(shadow.doorbells + place, &mut value);
-        if submission.set_tail(u32::from_le_bytes(value)) {
-            bus.dma_write(shadow.event_indices + place, &value);
-        }
+        shadow.follow(bus, |tail| submission.set_tail(tail).then_some(tail));
     }
 
     /// Takes the head of a completion queue from the host's shadow doorbell.
     fn look_at_shadow_head(&mut self, bus: &mut Bus<'_>, queue: u16) {
-        let (Some(shadow), 1..) = (self.shadow, queue) else { return };
+        let Some(shadow) = self.shadow_doorbell(u64::from(queue) * 2 + 1) else { return };
         let Some(completion) = self.completion.get_mut(&queue) else { return };
-        let place = (u64::from(queue) * 2 + 1) * (4 << self.options.doorbell_stride);
-        let mut value = [0; 4];
-        bus.dma_read(shadow.doorbells + place, &mut value);
-        let head = u32::from_le_bytes(value);
-        if completion.set_head(head) {
-            // A line is let go of at the doorbell; otherwise nobody waits for the head, and the
-            // index is one that the host does not pass soon.
-            let by_line = !bus.msi_enabled() && !bus.msi_x_enabled();
-            let index = if by_line { head } else { head.wrapping_sub(1) & 0xffff };
-            bus.dma_write(shadow.event_indices + place, &index.to_le_bytes());
-        }
+        let by_line = !bus.msi_enabled() && !bus.msi_x_enabled();
+        shadow.follow(bus, |head| {
+            let is_sound = completion.set_head(head);
+            // A line is let go of at the doorbell, and who is held back goes on. Otherwise nobody
+            // waits for the head, and the index is one that the host does not pass soon.
+            let is_awaited = by_line || completion.is_congested();
+            is_sound.then(|| if is_awaited { head } else { head.wrapping_sub(1) & 0xffff })
+        });
+    }
+
+    /// Where a doorbell is in the host's memory, and its event index. The admin queue has none.
+    fn shadow_doorbell(&self, place: u64) -> Option<Shadow> {
+        let Shadow { doorbells, event_indices } = self.shadow.filter(|_| place >= 2)?;
+        let offset = place * (4 << self.options.doorbell_stride);
+        Some(Shadow { doorbells: doorbells + offset, event_indices: event_indices + offset })
     }
 
     /// Completes a command of a submission queue (section 4.6).
