@@ -4,8 +4,12 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::Duration;
 
 use iohost_block::{BlockDevice, BlockError, Status};
+use iohost_client::varlink::State;
 use iohost_tests::{Emulated, System};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -71,23 +75,45 @@ fn a_client_is_told_what_is_wrong_by_kind() {
 }
 
 #[test]
-fn what_was_flushed_outlasts_a_driver_host_that_is_killed() {
+fn a_disk_goes_on_under_every_driver_and_nothing_is_lost() {
     let (system, _device) = system();
-    let data = pattern(1 << 20);
-    let mut disk = open(&system, 1);
-    disk.write(0, &data).unwrap();
-    disk.flush().unwrap();
-    let pid = system.await_ready("nvme0");
-    kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
-    let over = disk.read(0, &mut [0; 4096]);
-    assert!(matches!(over, Err(BlockError::Queue(_))), "{over:?}");
-    iohost_tests::eventually("the next driver host", || {
-        let service = system.service("nvme0");
-        service.pid.is_some_and(|next| next != pid) && format!("{:?}", service.state) == "Running"
+    let (mut disk, socket) = (open(&system, 1), system.socket());
+    let is_over = Arc::new(AtomicBool::new(false));
+    let seen = is_over.clone();
+    let killer = std::thread::spawn(move || {
+        let mut killed = 0;
+        let mut daemon = iohost_client::Daemon::connect(socket).unwrap();
+        while killed < 3 {
+            let service = daemon.status().unwrap().services.remove(0);
+            if let (Some(pid), State::Running) = (service.pid, service.state)
+                && service.incarnation > killed
+            {
+                killed = service.incarnation;
+                // It has the time to bring its controller up, or not.
+                std::thread::sleep(Duration::from_millis(40 * killed));
+                kill(Pid::from_raw(pid as i32), Signal::SIGKILL).unwrap();
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        seen.store(true, SeqCst);
     });
-    let mut read = vec![0; data.len()];
-    open(&system, 1).read(0, &mut read).unwrap();
-    assert!(read == data);
+    let mut rounds = 0_u8;
+    let mut last = Vec::new();
+    while rounds < 3 || !is_over.load(SeqCst) {
+        rounds = rounds.wrapping_add(1);
+        let data: Vec<u8> = pattern(5 << 20).iter().map(|byte| byte ^ rounds).collect();
+        disk.write(4096, &data).unwrap();
+        disk.flush().unwrap();
+        let mut read = vec![0; data.len()];
+        disk.read(4096, &mut read).unwrap();
+        assert!(read == data, "round {rounds}");
+        last = data;
+    }
+    killer.join().unwrap();
+    let mut read = vec![0; last.len()];
+    disk.read(4096, &mut read).unwrap();
+    assert!(read == last, "the last driver was killed behind our back");
+    assert!(system.service("nvme0").incarnation >= 3);
 }
 
 #[test]

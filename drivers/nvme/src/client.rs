@@ -14,6 +14,8 @@ use crate::memory::PAGE;
 /// One session.
 pub struct Client {
     session: SessionId,
+    /// Which driver this is for it: a request for the one before us is not ours to do.
+    pub generation: u64,
     /// Its number among all sessions there were, which spreads them over the queues.
     pub turn: usize,
     requests: IODataQueueDispatchSource<Consumer>,
@@ -138,6 +140,7 @@ impl Clients {
         let handler = move |nvme: &mut Nvme| nvme.serve(id);
         let client = Client {
             session: id,
+            generation: session.generation(),
             turn: self.turns,
             requests: IODataQueueDispatchSource::create(requests, queue, handler)?,
             completions: IODataQueueDispatchSource::create(completions, queue, handler)?,

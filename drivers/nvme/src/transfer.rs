@@ -5,7 +5,7 @@ use iohost_driver::prelude::*;
 
 use crate::Nvme;
 use crate::bring_up::State;
-use crate::client::Entry;
+use crate::client::{Client, Entry};
 use crate::command::{Command, Completion, io};
 use crate::identify::Namespace;
 use crate::io_queue::{Part, Request};
@@ -71,6 +71,11 @@ impl Nvme {
         if let State::Failed(failure) = &self.state {
             return Err((tag, failure.clone()));
         }
+        let generation = self.client(place).generation;
+        if asked.generation != generation {
+            let words = format!("it is of generation {}, not {generation}", asked.generation);
+            return Err((tag, Failure::new(Status::Stale, words)));
+        }
         let address = self.check(place, &asked).map_err(|failure| (tag, failure))?;
         // A flush has no bytes, and ends as one of one byte would.
         let length = if asked.operation == Operation::Flush { 1 } else { asked.length };
@@ -127,8 +132,11 @@ impl Nvme {
             let words = format!("the bytes begin at {at} in memory, no multiple of 4");
             return Err(Failure::new(Status::NotAligned, words));
         }
-        let client = self.clients.get(place).expect("a request comes from a client");
-        client.address(asked.memory, at, length)
+        self.client(place).address(asked.memory, at, length)
+    }
+
+    fn client(&mut self, place: usize) -> &mut Client {
+        self.clients.get(place).expect("a request comes from a client")
     }
 
     /// The queue that has a client's commands.

@@ -106,6 +106,7 @@ fn requests_that_cannot_be_are_refused_with_their_kind() {
         (block_api::Request { disk: 3, ..read }, Status::NoSuchDisk),
         (block_api::Request { disk: 3, ..request(Operation::Flush, 0, 0) }, Status::NoSuchDisk),
         (block_api::Request { memory: 1, ..read }, Status::NoSuchMemory),
+        (block_api::Request { generation: 0, ..read }, Status::Stale),
         (block_api::Request { at: rig::MEMORY as u64 - 4, ..read }, Status::NoSuchMemory),
         (block_api::Request { at: u64::MAX - 3, ..read }, Status::NoSuchMemory),
         (block_api::Request { disk: 2, ..request(Operation::Write, 0, 512) }, Status::ReadOnly),
@@ -114,8 +115,8 @@ fn requests_that_cannot_be_are_refused_with_their_kind() {
         assert_eq!(client.failure(wrong), status, "{wrong:?}");
     }
     client.send_raw(&[1, 2, 3]);
-    client.send_raw(&[0xff; 40]);
-    client.send_raw(&[0; 41]);
+    client.send_raw(&[0xff; block_api::REQUEST_LENGTH]);
+    client.send_raw(&[0; block_api::REQUEST_LENGTH + 1]);
     client.rig.settle();
     let statuses: Vec<_> =
         client.completions().into_iter().map(|c| c.outcome.unwrap_err().status).collect();

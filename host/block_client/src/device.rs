@@ -198,6 +198,7 @@ impl BlockDevice {
             offset,
             length,
             at: (chunk * CHUNK) as u64,
+            generation: 0,
         }
     }
 

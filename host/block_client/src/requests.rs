@@ -1,13 +1,20 @@
 //! Requests and completions of one session, and its memory.
 
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-use block_api::{COMPLETIONS, Completion, Disk, Health, REQUESTS, Request};
-use iohost_client::{ClientMemory, QueueConsumer, QueueProducer, Session};
+use block_api::{COMPLETIONS, Completion, Disk, Health, REQUESTS, Request, Status};
+use iohost_client::{ClientMemory, QueueConsumer, QueueProducer, Session, WaitError};
 
 use crate::BlockError;
 
-/// The way to all disks of one session. Nothing is remembered of what was sent.
+/// How often a wait looks whether there is another driver.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The way to all disks of one session.
+///
+/// It outlives the driver: what was not answered by one that died is sent to the next, so that each
+/// request is answered once; its bytes have moved to another memory then, at the same places.
 ///
 /// Callable from any thread that has it. Dropping it ends the session; requests under way are done
 /// or not.
@@ -17,6 +24,11 @@ pub struct Requests {
     requests: QueueProducer,
     completions: QueueConsumer,
     memory: ClientMemory,
+    generation: u64,
+    /// What is not answered, by tag.
+    under_way: HashMap<u64, Request>,
+    /// Completions that were taken and not given to anybody yet.
+    taken: VecDeque<Completion>,
     entry: Vec<u8>,
     /// Last, so that the queues are not the ones to find out that it has ended.
     session: Session,
@@ -27,12 +39,17 @@ impl Requests {
     ///
     /// Errors: `Session`, also for a driver that serves another interface.
     pub fn new(session: Session, memory: usize) -> Result<Self, BlockError> {
+        let generation = session.generation();
         let memory_type = block_api::memory_type(0, memory as u64);
         Ok(Self {
             calls: session.client()?,
             requests: session.producer(REQUESTS)?,
             completions: session.consumer(COMPLETIONS)?,
             memory: session.map_memory(memory_type, Some(memory))?,
+            // If it has changed meanwhile, that is found out as it always is.
+            generation,
+            under_way: HashMap::new(),
+            taken: VecDeque::new(),
             entry: Vec::new(),
             session,
         })
@@ -63,39 +80,102 @@ impl Requests {
         &self.memory
     }
 
-    /// Sends a request, and waits for room if the queue is full.
+    /// Sends a request, and waits for room if the queue is full. Its tag is not that of another one
+    /// under way; its generation is filled in here.
     pub fn send(&mut self, request: &Request) -> Result<(), BlockError> {
-        Ok(self.requests.send(&request.to_bytes())?)
+        let request = Request { generation: self.generation, ..*request };
+        self.requests.send(&request.to_bytes())?;
+        self.under_way.insert(request.tag, request);
+        Ok(())
     }
 
-    /// As [`send`](Self::send), for a task.
+    /// As [`send`](Self::send), for a task. A future that is dropped before it is ready has sent
+    /// nothing.
     pub async fn send_async(&mut self, request: &Request) -> Result<(), BlockError> {
-        Ok(self.requests.send_async(&request.to_bytes()).await?)
+        let request = Request { generation: self.generation, ..*request };
+        self.requests.send_async(&request.to_bytes()).await?;
+        self.under_way.insert(request.tag, request);
+        Ok(())
     }
 
-    /// The next completion, whatever it is of; waits for it. Errors: `Queue`, `Malformed`.
+    /// The next completion, whatever it is of; waits for it. Errors: `Queue` when the session is
+    /// over, `Malformed`.
     pub fn completion(&mut self) -> Result<Completion, BlockError> {
-        self.completion_within(Duration::MAX)
-    }
-
-    /// As [`completion`](Self::completion), with `Queue` after so much time.
-    pub fn completion_within(&mut self, timeout: Duration) -> Result<Completion, BlockError> {
-        self.completions.receive_within(&mut self.entry, timeout)?;
-        Completion::from_bytes(&self.entry).map_err(|_| BlockError::Malformed)
+        loop {
+            if let Some(completion) = self.next_taken()? {
+                return Ok(completion);
+            }
+            match self.completions.receive_within(&mut self.entry, LOOK) {
+                Ok(()) => self.take()?,
+                Err(WaitError::TimedOut { .. }) => {}
+                Err(err) => return Err(err.into()),
+            }
+        }
     }
 
     /// As [`completion`](Self::completion), for a task.
     pub async fn completion_async(&mut self) -> Result<Completion, BlockError> {
-        self.completions.receive_async(&mut self.entry).await?;
-        Completion::from_bytes(&self.entry).map_err(|_| BlockError::Malformed)
+        loop {
+            if let Some(completion) = self.next_taken()? {
+                return Ok(completion);
+            }
+            let received =
+                async { self.completions.receive_async(&mut self.entry).await.map(|()| true) };
+            let looks = async {
+                smol::Timer::after(LOOK).await;
+                Ok(false)
+            };
+            if smol::future::or(received, looks).await? {
+                self.take()?;
+            }
+        }
     }
 
-    /// The next completion if it is there; never waits, and asks for no notification.
-    pub fn completion_now(&mut self) -> Result<Option<Completion>, BlockError> {
-        if !self.completions.ring().is_data_available() {
-            return Ok(None);
+    /// One that was taken, after a look whether there is another driver.
+    fn next_taken(&mut self) -> Result<Option<Completion>, BlockError> {
+        if self.session.generation() != self.generation {
+            self.carry_on()?;
         }
-        self.completion().map(Some)
+        Ok(self.taken.pop_front())
+    }
+
+    /// Keeps the entry that was received, if it answers a request.
+    fn take(&mut self) -> Result<(), BlockError> {
+        let completion = Completion::from_bytes(&self.entry).map_err(|_| BlockError::Malformed)?;
+        match &completion.outcome {
+            // It was sent again, or will be.
+            Err(failure) if failure.status == Status::Stale => {}
+            _ if self.under_way.remove(&completion.tag).is_some() => {
+                self.taken.push_back(completion);
+            }
+            _ => return Err(BlockError::Malformed),
+        }
+        Ok(())
+    }
+
+    /// Sends everything that is not answered to the driver that is there now. The order is that of
+    /// [`block_api`]'s documentation.
+    fn carry_on(&mut self) -> Result<(), BlockError> {
+        let generation = self.session.generation();
+        while self.completions.try_receive(&mut self.entry)? {
+            self.take()?;
+        }
+        let bytes = self.memory.len();
+        let memory_type = block_api::memory_type(0, bytes as u64);
+        let memory = self.session.map_memory(memory_type, Some(bytes))?;
+        let mut part = vec![0; bytes.min(1 << 20)];
+        for at in (0..bytes).step_by(part.len()) {
+            let len = part.len().min(bytes - at);
+            self.memory.read_at(at, &mut part[..len])?;
+            memory.write_at(at, &part[..len])?;
+        }
+        self.memory = memory;
+        self.generation = generation;
+        let left: Vec<Request> = self.under_way.values().copied().collect();
+        for request in left {
+            self.send(&request)?;
+        }
+        Ok(())
     }
 }
 

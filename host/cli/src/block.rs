@@ -390,6 +390,7 @@ fn bench(
             offset: place * plan.size,
             length: plan.size,
             at: tag * plan.size,
+            generation: 0,
         }
     };
     let started = Instant::now();

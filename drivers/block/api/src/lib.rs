@@ -13,11 +13,18 @@
 //!
 //! # When the driver is started again
 //!
-//! All operations have the same effect done once or twice, as long as nobody else writes there. A
-//! client whose driver has ended opens another session, maps memory again, puts the bytes of its
-//! writes there, and sends every request again that it has no completion of, under the same tags.
+//! The session goes on, under the next generation, and what is in the data queues stays there. What
+//! the dead driver had taken and not answered is lost, and nobody knows whether it was done. All
+//! operations have the same effect done once or twice, as long as nobody else writes there, so the
+//! client sends again what it has no completion of, in this order:
+//!
+//! 1. It takes all completions that are there: those of the dead driver.
+//! 2. It maps its memory again, which is another one, and puts the bytes of its writes there.
+//! 3. It sends what is left under the new generation. The next driver refuses everything of the old
+//!    one as [`Status::Stale`], so that nothing is done late and twice.
+//!
 //! What had completed stays so: a driver that starts again takes no power away from the disk, so
-//! flushes keep their meaning across it.
+//! flushes keep their meaning across it. `iohost_block` does all of this.
 
 #![forbid(unsafe_code)]
 
@@ -37,15 +44,15 @@ iohost_interface::interface! {
         /// The numbers of the disks there are, in ascending order, 4 bytes each, little endian.
         ///
         /// Fails with `NOT_RESPONDING` when the device does not work.
-        0 => fn disks() -> Vec<u8>;
+        0 => fn disks() -> Vec<u8> [idempotent];
 
         /// A disk: a [`Disk`] in its encoding. Fails with `NOT_FOUND` when there is none of that
         /// number.
-        1 => fn describe(disk: u32) -> Vec<u8>;
+        1 => fn describe(disk: u32) -> Vec<u8> [idempotent];
 
         /// How the device is: a [`Health`] in its encoding. Fails with `UNSUPPORTED` when it
         /// cannot tell.
-        2 => fn health() -> Vec<u8>;
+        2 => fn health() -> Vec<u8> [idempotent];
     }
 
     queues {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 /// Bytes of a request.
-pub const REQUEST_LENGTH: usize = 40;
+pub const REQUEST_LENGTH: usize = 48;
 
 /// The most bytes of a completion: its words are cut to fit.
 pub const LONGEST_COMPLETION: usize = 12 + 180;
@@ -28,6 +28,9 @@ pub struct Request {
     pub length: u64,
     /// Where in the memory the first byte is: a multiple of 4.
     pub at: u64,
+    /// The session's generation, as the client knew it. A driver refuses a request of another one,
+    /// which was meant for the driver before it: see the crate's documentation.
+    pub generation: u64,
 }
 
 /// What can be done to a disk.
@@ -68,6 +71,7 @@ impl Request {
         bytes[16..24].copy_from_slice(&self.offset.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.length.to_le_bytes());
         bytes[32..40].copy_from_slice(&self.at.to_le_bytes());
+        bytes[40..48].copy_from_slice(&self.generation.to_le_bytes());
         bytes
     }
 
@@ -98,6 +102,7 @@ impl Request {
             offset: u64_at(bytes, 16),
             length: u64_at(bytes, 24),
             at: u64_at(bytes, 32),
+            generation: u64_at(bytes, 40),
         })
     }
 }
@@ -159,11 +164,13 @@ pub enum Status {
     NotResponding = 10,
     /// The device is not there any more.
     Gone = 11,
+    /// It is of another generation of the session, and was not done.
+    Stale = 12,
 }
 
 impl Status {
     fn from_number(number: u32) -> Option<Self> {
-        const ALL: [Status; 11] = [
+        const ALL: [Status; 12] = [
             Status::Malformed,
             Status::NoSuchDisk,
             Status::OutOfRange,
@@ -175,6 +182,7 @@ impl Status {
             Status::Device,
             Status::NotResponding,
             Status::Gone,
+            Status::Stale,
         ];
         ALL.into_iter().find(|status| *status as u32 == number)
     }
@@ -193,6 +201,7 @@ impl Status {
             Status::Device => "device error",
             Status::NotResponding => "the device does not respond",
             Status::Gone => "the device is gone",
+            Status::Stale => "meant for the driver before this one",
         }
     }
 }
@@ -276,6 +285,7 @@ mod tests {
             offset: 1 << 60,
             length: 4096,
             at: 512,
+            generation: 3,
         };
         let bytes = request.to_bytes();
         assert_eq!(Request::from_bytes(&bytes), Ok(request));

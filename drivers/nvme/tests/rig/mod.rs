@@ -33,7 +33,17 @@ pub(crate) fn client() -> Client {
 
 /// A request for the first disk and the start of the memory, by its bytes.
 pub(crate) fn request(operation: Operation, offset: u64, length: u64) -> Request {
-    Request { tag: 0, operation, is_polled: false, memory: 0, disk: 1, offset, length, at: 0 }
+    Request {
+        tag: 0,
+        operation,
+        is_polled: false,
+        memory: 0,
+        disk: 1,
+        offset,
+        length,
+        at: 0,
+        generation: 1,
+    }
 }
 
 impl Client {
