@@ -24,8 +24,9 @@ impl Nvme {
 
     fn io(&mut self, bus: &mut Bus<'_>, command: &Command) -> Result<(), Status> {
         if command.opcode == FLUSH && command.nsid == BROADCAST {
-            let flushed = self.namespaces.values_mut().map(Namespace::flush);
-            return done(flushed.fold(true, |all, this| all && this));
+            // All of them, also after one that fails.
+            let failed = self.namespaces.values_mut().filter_map(|it| (!it.flush()).then_some(()));
+            return done(failed.count() == 0);
         }
         let namespace = self.namespaces.get_mut(&command.nsid).ok_or(Status::INVALID_NAMESPACE)?;
         let optional = self.options.optional_commands;

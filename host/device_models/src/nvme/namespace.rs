@@ -168,7 +168,7 @@ impl Namespace {
     pub(super) fn flush(&mut self) -> bool {
         match &self.storage {
             Storage::Memory(_) => true,
-            Storage::File(file) => file.sync_data().inspect_err(|err| drop(lost(err))).is_ok(),
+            Storage::File(file) => file.sync_data().map_err(|err| lost(&err)).is_ok(),
         }
     }
 
