@@ -53,7 +53,7 @@ pub enum Asked {
 }
 
 impl AdminQueue {
-    pub fn make(device: &IOPCIDevice, most_entries: u16) -> Result<Self> {
+    pub(crate) fn make(device: &IOPCIDevice, most_entries: u16) -> Result<Self> {
         let entries = ENTRIES.min(most_entries);
         let [submission, completion] = Rings::sizes(entries);
         let [submission, completion, identified, health, unread] =
@@ -67,31 +67,31 @@ impl AdminQueue {
         })
     }
 
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.rings.reset();
         self.slots.fill(None);
     }
 
     /// Whether there is a command that the controller has to answer soon.
-    pub fn is_waited_for(&self) -> bool {
+    pub(crate) fn is_waited_for(&self) -> bool {
         self.slots.iter().flatten().any(|command| command.asked != Asked::Event)
     }
 
     /// What is under way longer than so many ticks.
-    pub fn overdue(&self, now: u32, ticks: u32) -> Option<Asked> {
+    pub(crate) fn overdue(&self, now: u32, ticks: u32) -> Option<Asked> {
         let commands = self.slots.iter().flatten().filter(|it| it.asked != Asked::Event);
         let mut overdue = commands.filter(|it| now.wrapping_sub(it.issued) >= ticks);
         overdue.next().map(|it| it.asked)
     }
 
-    pub fn under_way(&self, asked: Asked) -> usize {
+    pub(crate) fn under_way(&self, asked: Asked) -> usize {
         self.slots.iter().flatten().filter(|command| command.asked == asked).count()
     }
 }
 
 impl Nvme {
     /// Issues a command; its end comes to [`Nvme::admin_done`].
-    pub fn ask(&mut self, asked: Asked, command: Command) {
+    pub(crate) fn ask(&mut self, asked: Asked, command: Command) {
         let place = self.admin.slots.iter().position(Option::is_none);
         let Some(place) = place else {
             // All of them are bounded, so that a controller that answers none is overdue first.
@@ -105,7 +105,7 @@ impl Nvme {
     }
 
     /// `Identify`, into the page for it.
-    pub fn ask_to_identify(&mut self, asked: Asked, structure: u32, namespace: u32) {
+    pub(crate) fn ask_to_identify(&mut self, asked: Asked, structure: u32, namespace: u32) {
         let command = Command {
             opcode: admin::IDENTIFY,
             namespace,
@@ -116,7 +116,7 @@ impl Nvme {
     }
 
     /// `Get Log Page`, its first bytes: a multiple of 4, a page at most.
-    pub fn ask_for_log(&mut self, asked: Asked, page: u32, address: u64, bytes: u32) {
+    pub(crate) fn ask_for_log(&mut self, asked: Asked, page: u32, address: u64, bytes: u32) {
         let command = Command {
             opcode: admin::GET_LOG_PAGE,
             namespace: u32::MAX,
@@ -127,7 +127,7 @@ impl Nvme {
     }
 
     /// Takes the completions of the admin queue.
-    pub fn look_at_admin(&mut self) {
+    pub(crate) fn look_at_admin(&mut self) {
         while let Some(completion) = self.admin.rings.next() {
             let slot = self.admin.slots.get_mut(usize::from(completion.id));
             let Some(UnderWay { asked, .. }) = slot.and_then(Option::take) else {

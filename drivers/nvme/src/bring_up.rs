@@ -71,7 +71,7 @@ const LOOK: u64 = 1_000_000;
 
 impl Limits {
     /// Reads and checks what the controller says of itself.
-    pub fn of(bar: &Bar<regs::Controller>) -> Result<Self> {
+    pub(crate) fn of(bar: &Bar<regs::Controller>) -> Result<Self> {
         let (capabilities, version) = (bar.read(regs::CAP), bar.read(regs::VS));
         ensure!(
             capabilities.bits() != u64::MAX && version.bits() != regs::NOBODY,
@@ -118,7 +118,7 @@ impl Limits {
 
 impl Nvme {
     /// Disables the controller, to bring it up anew. What was under way is kept to be done again.
-    pub fn begin_reset(&mut self) {
+    pub(crate) fn begin_reset(&mut self) {
         self.keep_what_is_under_way();
         self.doorbells.uses_shadow = false;
         self.admin.reset();
@@ -128,7 +128,7 @@ impl Nvme {
     }
 
     /// Goes on as far as the registers allow, and looks again later.
-    pub fn look_at_state(&mut self) {
+    pub(crate) fn look_at_state(&mut self) {
         loop {
             let status = self.doorbells.bar.read(regs::CSTS);
             if status.bits() == regs::NOBODY {
@@ -178,7 +178,7 @@ impl Nvme {
     }
 
     /// An admin command has ended. An error is what is wrong with the controller.
-    pub fn admin_done(
+    pub(crate) fn admin_done(
         &mut self,
         asked: Asked,
         result: Result<u32, CommandError>,

@@ -13,7 +13,7 @@ const BYTES: u32 = 512;
 
 impl Nvme {
     /// Answers with the health as it is now; callers that come meanwhile get the same answer.
-    pub fn ask_for_health(&mut self, reply: Reply<Vec<u8>>) {
+    pub(crate) fn ask_for_health(&mut self, reply: Reply<Vec<u8>>) {
         self.health_calls.push(reply);
         if self.health_calls.len() == 1 {
             let address = self.admin.health.address();
@@ -22,7 +22,7 @@ impl Nvme {
     }
 
     /// The log was read, or not.
-    pub fn health_has_come(&mut self, result: Result<u32, CommandError>) {
+    pub(crate) fn health_has_come(&mut self, result: Result<u32, CommandError>) {
         let answer = match result {
             Ok(_) => Ok(parse(&self.admin.health.to_vec()).to_bytes()),
             Err(err) => {

@@ -10,7 +10,7 @@
 //! Everything runs on one serial queue. A call to a client or to the controller never waits.
 //!
 //! Nothing the controller says is believed: a completion that cannot be is answered by a reset of
-//! the controller, after which what was under way is done again, and after [`MOST_RESETS`] of them
+//! the controller, after which what was under way is done again, and after `MOST_RESETS` of them
 //! without a command in between that worked, it is left alone and everybody is told so.
 
 #![forbid(unsafe_code)]

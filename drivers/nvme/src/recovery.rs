@@ -31,7 +31,7 @@ const ABORT_PATIENCE: u32 = 4;
 
 impl Nvme {
     /// Has the controller begin anew, as it did something that it must not do.
-    pub fn trouble(&mut self, words: &str) {
+    pub(crate) fn trouble(&mut self, words: &str) {
         if matches!(self.state, State::Failed(_)) {
             return;
         }
@@ -45,7 +45,7 @@ impl Nvme {
     }
 
     /// Gives the controller up, and tells everybody who waits for it.
-    pub fn fail(&mut self, failure: Failure) {
+    pub(crate) fn fail(&mut self, failure: Failure) {
         error!(reason:% = failure; "the controller is given up");
         // What it still writes meets no memory: it is no bus master any more.
         self.doorbells.bar.write(regs::CC, Configuration::empty());
@@ -65,7 +65,7 @@ impl Nvme {
     }
 
     /// Takes everything out of the queues, to be done again; but what was tried often enough.
-    pub fn keep_what_is_under_way(&mut self) {
+    pub(crate) fn keep_what_is_under_way(&mut self) {
         for place in 0..self.io_count {
             let queue = &mut self.io[place];
             let backlog = std::mem::take(&mut queue.backlog);
@@ -88,7 +88,7 @@ impl Nvme {
     }
 
     /// Puts what was kept into the queues of its clients.
-    pub fn house_what_was_kept(&mut self) {
+    pub(crate) fn house_what_was_kept(&mut self) {
         for part in std::mem::take(&mut self.homeless) {
             let request = self.requests.get_mut(part.request);
             let (client, is_polled) = (request.client, request.is_polled);
@@ -104,7 +104,7 @@ impl Nvme {
     }
 
     /// Has the time looked at, if there is anything that may take too long.
-    pub fn watch(&mut self) {
+    pub(crate) fn watch(&mut self) {
         let is_waited_for = |nvme: &Self| {
             nvme.admin.is_waited_for() || nvme.io[..nvme.io_count].iter().any(|io| !io.is_idle())
         };
@@ -115,13 +115,13 @@ impl Nvme {
     }
 
     /// Has [`Nvme::time_has_come`] called.
-    pub fn wake_at(&mut self, deadline: u64, leeway: u64) {
+    pub(crate) fn wake_at(&mut self, deadline: u64, leeway: u64) {
         let set = self.timer.wake_at_time(IOTimerClock::UptimeRaw, deadline, leeway);
         self.timer_is_set = set.is_ok();
     }
 
     /// The timer: a look at the registers on the way up, or a tick.
-    pub fn time_has_come(&mut self) {
+    pub(crate) fn time_has_come(&mut self) {
         self.timer_is_set = false;
         match self.state {
             State::Quieting { .. } | State::Enabling { .. } => self.look_at_state(),
@@ -185,7 +185,7 @@ impl Nvme {
 
     /// Has the controller write what it has cached (section 7.6.2), and disables it. Waits, as this
     /// is the last that happens, but not for long.
-    pub fn shut_down(&mut self) {
+    pub(crate) fn shut_down(&mut self) {
         if matches!(self.state, State::Failed(_)) {
             return;
         }

@@ -20,7 +20,7 @@ const MOST_DISCARDED: u64 = 1 << 30;
 
 impl Nvme {
     /// A client has put requests into its queue, or has taken completions out of its other one.
-    pub fn serve(&mut self, session: SessionId) {
+    pub(crate) fn serve(&mut self, session: SessionId) {
         if let Some(place) = self.clients.place(session) {
             self.take_requests(place);
             self.settle();
@@ -28,7 +28,7 @@ impl Nvme {
     }
 
     /// Takes a client's requests, as long as there is room for their commands.
-    pub fn take_requests(&mut self, place: usize) {
+    pub(crate) fn take_requests(&mut self, place: usize) {
         let mut entries = Vec::new();
         loop {
             let queues = [false, true].map(|is_polled| self.queue_for(place, is_polled));
@@ -141,7 +141,7 @@ impl Nvme {
 
     /// The queue that has a client's commands.
     #[inline]
-    pub fn queue_for(&mut self, place: usize, is_polled: bool) -> usize {
+    pub(crate) fn queue_for(&mut self, place: usize, is_polled: bool) -> usize {
         let polled = self.io_count.checked_sub(1).filter(|last| self.io[*last].is_polled);
         match polled {
             Some(last) if is_polled => last,
@@ -153,7 +153,7 @@ impl Nvme {
     }
 
     /// Writes commands for what waits for a queue, as far as it has room.
-    pub fn issue(&mut self, place: usize) {
+    pub(crate) fn issue(&mut self, place: usize) {
         let now = self.ticks;
         while self.io[place].has_slot()
             && let Some(part) = self.io[place].backlog.pop_front()
@@ -187,7 +187,7 @@ impl Nvme {
     }
 
     /// Takes the completions of a queue.
-    pub fn look_at(&mut self, place: usize) {
+    pub(crate) fn look_at(&mut self, place: usize) {
         while let Some(completion) = self.io[place].rings.next() {
             if let Err(words) = self.command_done(place, completion) {
                 return self.trouble(&words);
@@ -225,13 +225,13 @@ impl Nvme {
     }
 
     /// The first failure of a request is the one that its client is told.
-    pub fn fail_request(&mut self, number: u32, failure: Failure) {
+    pub(crate) fn fail_request(&mut self, number: u32, failure: Failure) {
         self.requests.get_mut(number).failure.get_or_insert(failure);
     }
 
     /// Some bytes of a request are done or given up. With the last of them it is answered.
     #[inline]
-    pub fn end_part(&mut self, number: u32, bytes: u64) {
+    pub(crate) fn end_part(&mut self, number: u32, bytes: u64) {
         let Some(request) = self.requests.end(number, bytes) else { return };
         let Some(client) = self.clients.get(request.client) else { return };
         match &request.failure {
@@ -245,7 +245,7 @@ impl Nvme {
 
     /// After anything was done: more requests are taken if there is room, doorbells are rung once,
     /// and clients are notified once.
-    pub fn settle(&mut self) {
+    pub(crate) fn settle(&mut self) {
         for place in 0..self.clients.count() {
             if self.clients.get(place).is_some_and(|client| client.has_more) {
                 self.take_requests(place);
