@@ -6,6 +6,7 @@
 
 #![forbid(unsafe_code)]
 
+mod block;
 mod call;
 mod crashes;
 mod daemon;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
         Command::Power { service, state } => services::power(&options, output, service, *state),
         Command::Crashes(crashes) => crashes::run(output, crashes),
         Command::Call(call) => call::run(&options, output, call),
+        Command::Block(block) => block::run(&options, output, block),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };
     match result {

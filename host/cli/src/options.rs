@@ -171,6 +171,17 @@ Examples:
   iohost call edu dma_round_trip hex:00ff bytes in hexadecimal; anything else is text")]
     Call(CallOptions),
 
+    /// Use disks: list, read, write, measure them.
+    #[command(after_help = "\
+Examples:
+  iohost block ls
+  iohost block read nvme0 --length 1M image       the first MiB into a file
+  iohost block write nvme0 image                  a file to the start of the disk
+  iohost block bench nvme0 --depth 32 --size 4K
+
+A disk is the service's first one, unless --disk names another.")]
+    Block(BlockOptions),
+
     /// Use an edu device: factorials, DMA, and files through both data queues.
     #[command(after_help = "\
 Examples:
@@ -288,6 +299,122 @@ pub(crate) struct DemoOptions {
     pub(crate) limit: Option<u64>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct BlockOptions {
+    #[command(subcommand)]
+    pub(crate) command: BlockCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BlockCommand {
+    /// List the disks of all services that have some.
+    Ls,
+
+    /// Show what a disk is.
+    Info(DiskOptions),
+
+    /// Show how a disk's device is: temperature, wear, errors.
+    Health(DiskOptions),
+
+    /// Read bytes into a file, or to standard output.
+    Read {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// The file [default: standard output].
+        file: Option<PathBuf>,
+
+        /// The first byte: with K, M, G or T for powers of 1024.
+        #[arg(long, value_name = "BYTES", default_value = "0", value_parser = bytes)]
+        offset: u64,
+
+        /// How many bytes [default: up to the end of the disk].
+        #[arg(long, value_name = "BYTES", value_parser = bytes)]
+        length: Option<u64>,
+    },
+
+    /// Write a file, or standard input, to a disk, and flush it. What is there is lost.
+    Write {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// The file; `-` for standard input.
+        file: PathBuf,
+
+        /// The first byte: with K, M, G or T for powers of 1024.
+        #[arg(long, value_name = "BYTES", default_value = "0", value_parser = bytes)]
+        offset: u64,
+    },
+
+    /// Serve a disk to programs that speak NBD, at a Unix socket, until it is interrupted.
+    #[command(after_help = "\
+Examples:
+  iohost block export nvme0 /run/nvme0.nbd
+  qemu-img info nbd+unix:///?socket=/run/nvme0.nbd
+  nbd-client -unix /run/nvme0.nbd /dev/nbd0")]
+    Export {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// The socket to make; one that nobody listens on is replaced.
+        #[arg(value_name = "PATH")]
+        at: PathBuf,
+    },
+
+    /// Measure how fast it reads, at random places.
+    Bench {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// Requests under way at a time.
+        #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
+        depth: u32,
+
+        /// Bytes of a request: with K or M for powers of 1024.
+        #[arg(long, value_name = "BYTES", default_value = "4K", value_parser = bytes)]
+        size: u64,
+
+        /// How long, in seconds.
+        #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+        seconds: u32,
+
+        /// One place after the other.
+        #[arg(long)]
+        sequential: bool,
+
+        /// Have the driver look for completions instead of waiting for interrupts.
+        #[arg(long)]
+        polled: bool,
+
+        /// Write instead. What is on the disk is lost.
+        #[arg(long)]
+        write: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiskOptions {
+    /// Name of a service, or address of its device.
+    pub(crate) service: String,
+
+    /// The disk's number [default: the first one].
+    #[arg(long, value_name = "N")]
+    pub(crate) disk: Option<u32>,
+}
+
+/// A number of bytes, with a suffix for powers of 1024.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        Some((at, 'T' | 't')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no number of bytes"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
 impl Options {
     /// The control socket.
     pub(crate) fn socket(&self) -> PathBuf {
@@ -298,5 +425,20 @@ impl Options {
     /// A connection to the daemon.
     pub(crate) fn connect(&self) -> Result<Daemon, ClientError> {
         Daemon::connect(self.socket())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn a_number_of_bytes_can_have_a_suffix() {
+        assert_eq!(bytes("512"), Ok(512));
+        assert_eq!(bytes("4K"), Ok(4096));
+        assert_eq!(bytes("3g"), Ok(3 << 30));
+        for wrong in ["", "K", "1.5M", "-1", "1X", "99999999999T"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
     }
 }

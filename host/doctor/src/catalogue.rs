@@ -803,7 +803,7 @@ catalogue! {
         fix: "Name another file.",
     }
     File = "file", None, {
-        means: "A file cannot be read.",
+        means: "A file cannot be read or written.",
         why: "The message has the kernel's reason.",
         check: "ls -l FILE",
         fix: "Correct path or permissions.",
@@ -831,6 +831,24 @@ catalogue! {
         why: "The device or its driver is broken.",
         check: "run it again, with another file",
         fix: "Report it.",
+    }
+    NoSuchDisk = "no-such-disk", None, {
+        means: "The service has no disk of this number, or none at all.",
+        why: "A controller's namespaces have numbers, which need not be consecutive.",
+        check: "iohost block ls",
+        fix: "Name one that is listed.",
+    }
+    BlockRange = "block-range", None, {
+        means: "The bytes are not on the disk, or not whole blocks of it.",
+        why: "A disk is read and written in whole blocks; the message has the numbers.",
+        check: "iohost block info SERVICE",
+        fix: "Name bytes that the disk has.",
+    }
+    BlockFailed = "block-failed", None, {
+        means: "A disk did not do what it should.",
+        why: "The message has the kind of failure and the device's words.",
+        check: "iohost block health SERVICE; the driver's log lines",
+        fix: "See what the message says; a medium error is one of the device.",
     }
 }
 
