@@ -11,6 +11,7 @@ mod daemon;
 mod demo;
 mod devices;
 mod doctor;
+mod faults;
 mod options;
 mod output;
 mod services;
@@ -21,7 +22,7 @@ use clap::Parser;
 use iohost_control::host::Failure;
 
 use crate::doctor::Verdict;
-use crate::options::{Command, Options};
+use crate::options::{Command, FaultsCommand, Options};
 use crate::output::Output;
 
 /// Why a command did not do what it should.
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
             services::statistics(&options, output, service)
         }
         Command::Call(call) => call::run(&options, output, call),
+        Command::Faults(FaultsCommand::Run(campaign)) => faults::run(output, campaign),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };
     match result {
