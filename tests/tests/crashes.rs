@@ -8,13 +8,13 @@ use std::thread;
 use std::time::Duration;
 
 use iohost_interface::IOReturn;
-use iohost_tests::{Edu, System, eventually};
+use iohost_tests::{Emulated, System, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
 
 /// A system with the `probe` driver on some devices, started again at once and as often as needed.
-fn system(devices: &[&str], restart: &str) -> (System, Vec<Edu>) {
+fn system(devices: &[&str], restart: &str) -> (System, Vec<Emulated>) {
     let mut system = System::new();
     let processes = devices.iter().map(|name| system.start_edu_device(name)).collect();
     system.install_driver("probe");

@@ -9,7 +9,7 @@ use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{Call, LONGEST, ReplyPacket, encode_offer, encode_withdraw};
 use iohost_interface::{Arguments, IOReturn};
 use iohost_memory::SharedMemory;
-use iohost_tests::{Edu, System, eventually};
+use iohost_tests::{Emulated, System, eventually};
 
 /// The driver still serves others, in the process it was in.
 fn assert_alive(system: &System, host: u32) {
@@ -222,7 +222,7 @@ fn more_sessions_than_the_limit_are_refused_with_the_number() {
 }
 
 /// A daemon with these `[limits]`, and an `edu`.
-fn limited(limits: &str) -> (System, Edu) {
+fn limited(limits: &str) -> (System, Emulated) {
     let mut system = System::new();
     let device = system.start_edu_device("edu0");
     system.install_edu_driver();

@@ -4,11 +4,11 @@ use std::fs;
 
 use hostile_plugin::api;
 use iohost_client::varlink::State;
-use iohost_tests::{Edu, System, eventually};
+use iohost_tests::{Emulated, System, eventually};
 use nix::unistd::Uid;
 
 /// Service `hostile0` with the hostile driver, and `other0` with another one.
-fn hostile(sandbox: &str) -> (System, [Edu; 2]) {
+fn hostile(sandbox: &str) -> (System, [Emulated; 2]) {
     let mut system = System::new();
     let devices = [system.start_edu_device("hostile0"), system.start_edu_device("other0")];
     system.install_driver("hostile_plugin");

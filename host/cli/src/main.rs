@@ -13,6 +13,7 @@ mod daemon;
 mod demo;
 mod devices;
 mod doctor;
+mod faults;
 mod options;
 mod output;
 mod services;
@@ -23,7 +24,7 @@ use clap::Parser;
 use iohost_control::host::Failure;
 
 use crate::doctor::Verdict;
-use crate::options::{Command, Options};
+use crate::options::{Command, FaultsCommand, Options};
 use crate::output::Output;
 
 /// Why a command did not do what it should.
@@ -76,6 +77,7 @@ fn main() -> ExitCode {
         Command::Crashes(crashes) => crashes::run(output, crashes),
         Command::Call(call) => call::run(&options, output, call),
         Command::Block(block) => block::run(&options, output, block),
+        Command::Faults(FaultsCommand::Run(campaign)) => faults::run(output, campaign),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };
     match result {

@@ -117,6 +117,10 @@ those of which it says something else are started again; no other one is disturb
 in it, which is said with its line, nothing changes. SIGHUP does the same.")]
     Reload,
 
+    /// Try a driver with faults of its device, its process and its clients.
+    #[command(subcommand)]
+    Faults(FaultsCommand),
+
     /// Show the daemon and its services.
     #[command(after_help = "\
 Examples:
@@ -426,6 +430,42 @@ impl Options {
     pub(crate) fn connect(&self) -> Result<Daemon, ClientError> {
         Daemon::connect(self.socket())
     }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FaultsCommand {
+    /// Make faults and print what came of them.
+    #[command(after_help = "\
+Examples:
+  iohost faults run --count 10000
+  iohost faults run --seed 42 --count 1000000 --devices 4
+
+Starts a daemon of its own in a temporary folder, with emulated devices: nothing else is touched.
+Exit codes: 0 everything held, 1 something did not; the score says what.")]
+    Run(FaultsOptions),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FaultsOptions {
+    /// Where the choice of faults starts [default: another one each time].
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+
+    /// How many faults.
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub(crate) count: u64,
+
+    /// How many devices, each with a driver and a client of its own.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub(crate) devices: u64,
+
+    /// The driver; it serves the interface `edu` on an `edu` device.
+    #[arg(long, value_name = "DRIVER", default_value = "edu")]
+    pub(crate) against: String,
+
+    /// Where its plugin is [default: beside this program, else /usr/lib/iohost/drivers].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) driver_dir: Option<PathBuf>,
 }
 
 #[cfg(test)]

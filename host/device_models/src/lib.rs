@@ -16,6 +16,7 @@ pub mod bells;
 mod config_space;
 mod dma;
 pub mod edu;
+mod faults;
 mod function;
 mod interrupt;
 mod model;
@@ -24,6 +25,7 @@ pub mod program;
 mod server;
 
 pub use dma::{DmaError, DmaMemory};
+pub use faults::Fault;
 pub use function::{Function, FunctionError};
 pub use interrupt::InterruptKind;
 pub use model::{BarSpec, Bus, DeviceModel, Identity, MsiXSpec};
