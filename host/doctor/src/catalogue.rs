@@ -832,6 +832,18 @@ catalogue! {
         check: "run it again, with another file",
         fix: "Report it.",
     }
+    FaultsCampaign = "faults-campaign", None, {
+        means: "A campaign of faults could not be made, or not to its end.",
+        why: "The message says what could not be had, or what was waited for in vain.",
+        check: "the daemon's log that the message names",
+        fix: "Correct what it names, and run it again with the same --seed.",
+    }
+    FaultsFound = "faults-found", None, {
+        means: "In a campaign of faults not everything held that has to hold.",
+        why: "The score says what: processes that died, entries that were lost or came twice, devices that were not safe, things left behind.",
+        check: "iohost faults run --seed N makes the same faults again",
+        fix: "Report it with the score and the seed.",
+    }
     NoSuchDisk = "no-such-disk", None, {
         means: "The service has no disk of this number, or none at all.",
         why: "A controller's namespaces have numbers, which need not be consecutive.",

@@ -38,7 +38,7 @@ impl Actor {
         };
         if !earlier.iter().enumerate().all(continues) {
             let why = Failure::new(
-                "session-refused",
+                "other-interface",
                 format!("the driver of {:?} serves another interface now", word(service)),
                 "open a new session",
             );
