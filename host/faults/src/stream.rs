@@ -9,9 +9,16 @@ pub(crate) struct Stream {
     upload: QueueProducer,
     download: QueueConsumer,
     sent: u64,
+    judge: Judge,
+    entry: Vec<u8>,
+}
+
+/// Knows which entry has to come next.
+#[derive(Default)]
+struct Judge {
+    /// How many have come back, or will not.
     received: u64,
     account: Account,
-    entry: Vec<u8>,
 }
 
 /// What became of the entries.
@@ -56,8 +63,7 @@ impl Stream {
             upload: session.producer(edu_api::UPLOAD)?,
             download: session.consumer(edu_api::DOWNLOAD)?,
             sent: 0,
-            received: 0,
-            account: Account::default(),
+            judge: Judge::default(),
             entry: Vec::new(),
         })
     }
@@ -76,41 +82,44 @@ impl Stream {
     /// Receives until everything that was sent has come back. A standstill is one that lasts
     /// `patience`.
     pub(crate) fn receive_all(&mut self, device: Device, patience: Duration) -> Result<(), Halt> {
-        while self.received < self.sent {
+        while self.judge.received < self.sent {
             self.download.receive_within(&mut self.entry, patience)?;
-            self.judge(device);
+            self.judge.judge(&self.entry, device);
         }
         // Nothing more may come; what does is found here or at the next call.
         while self.download.try_receive(&mut self.entry)? {
-            self.account.doubled += 1;
+            self.judge.account.doubled += 1;
         }
         Ok(())
     }
 
     pub(crate) fn account(&self) -> Account {
-        Account { entries: self.received, ..self.account }
+        Account { entries: self.judge.received, ..self.judge.account }
     }
 
     /// Gives the entries up that have not come back.
     pub(crate) fn give_up(&mut self) {
-        self.account.lost += self.sent - self.received;
-        self.received = self.sent;
+        self.judge.account.lost += self.sent - self.judge.received;
+        self.judge.received = self.sent;
     }
+}
 
-    fn judge(&mut self, device: Device) {
+impl Judge {
+    /// Something came back.
+    fn judge(&mut self, found: &[u8], device: Device) {
         let expected = entry(self.received);
         let is_right = match device {
-            Device::TellsTheTruth => self.entry == expected,
-            Device::Lies => self.entry.len() == expected.len(),
+            Device::TellsTheTruth => found == expected,
+            Device::Lies => found.len() == expected.len(),
         };
         if is_right {
-            self.account.damaged += u64::from(self.entry != expected);
+            self.account.damaged += u64::from(found != expected);
             self.received += 1;
             return;
         }
         // Which one is it? Far more are never under way at a time.
         let near = self.received.saturating_sub(1000)..self.received + 1000;
-        match near.into_iter().find(|number| entry(*number) == self.entry) {
+        match near.into_iter().find(|number| entry(*number) == found) {
             Some(number) if number < self.received => self.account.doubled += 1,
             Some(number) => {
                 self.account.lost += number - self.received;
@@ -131,4 +140,43 @@ fn entry(number: u64) -> Vec<u8> {
     bytes.resize(8 + random.usize(..120), 0);
     random.fill(&mut bytes[8..]);
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn account(came: impl IntoIterator<Item = Vec<u8>>, device: Device) -> (u64, Account) {
+        let mut judge = Judge::default();
+        came.into_iter().for_each(|found| judge.judge(&found, device));
+        (judge.received, judge.account)
+    }
+
+    #[test]
+    fn what_comes_back_as_it_went_is_no_news() {
+        for device in [Device::Lies, Device::TellsTheTruth] {
+            assert_eq!(account((0..100).map(entry), device), (100, Account::default()));
+        }
+    }
+
+    #[test]
+    fn an_entry_that_is_left_out_or_comes_twice_or_is_changed_is_found() {
+        let truth = Device::TellsTheTruth;
+        let lost = account((0..10).filter(|number| *number != 4).map(entry), truth);
+        assert_eq!(lost, (10, Account { lost: 1, ..Account::default() }));
+        let doubled = account([0, 1, 1, 2].map(entry), truth);
+        assert_eq!(doubled, (3, Account { doubled: 1, ..Account::default() }));
+        let mut changed = [0, 1, 2].map(entry);
+        changed[1][0] ^= 1;
+        let corrupt = account(changed.clone(), truth);
+        assert_eq!(corrupt, (3, Account { corrupt: 1, ..Account::default() }));
+        let damaged = account(changed, Device::Lies);
+        assert_eq!(damaged, (3, Account { damaged: 1, ..Account::default() }));
+    }
+
+    #[test]
+    fn a_device_that_lies_hides_no_loss() {
+        let lost = account((0..10).filter(|number| *number != 4).map(entry), Device::Lies);
+        assert_eq!(lost, (10, Account { lost: 1, ..Account::default() }));
+    }
 }

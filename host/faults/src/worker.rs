@@ -50,8 +50,9 @@ impl<'a> Worker<'a> {
         let score = Score::default();
         let mut worker =
             Self { machine, service, device, session, stream, random, score, is_over: false };
-        // What belongs to a session is there from the first entry on.
-        worker.settle(Device::TellsTheTruth)?;
+        // What is made only at a first death is there when stock is taken.
+        worker.kill_driver(Death::Killed)?;
+        worker.score.restarts.clear();
         Ok(worker)
     }
 
