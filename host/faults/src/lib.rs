@@ -85,6 +85,9 @@ pub enum CampaignError {
 /// How long anything may take before a campaign gives up.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Tenths of a second for what was closed to be gone.
+const SETTLING: usize = 50;
+
 impl Campaign {
     /// Runs it. `progress` hears now and then how many faults there were.
     ///
@@ -115,6 +118,13 @@ impl Campaign {
             scores.collect::<Result<Vec<Score>, CampaignError>>()
         })
         .map(|scores| Score::sum(self.seed, scores))?;
+        // What is closed is not gone at once: a connection, a session whose client left.
+        for _ in 0..SETTLING {
+            if before.covers(&machine.belongings()?) {
+                break;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
         score.take_stock(&before, &machine.belongings()?);
         drop(workers);
         match machine.stop() {

@@ -107,10 +107,22 @@ impl Score {
 
     /// Compares what the processes have with what they had.
     pub(crate) fn take_stock(&mut self, before: &Belongings, after: &Belongings) {
-        for (whose, before, after) in [
-            ("the daemon", before.daemon, after.daemon),
-            ("driver hosts", before.hosts, after.hosts),
-        ] {
+        self.leaks.extend(before.excess(after));
+    }
+}
+
+impl Belongings {
+    /// Whether what is there later is no more than this.
+    pub(crate) fn covers(&self, later: &Self) -> bool {
+        self.excess(later).is_empty()
+    }
+
+    /// What is there later and not here, in words.
+    fn excess(&self, later: &Self) -> Vec<String> {
+        let mut leaks = Vec::new();
+        for (whose, before, after) in
+            [("the daemon", self.daemon, later.daemon), ("driver hosts", self.hosts, later.hosts)]
+        {
             let things = [
                 ("descriptors", before.descriptors, after.descriptors, ROOM.descriptors),
                 ("threads", before.threads, after.threads, ROOM.threads),
@@ -118,10 +130,11 @@ impl Score {
             ];
             for (what, before, after, room) in things {
                 if after > before + room {
-                    self.leaks.push(format!("{whose}: {after} {what}, {before} before"));
+                    leaks.push(format!("{whose}: {after} {what}, {before} before"));
                 }
             }
         }
+        leaks
     }
 }
 
