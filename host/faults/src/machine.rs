@@ -61,7 +61,8 @@ impl Machine {
         let mut config = format!(
             "runtime_directory = {:?}\nstate_directory = {:?}\ndriver_directory = {:?}\n\
              restart = {{ most = 1000000000, pause_seconds = 0 }}\n\
-             limits = {{ requests_per_second = 1000000 }}\n",
+             limits = {{ requests_per_second = 1000000, sessions_per_client = 10000, \
+             connections_per_client = 10000, memory_per_client = 1099511627776 }}\n",
             folder.path().join("run"),
             folder.path().join("state"),
             campaign.driver_directory,

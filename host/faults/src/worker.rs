@@ -85,8 +85,9 @@ impl<'a> Worker<'a> {
                 let _ = self.stream.send(batch);
                 let met = self.stream.receive_all(Device::Lies, STANDSTILL);
                 self.device.heal();
-                self.score.faults += self.device.faults() - before;
-                self.score.device_faults += self.device.faults() - before;
+                let happened = self.device.faults() - before;
+                self.score.faults += happened;
+                self.score.device_faults += happened;
                 if met.is_err() {
                     self.settle(Device::Lies)?;
                 }
