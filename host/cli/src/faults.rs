@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use indicatif::{ProgressBar, ProgressStyle};
 use iohost_control::host::Failure;
 use iohost_faults::{Campaign, CampaignError};
+use iohost_interface::with_sources;
 use iohost_supervisor::DEFAULT_DRIVER_DIRECTORY;
 
 use crate::CommandError;
@@ -62,13 +63,7 @@ fn progress_bar(output: Output, count: u64) -> ProgressBar {
 }
 
 fn refused(err: CampaignError) -> CommandError {
-    let mut message = err.to_string();
-    let mut source = std::error::Error::source(&err);
-    while let Some(cause) = source {
-        message += &format!(": {cause}");
-        source = cause.source();
-    }
-    failed(message)
+    failed(with_sources(&err))
 }
 
 fn failed(message: String) -> CommandError {

@@ -26,6 +26,7 @@ use std::fmt;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use iohost_interface::with_sources;
 use log::{debug, info, warn};
 
 use crate::config_space::{self, BUS_MASTER, COMMAND, EXPRESS, MEMORY_SPACE};
@@ -126,14 +127,14 @@ fn disarm(device: &dyn DeviceBackend) {
             && let Err(err) = device.disable_interrupts(kind)
         {
             // The reset disarms it too.
-            debug!(reason:% = in_words(&err); "{kind} stays armed until the reset");
+            debug!(reason:% = with_sources(&err); "{kind} stays armed until the reset");
         }
     }
 }
 
 /// 2 to 5: no transfer from here on.
 fn quiet(device: &dyn DeviceBackend, saved: &SavedBars) -> Result<(), String> {
-    let in_words = |err: DeviceError| in_words(&err);
+    let in_words = |err: DeviceError| with_sources(&err);
     restore_bars(device, saved).map_err(in_words)?;
     let was_master = stop(device).map_err(in_words)?;
     if !was_master {
@@ -165,13 +166,15 @@ fn stop(device: &dyn DeviceBackend) -> Result<bool, DeviceError> {
 }
 
 fn await_transactions(device: &dyn DeviceBackend) -> Result<(), String> {
-    let Some(express) = capability(device, EXPRESS).map_err(|err| in_words(&err))? else {
+    let Some(express) = capability(device, EXPRESS).map_err(|err| with_sources(&err))? else {
         return Ok(());
     };
     let start = Instant::now();
     loop {
         let mut status = [0; 2];
-        device.config_read(express + DEVICE_STATUS, &mut status).map_err(|err| in_words(&err))?;
+        device
+            .config_read(express + DEVICE_STATUS, &mut status)
+            .map_err(|err| with_sources(&err))?;
         if u16::from_le_bytes(status) & TRANSACTIONS_PENDING == 0 {
             return Ok(());
         }
@@ -207,7 +210,7 @@ fn climb(device: &dyn DeviceBackend) -> Climbed {
             Ok(()) if !answers(device) => failed.push(format!("{reset}: it does not answer")),
             Ok(()) => return Climbed::Done(reset.to_string()),
             Err(DeviceError::NoReset { reason }) => barred.push(reason),
-            Err(err) => failed.push(format!("{reset}: {}", in_words(&err))),
+            Err(err) => failed.push(format!("{reset}: {}", with_sources(&err))),
         }
     }
     match (failed.is_empty(), barred.is_empty()) {
@@ -229,8 +232,8 @@ fn verify(device: &dyn DeviceBackend, saved: &SavedBars) -> Result<(), String> {
     if !answers(device) {
         return Err("it does not answer: its vendor id reads as all ones".to_owned());
     }
-    restore_bars(device, saved).map_err(|err| in_words(&err))?;
-    let now = SavedBars::of(device).map_err(|err| in_words(&err))?;
+    restore_bars(device, saved).map_err(|err| with_sources(&err))?;
+    let now = SavedBars::of(device).map_err(|err| with_sources(&err))?;
     if now != *saved {
         return Err("its base address registers are not what they were".to_owned());
     }
@@ -247,15 +250,4 @@ pub fn answers(device: &dyn DeviceBackend) -> bool {
 fn capability(device: &dyn DeviceBackend, id: u8) -> Result<Option<u16>, DeviceError> {
     let mut capabilities = config_space::capabilities(device)?.into_iter();
     Ok(capabilities.find(|(found, _)| *found == id).map(|(_, at)| at))
-}
-
-/// An error with everything it was caused by, on one line.
-fn in_words(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(err) = cause {
-        text = format!("{text}: {err}");
-        cause = err.source();
-    }
-    text
 }

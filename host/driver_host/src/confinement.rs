@@ -5,10 +5,10 @@ use std::os::fd::AsFd;
 
 use iohost_control::host::{Confinement, Failure};
 use iohost_event::Packets;
+use iohost_interface::with_sources;
 use iohost_sandbox::{Identity, OnRefusal, Report, Sandbox, SandboxError};
 use log::info;
 
-use crate::device::with_sources;
 use crate::plugin_file::PluginFile;
 
 /// `FromHost::CallRefused` around its number, for a signal handler that cannot make JSON.

@@ -16,7 +16,7 @@ use iohost_device_backend::{
     DeviceBackend, DeviceError, DeviceEvent, InterruptKind, IovaSpace, ResetLevel,
 };
 use iohost_dispatch::{InterruptLine, Signal};
-use iohost_interface::IOReturn;
+use iohost_interface::{IOReturn, with_sources};
 use iohost_registers::MappedRegion;
 use log::warn;
 
@@ -589,15 +589,4 @@ impl Drop for Device {
 pub(crate) fn refused(err: &DeviceError) -> IOReturn {
     warn!(reason = with_sources(err); "the device refused");
     err.code()
-}
-
-/// An error with everything it was caused by, on one line.
-pub(crate) fn with_sources(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(err) = cause {
-        text = format!("{text}: {err}");
-        cause = err.source();
-    }
-    text
 }

@@ -12,12 +12,12 @@ use std::thread::JoinHandle;
 
 use iohost_device_backend::{DeviceBackend, DeviceEvent, quiesce};
 use iohost_event::Signal;
+use iohost_interface::with_sources;
 use log::warn;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::Device;
-use crate::device::with_sources;
 
 /// What an event adds to a driver's eventfd: each kind has its own 16 bits of the count.
 fn weight(event: DeviceEvent) -> u64 {

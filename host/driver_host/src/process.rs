@@ -18,13 +18,12 @@ use iohost_device_backend::{
 use iohost_dispatch::Engine;
 use iohost_doctor::{Code, refusal};
 use iohost_event::{PacketError, Packets};
-use iohost_interface::IOReturn;
+use iohost_interface::{IOReturn, with_sources};
 use iohost_memory::flight_recorder::{Kind, Recorder};
 use iohost_pci::{PciError, Sysfs};
 use log::{debug, error, info, warn};
 
 use crate::confinement::confine;
-use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
 use crate::plugin_file::PluginFile;
 use crate::session::Sessions;

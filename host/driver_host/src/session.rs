@@ -20,12 +20,13 @@ use std::sync::{Arc, Mutex, Weak};
 use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket, encode_resumed};
-use iohost_interface::{ActionTarget, Arguments, ClientFile, Completion, IOReturn, ReplySink};
+use iohost_interface::{
+    ActionTarget, Arguments, ClientFile, Completion, IOReturn, ReplySink, with_sources,
+};
 use iohost_memory::ring::{Bell, Ledger, Ring};
 use log::warn;
 
 use crate::Driver;
-use crate::device::with_sources;
 use crate::plugin::{NewSession, SessionQueue};
 use crate::session_actions::SessionActions;
 

@@ -1,4 +1,5 @@
-//! What a driver and its clients share: status codes, call arguments, method declarations.
+//! What a driver and its clients share: status codes, call arguments, method declarations, errors in
+//! words.
 //!
 //! A driver's interface is written once, with [`interface!`], in a crate of its own. The driver
 //! implements the `Server` trait it generates, clients call the methods of its `Client`, and the
@@ -16,6 +17,7 @@ mod declaration;
 mod description;
 mod io_return;
 pub mod packet;
+mod with_sources;
 
 pub use action::{Action, ActionTarget, Completion, PassedAction};
 pub use arguments::{Argument, Arguments, Results, Taken};
@@ -26,3 +28,4 @@ pub use call::{
 pub use declaration::{ToClient, ToDriver};
 pub use description::{Description, DescriptionError, Direction, Method, Queue};
 pub use io_return::IOReturn;
+pub use with_sources::with_sources;

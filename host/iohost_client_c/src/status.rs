@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::{CStr, CString, c_char};
 
 use iohost_client::{ClientError, QueueError, WaitError};
-use iohost_interface::IOReturn;
+use iohost_interface::{IOReturn, with_sources};
 
 /// Why a function of the library failed.
 pub(crate) struct Problem {
@@ -119,16 +119,6 @@ const fn terminated(text: &'static str) -> &'static CStr {
         Ok(text) => text,
         Err(_) => panic!("no zero at its end"),
     }
-}
-
-fn with_sources(err: &dyn std::error::Error) -> String {
-    let mut words = err.to_string();
-    let mut source = err.source();
-    while let Some(err) = source {
-        words = format!("{words}: {err}");
-        source = err.source();
-    }
-    words
 }
 
 #[cfg(test)]

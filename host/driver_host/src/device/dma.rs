@@ -5,12 +5,12 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use iohost_device_backend::{DeviceBackend, DeviceError, IovaError, IovaSpace};
-use iohost_interface::IOReturn;
+use iohost_interface::{IOReturn, with_sources};
 use iohost_memory::SharedMemory;
 use iohost_memory::iova::PAGE;
 use log::warn;
 
-use super::{refused, with_sources};
+use super::refused;
 
 /// Why an address can be freed.
 const ALLOCATED: &str = "allocated by `prepare`";

@@ -4,13 +4,13 @@ use std::os::fd::{AsFd, BorrowedFd, IntoRawFd};
 use std::slice;
 
 use iohost_driver_abi::{DmaPiece, DmaSegment, HostDevice, HostMemory};
-use iohost_interface::IOReturn;
+use iohost_interface::{IOReturn, with_sources};
 use iohost_memory::{HUGE_PAGE, SharedMemory};
 use log::warn;
 
 use super::object::{give, object, released, shared, written};
 use crate::Device;
-use crate::device::{Limits, Piece, with_sources};
+use crate::device::{Limits, Piece};
 
 /// Memory is to have huge pages.
 const HUGE: u32 = 0x1;
