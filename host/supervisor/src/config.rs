@@ -252,6 +252,27 @@ impl std::fmt::Display for Location {
 }
 
 impl DeviceConfig {
+    /// A PCI function of which nothing is said but that iohost may take it.
+    pub(crate) fn function(address: PciAddress) -> Self {
+        Self {
+            name: address.to_string(),
+            location: Location::Pci(address),
+            driver: None,
+            interrupts: Vec::new(),
+            bind: true,
+            backend: None,
+            on_error: ErrorPolicy::default(),
+            category: String::new(),
+            is_disabled: false,
+            restart: RestartChoices::default(),
+            clients: None,
+            sandbox: None,
+            user: None,
+            memory: iohost_sandbox::MEMORY,
+            line: 0,
+        }
+    }
+
     /// Whether nothing but the driver keeps the device from the machine's memory.
     pub(crate) fn is_unsafe(&self) -> bool {
         self.backend.is_some_and(PciBackend::is_unsafe)
@@ -620,26 +641,18 @@ impl Source<'_> {
                 "say which PCI functions may be taken, such as primary = \"0x11e81234\"",
             ));
         }
-        let location = Location::Pci("0000:00:00.0".parse().expect("an address"));
+        let any = DeviceConfig::function("0000:00:00.0".parse().expect("an address"));
         if let Some(backend) = &rule.backend {
-            self.check_backend(backend, &location, rule.allow_unsafe)?;
+            self.check_backend(backend, &any.location, rule.allow_unsafe)?;
         }
         let pattern = DeviceConfig {
-            name: String::new(),
-            location,
             driver: rule.driver,
             interrupts: rule.interrupts,
-            bind: true,
             backend: rule.backend.map(Spanned::into_inner),
             on_error: rule.on_error,
             category: rule.category,
-            is_disabled: false,
-            restart: RestartChoices::default(),
-            clients: None,
-            sandbox: None,
-            user: None,
-            memory: iohost_sandbox::MEMORY,
             line,
+            ..any
         };
         Ok(MatchRule { wanted, pattern })
     }

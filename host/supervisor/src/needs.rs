@@ -48,8 +48,6 @@ mod tests {
     use iohost_control::plugin::Needs;
 
     use super::*;
-    use crate::config::{ErrorPolicy, Location};
-    use crate::restart::RestartChoices;
 
     const DMA: Needs = Needs { dma_bytes: 1 << 20, messages: false };
     const MESSAGES: Needs = Needs { dma_bytes: 0, messages: true };
@@ -57,20 +55,8 @@ mod tests {
     fn device(backend: Option<PciBackend>) -> DeviceConfig {
         DeviceConfig {
             name: "disk0".into(),
-            location: Location::Pci("0000:01:00.0".parse().unwrap()),
-            driver: None,
-            interrupts: Vec::new(),
-            bind: true,
             backend,
-            on_error: ErrorPolicy::default(),
-            category: String::new(),
-            is_disabled: false,
-            restart: RestartChoices::default(),
-            clients: None,
-            sandbox: None,
-            user: None,
-            memory: iohost_sandbox::MEMORY,
-            line: 0,
+            ..DeviceConfig::function("0000:01:00.0".parse().unwrap())
         }
     }
 

@@ -14,10 +14,9 @@ use log::warn;
 
 use super::{Actor, SESSIONS, ids, not_running, word};
 use crate::bindings::from_pci;
-use crate::config::{DeviceConfig, ErrorPolicy, Limits, Location};
+use crate::config::{DeviceConfig, Limits, Location};
 use crate::plugins::Plugins;
 use crate::request::{Answer, Request, stopping};
-use crate::restart::RestartChoices;
 use crate::service::{Cause, Opening, Service, Session, Stage, State, Visitor};
 use crate::session::SessionMemory;
 
@@ -35,29 +34,25 @@ impl Actor {
                 Request::Statistics { service, answer } => self.statistics(&service, answer),
                 Request::Describe { service, answer } => answer.give(self.describe(&service)),
                 Request::Bind { device, options, client, answer } => {
-                    match self.config.admins.check_admin(&client, "Bind") {
-                        Ok(()) => self.bind(&device, options, answer),
-                        Err(failure) => answer.give(Err(failure)),
+                    if let Some(answer) = self.for_admin(&client, "Bind", answer) {
+                        self.bind(&device, options, answer);
                     }
                 }
                 Request::Unbind { device, client, answer } => {
-                    match self.config.admins.check_admin(&client, "Unbind") {
-                        Ok(()) => self.unbind(&device, answer),
-                        Err(failure) => answer.give(Err(failure)),
+                    if let Some(answer) = self.for_admin(&client, "Unbind", answer) {
+                        self.unbind(&device, answer);
                     }
                 }
                 Request::Reload { client, answer } => {
-                    match self.config.admins.check_admin(&client, "Reload") {
-                        Ok(()) => answer.give(self.reload()),
-                        Err(failure) => answer.give(Err(failure)),
+                    if let Some(answer) = self.for_admin(&client, "Reload", answer) {
+                        answer.give(self.reload());
                     }
                 }
                 Request::Watch(answer) => answer.give(Ok(self.watchers.add())),
                 Request::Properties { service, answer } => self.properties(&service, answer),
                 Request::Power { service, state, client, answer } => {
-                    match self.config.admins.check_admin(&client, "Power") {
-                        Ok(()) => self.power(&service, state, answer),
-                        Err(failure) => answer.give(Err(failure)),
+                    if let Some(answer) = self.for_admin(&client, "Power", answer) {
+                        self.power(&service, state, answer);
                     }
                 }
                 Request::Open { service, wanted, client, answer } => {
@@ -173,6 +168,17 @@ impl Actor {
                 interface: ready.interface.clone(),
             }),
             _ => Err(not_running(service)),
+        }
+    }
+
+    /// Refuses what only an administrator may ask for; else hands back who waits for the answer.
+    fn for_admin<T>(&self, client: &Peer, method: &str, answer: Answer<T>) -> Option<Answer<T>> {
+        match self.config.admins.check_admin(client, method) {
+            Ok(()) => Some(answer),
+            Err(failure) => {
+                answer.give(Err(failure));
+                None
+            }
         }
     }
 
@@ -469,23 +475,7 @@ impl Actor {
 
     /// A service for a function that the configuration does not have.
     pub(super) fn add(&mut self, address: PciAddress) -> usize {
-        let device = DeviceConfig {
-            name: address.to_string(),
-            location: Location::Pci(address),
-            driver: None,
-            interrupts: Vec::new(),
-            bind: true,
-            backend: None,
-            on_error: ErrorPolicy::default(),
-            category: String::new(),
-            is_disabled: false,
-            restart: RestartChoices::default(),
-            clients: None,
-            sandbox: None,
-            user: None,
-            memory: iohost_sandbox::MEMORY,
-            line: 0,
-        };
+        let device = DeviceConfig::function(address);
         self.services.push(Service::new(device, true));
         self.services.len() - 1
     }
