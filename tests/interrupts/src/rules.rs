@@ -574,6 +574,7 @@ pub fn resize_rounds(on: &Setup, rounds: u32) {
     let mut dropped = 0;
     for round in 0..rounds {
         let other = 1 + round % (vectors - 1);
+        let before = told[0].load(SeqCst);
         bench.ringing.send_at_once(other);
         match round % 2 {
             0 => {
@@ -588,13 +589,13 @@ pub fn resize_rounds(on: &Setup, rounds: u32) {
         dropped += 1;
         bench.device.resize_interrupts(vectors).unwrap();
         bench.settle();
+        bench.settle_until("the first vector, in this round", || told[0].load(SeqCst) > before);
         let all: Vec<u64> = told.iter().map(|told| told.load(SeqCst)).collect();
         assert_eq!(all[1..], expected[1..], "in round {round}");
         assert_eq!(bench.device.dropped_interrupts(), dropped, "in round {round}");
     }
     stop.store(true, SeqCst);
     let sent = storm.join().unwrap();
-    assert!(sent > 0, "the first vector had nothing to say");
     bench.settle_until("the last interrupt of the first vector", || told[0].load(SeqCst) >= sent);
     assert_eq!(told[0].load(SeqCst), sent);
     drop(sources);
