@@ -3,12 +3,13 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use iohost_control::host::{
-    DeviceEvent as Heard, DeviceLocation, Failure, FromHost, InterruptChoice, LONGEST_MESSAGE,
-    MOST_DESCRIPTORS, OpenSession, Outcome, PciBackend, PowerState as Power, QueueStatistics,
-    Quiesced, Ready, Start, Statistics, ToHost,
+    DeviceEvent as Heard, DeviceLocation, Failure, FromHost, HandedOver, InterruptChoice,
+    LONGEST_MESSAGE, OpenSession, Outcome, PciBackend, PowerState as Power, QueueStatistics,
+    Quiesced, Ready, Start, StateSize, Statistics, ToHost,
 };
 use iohost_device_backend::{
     Access, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, UioBackend, UioError,
@@ -16,17 +17,18 @@ use iohost_device_backend::{
 };
 use iohost_dispatch::Engine;
 use iohost_doctor::{Code, refusal};
-use iohost_event::{PacketError, Packets};
+use iohost_event::{PacketListener, Packets};
 use iohost_interface::IOReturn;
 use iohost_pci::{PciError, Sysfs};
-use log::{debug, info, warn};
+use log::info;
 
+use crate::daemon::{Daemon, Teller};
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
 use crate::session::Sessions;
 use crate::{
     Device, Driver, EventWatch, PowerNews, PowerState, Registry, Services, StartError, Told,
-    plugin_file,
+    plugin_file, saved_state,
 };
 
 /// The most kinds of clients that a driver can have.
@@ -34,33 +36,33 @@ const MOST_CLIENT_TYPES: u64 = 16;
 
 /// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
 pub fn run(daemon: Packets) -> Result<()> {
-    let daemon = Arc::new(daemon);
-    let conversation = Conversation { daemon: daemon.clone() };
-    let (message, _) = conversation.receive()?.context("the daemon left before the start")?;
+    let daemon = Arc::new(Daemon::new(daemon));
+    let (message, fds) = daemon.receive()?.context("the daemon left before the start")?;
     let ToHost::Start(start) = message else {
         bail!("expected `start`, the daemon sent {message:?}")
     };
-    let running = match Running::start(start, &daemon) {
+    let mut fds = fds.into_iter();
+    let listener = fds.next().map(PacketListener::from);
+    let state = start.state.zip(fds.next());
+    let conversation = Conversation { daemon: daemon.clone(), listener };
+    let running = match Running::start(start, state, &daemon) {
         Ok(running) => running,
         Err(failure) => {
-            conversation.send(&FromHost::Failed(failure.clone()))?;
+            daemon.send(&FromHost::Failed(failure.clone()))?;
             return Err(failure.into());
         }
     };
-    conversation.send(&FromHost::Ready(running.ready.clone()))?;
-    // Without the daemon there is nobody to be a driver for.
+    daemon.send(&FromHost::Ready(running.ready.clone()))?;
     let told = conversation.serve(&running);
     match told {
         Ok(End::LetGo) => running.let_go(),
-        Ok(End::Stop | End::Alone) | Err(_) => {
+        Ok(End::Stop) | Err(_) => {
             let quiesced = running.stop();
-            conversation.send(&FromHost::Quiesced(quiesced))?;
+            daemon.send(&FromHost::Quiesced(quiesced))?;
         }
     }
-    if told? != End::Alone {
-        conversation.send(&FromHost::Stopped)?;
-    }
-    Ok(())
+    told?;
+    daemon.send(&FromHost::Stopped)
 }
 
 /// Why the conversation ends.
@@ -70,20 +72,25 @@ enum End {
     Stop,
     /// It said `let_go`.
     LetGo,
-    /// It is gone.
-    Alone,
 }
 
-/// The daemon's socket, with messages for packets.
+/// The conversation with one daemon after the other.
 struct Conversation {
-    daemon: Arc<Packets>,
+    daemon: Arc<Daemon>,
+    listener: Option<PacketListener>,
 }
 
 impl Conversation {
-    /// Answers the daemon until it says that this is the end, or goes.
+    /// Answers the daemon until it says that this is the end.
     fn serve(&self, running: &Running) -> Result<End> {
-        while let Some((message, fds)) = self.receive()? {
+        loop {
+            let (message, fds) = match (self.daemon.receive()?, &self.listener) {
+                (Some(said), _) => said,
+                (None, Some(listener)) => self.daemon.await_next(listener)?,
+                (None, None) => bail!("the daemon is gone, and no other one can come"),
+            };
             match message {
+                ToHost::HandOver => self.daemon.hand_over(|tell| running.hand_over(tell))?,
                 ToHost::Start(_) => bail!("the daemon sent a second `start`"),
                 ToHost::OpenSession(open) => self.open_session(running, open, fds)?,
                 ToHost::CloseSession { session } => {
@@ -103,7 +110,7 @@ impl Conversation {
                 }
                 ToHost::QueryProperties => {
                     let text = running.properties();
-                    self.send(&FromHost::Properties { text })?;
+                    self.daemon.send(&FromHost::Properties { text })?;
                 }
                 ToHost::SetPower { state } => {
                     if let Some(driver) = &running.driver {
@@ -114,13 +121,34 @@ impl Conversation {
                         });
                     }
                 }
-                ToHost::Query => self.send(&FromHost::Statistics(running.statistics()))?,
+                ToHost::Query => {
+                    self.daemon.send(&FromHost::Statistics(running.statistics()))?;
+                }
+                ToHost::Drain { limit_ms } => {
+                    match running.drain(Duration::from_millis(limit_ms)) {
+                        Ok(saved) => {
+                            if let Some((version, data)) = saved {
+                                self.send_state(version, &data)?;
+                            }
+                            return Ok(End::Stop);
+                        }
+                        Err(waiting) => {
+                            let waiting = waiting as u64;
+                            self.daemon.send(&FromHost::NotDrained { waiting })?;
+                        }
+                    }
+                }
                 ToHost::Stop => return Ok(End::Stop),
                 ToHost::LetGo => return Ok(End::LetGo),
             }
         }
-        warn!("the daemon is gone, stopping");
-        Ok(End::Alone)
+    }
+
+    fn send_state(&self, version: u32, data: &[u8]) -> Result<()> {
+        let (size, file) =
+            saved_state::write(version, data).context("saving the driver's state")?;
+        let message = FromHost::Saved(size);
+        self.daemon.hand_over(|tell| tell(&message, &[file.as_fd()]))
     }
 
     fn open_session(&self, running: &Running, open: OpenSession, fds: Vec<OwnedFd>) -> Result<()> {
@@ -137,37 +165,10 @@ impl Conversation {
             }
             None => Err("there is no driver".to_owned()),
         };
-        self.send(&match opened {
+        self.daemon.send(&match opened {
             Ok(()) => FromHost::SessionOpened { session },
             Err(reason) => FromHost::SessionClosed { session, reason },
         })
-    }
-
-    fn send(&self, message: &FromHost) -> Result<()> {
-        send(&self.daemon, message)
-    }
-
-    /// The next message with its descriptors; `None` once the daemon is gone.
-    fn receive(&self) -> Result<Option<(ToHost, Vec<OwnedFd>)>> {
-        let mut buffer = vec![0; LONGEST_MESSAGE];
-        let packet = match self.daemon.receive(&mut buffer, MOST_DESCRIPTORS) {
-            Ok(packet) => packet,
-            Err(PacketError::Closed) => return Ok(None),
-            Err(err) => return Err(err).context("reading from the daemon"),
-        };
-        let message =
-            serde_json::from_slice(&buffer[..packet.len]).context("understanding the daemon")?;
-        debug!("the daemon says {message:?}");
-        Ok(Some((message, packet.fds)))
-    }
-}
-
-fn send(daemon: &Packets, message: &FromHost) -> Result<()> {
-    let text = serde_json::to_vec(message).context("a message has a text form")?;
-    match daemon.send(&text, &[]) {
-        // Noticed, and acted on, by the next receive.
-        Ok(()) | Err(PacketError::Closed) => Ok(()),
-        Err(err) => Err(err).context("writing to the daemon"),
     }
 }
 
@@ -200,11 +201,16 @@ struct Running {
     driver: Option<Arc<Driver>>,
     device: Arc<Device>,
     engine: Engine,
+    quiesced: Quiesced,
     ready: Ready,
 }
 
 impl Running {
-    fn start(start: Start, daemon: &Arc<Packets>) -> Result<Self, Failure> {
+    fn start(
+        start: Start,
+        state: Option<(StateSize, OwnedFd)>,
+        daemon: &Arc<Daemon>,
+    ) -> Result<Self, Failure> {
         let engine = Engine::start()
             .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let backend = open_device(&start.device)?;
@@ -213,7 +219,7 @@ impl Running {
             if let DeviceError::Quarantined(how) = &err {
                 let outcome = Outcome::Quarantined;
                 // The daemon gone: nobody to hear of it.
-                let _ = send(daemon, &FromHost::Quiesced(Quiesced { outcome, how: how.clone() }));
+                let _ = daemon.send(&FromHost::Quiesced(Quiesced { outcome, how: how.clone() }));
             }
             device_failure(&start.device, &err)
         })?;
@@ -222,7 +228,7 @@ impl Running {
             Outcome::Reset => "done".to_owned(),
             Outcome::Clean | Outcome::Quarantined => quiesced.how.clone(),
         };
-        let _ = send(daemon, &FromHost::Quiesced(quiesced));
+        let _ = daemon.send(&FromHost::Quiesced(quiesced.clone()));
         let listener = daemon.clone();
         let events = EventWatch::start(&device, move |event| {
             let event = match event {
@@ -230,7 +236,7 @@ impl Running {
                 DeviceEvent::RemovalRequested => Heard::RemovalRequested,
                 DeviceEvent::Gone => Heard::Gone,
             };
-            let _ = send(&listener, &FromHost::DeviceEvent(event));
+            listener.tell_of_device(event);
         });
         let events = events
             .map_err(|err| internal(format!("nobody would hear of the device's events: {err}")))?;
@@ -243,7 +249,8 @@ impl Running {
             is_registered: true,
         };
         let Some(plugin) = start.plugin else {
-            return Ok(Self { events, sessions: None, driver: None, device, engine, ready });
+            let (sessions, driver) = (None, None);
+            return Ok(Self { events, sessions, driver, device, engine, quiesced, ready });
         };
         let path = Path::new(&plugin);
         plugin_file::inspect(path)?;
@@ -254,8 +261,8 @@ impl Running {
         })?;
         let asker = daemon.clone();
         let services = Services::new(move || {
-            // The daemon gone: nobody to hear of services from.
-            let _ = send(&asker, &FromHost::WatchServices);
+            // The daemon gone: the next one is told when it takes this driver host over.
+            let _ = asker.send(&FromHost::WatchServices);
         });
         let teller = daemon.clone();
         let registry = Registry::starting_at(start.registry).telling(move |told| {
@@ -264,7 +271,7 @@ impl Running {
                 Told::Busy(is_busy) => FromHost::Busy { is_busy },
                 Told::Terminate => FromHost::Terminate,
             };
-            let _ = send(&teller, &message);
+            let _ = teller.send(&message);
         });
         let teller = daemon.clone();
         let services = services.with_registry(registry).telling_power(move |news| {
@@ -277,10 +284,15 @@ impl Running {
                 PowerState::Low => Power::Low,
                 PowerState::On => Power::On,
             };
-            let _ = send(&teller, &FromHost::Power { state, is_late });
+            let _ = teller.send(&FromHost::Power { state, is_late });
         });
         let started = Driver::start(&engine, plugin, device.clone(), Arc::new(services));
         let driver = started.map_err(|err| start_failure(&err, device.last_dma_refusal()))?;
+        if let Some((size, file)) = state {
+            let data = saved_state::read(size, file)
+                .map_err(|err| internal(format!("what the driver before it saved: {err}")))?;
+            driver.restore(size.version, &data).map_err(|err| start_failure(&err, None))?;
+        }
         ready.driver = driver.name();
         ready.interface = driver.description();
         ready.further_interfaces =
@@ -290,14 +302,40 @@ impl Running {
         let teller = daemon.clone();
         let sessions = Sessions::new(driver.clone(), move |session, reason| {
             let reason = reason.to_owned();
-            // The daemon gone: its side of the session went with it.
-            let _ = send(&teller, &FromHost::SessionClosed { session, reason });
+            // The daemon gone: the next one never hears of the session.
+            let _ = teller.send(&FromHost::SessionClosed { session, reason });
         });
         let sessions =
             sessions.map_err(|status| internal(format!("no session queue: {status}")))?;
         info!(incarnation = start.incarnation, driver = ready.driver.as_str(); "driver started");
         let (sessions, driver) = (Some(sessions), Some(driver));
-        Ok(Self { events, sessions, driver, device, engine, ready })
+        Ok(Self { events, sessions, driver, device, engine, quiesced, ready })
+    }
+
+    /// Has everything answered that is under way, and asks the driver what the next version has to
+    /// know.
+    fn drain(&self, limit: Duration) -> Result<Option<(u32, Vec<u8>)>, usize> {
+        if let Some(sessions) = &self.sessions {
+            sessions.drain(limit)?;
+        }
+        Ok(self.driver.as_ref().and_then(|driver| driver.save()))
+    }
+
+    /// Tells a new daemon everything, `Ready` last.
+    fn hand_over(&self, tell: Teller<'_>) -> Result<()> {
+        let quiesced = Some(self.quiesced.clone());
+        let told = self.driver.as_ref().and_then(|driver| driver.services().known());
+        tell(&FromHost::HandedOver(HandedOver { quiesced, told }), &[])?;
+        if let Some(sessions) = &self.sessions {
+            sessions.hand_over(tell)?;
+        }
+        let mut ready = self.ready.clone();
+        if let Some(driver) = &self.driver {
+            let registry = driver.services().registry();
+            ready.is_registered = registry.is_registered();
+            tell(&FromHost::Busy { is_busy: registry.is_busy() }, &[])?;
+        }
+        tell(&FromHost::Ready(ready), &[])
     }
 
     /// The registry as JSON; without the entries that the driver made where they are too many for a

@@ -10,11 +10,16 @@ mod life;
 mod news;
 mod requests;
 mod sessions;
+mod take_over;
+mod upgrades;
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io::{self, Read};
 use std::mem;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use iohost_control::host::Failure;
@@ -22,12 +27,14 @@ use iohost_control::plugin::PciIds;
 use iohost_event::{Poller, Ready as Found};
 use iohost_pci::{HotplugSocket, PciFunction};
 use log::{info, warn};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+use signal_hook::flag;
 use signal_hook::low_level::pipe;
 
 use crate::Options;
 use crate::bindings::Bindings;
 use crate::config::Config;
+use crate::host_records::HostRecords;
 use crate::plugins::Plugins;
 use crate::request::Inbox;
 use crate::service::{Cause, LastWords, Service, State};
@@ -58,6 +65,7 @@ pub(crate) struct Actor {
     reload: UnixStream,
     poller: Poller,
     bindings: Bindings,
+    records: HostRecords,
     /// Devices that come; `None` where the kernel does not say.
     hotplug: Option<HotplugSocket>,
     /// A driver host has not read what it was told of services, so that it has to be told later.
@@ -69,6 +77,11 @@ pub(crate) struct Actor {
     started: Instant,
     next_host: u64,
     next_session: u64,
+    /// Numbers what of sessions the actor watches: their own numbers are, after a takeover, what
+    /// driver hosts say.
+    next_token: Cell<u64>,
+    /// SIGUSR2 came: the daemon ends, and its driver hosts wait for the next one.
+    leaves_drivers: Arc<AtomicBool>,
     /// Whether the daemon is on its way out, and what went wrong on that way.
     stopping: bool,
     /// Whether it goes without waiting for devices that are being given back.
@@ -83,11 +96,16 @@ impl Actor {
         config: Config,
         plugins: Plugins,
         inbox: Inbox,
+        records: HostRecords,
     ) -> io::Result<Self> {
         let (signals, raised) = UnixStream::pair()?;
         signals.set_nonblocking(true)?;
-        pipe::register(SIGTERM, raised.try_clone()?)?;
-        pipe::register(SIGINT, raised)?;
+        let leaves_drivers = Arc::new(AtomicBool::new(false));
+        // In this order: the flag is set by the time the pipe says that there is a signal.
+        flag::register(SIGUSR2, leaves_drivers.clone())?;
+        for signal in [SIGTERM, SIGINT, SIGUSR2] {
+            pipe::register(signal, raised.try_clone()?)?;
+        }
         let (reload, hung_up) = UnixStream::pair()?;
         reload.set_nonblocking(true)?;
         pipe::register(SIGHUP, hung_up)?;
@@ -115,6 +133,7 @@ impl Actor {
             reload,
             poller,
             bindings,
+            records,
             hotplug,
             is_behind: false,
             watchers: Watchers::default(),
@@ -122,17 +141,21 @@ impl Actor {
             started: Instant::now(),
             next_host: 0,
             next_session: 1,
+            next_token: Cell::new(0),
+            leaves_drivers,
             stopping: false,
             is_hasty: false,
             trouble: None,
         })
     }
 
-    /// Starts every service, then deals with events until all have stopped after a signal.
+    /// Takes over what runs, starts every other service, then deals with events until all have stopped
+    /// after a signal.
     pub(crate) fn run(&mut self) -> Result<(), Failure> {
+        self.take_over_hosts();
         self.take_up_what_was_left();
         for at in 0..self.services.len() {
-            if !self.services[at].is_between() {
+            if !self.services[at].is_between() && self.services[at].host().is_none() {
                 self.start(at, Cause::Asked);
             }
         }
@@ -151,19 +174,26 @@ impl Actor {
                     RELOAD => self.take_reload_signal(),
                     BINDINGS => self.hear_of_bindings(),
                     HOTPLUG => self.hear_hotplug(),
-                    SESSIONS.. => self.client_left(token - SESSIONS),
+                    SESSIONS.. => self.client_left(token),
                     _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
                     _ => self.bury((token - HOSTS) / 2),
                 }
             }
             self.check_deadlines(Instant::now());
             self.tell_of_services();
+            self.settle_upgrades();
             self.settle_sessions();
+        }
+        if self.leaves_drivers.load(Relaxed) {
+            self.leave_hosts();
         }
         self.trouble.take().map_or(Ok(()), Err)
     }
 
     fn is_finished(&self) -> bool {
+        if self.leaves_drivers.load(Relaxed) {
+            return true;
+        }
         let hosts_are_gone = self.services.iter().all(|service| service.host().is_none());
         self.stopping && hosts_are_gone && (self.is_hasty || self.bindings.are_idle())
     }
@@ -181,6 +211,9 @@ impl Actor {
     fn take_signals(&mut self) {
         let mut bytes = [0; 64];
         while matches!(self.signals.read(&mut bytes), Ok(1..)) {}
+        if self.leaves_drivers.load(Relaxed) {
+            return;
+        }
         if self.stopping {
             let hosts_are_gone = self.services.iter().all(|service| service.host().is_none());
             if hosts_are_gone && !self.bindings.are_idle() {

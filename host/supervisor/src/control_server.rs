@@ -10,14 +10,17 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
 use std::time::Duration;
 
-use iohost_control::host::{PowerState, QueueStatistics, Statistics};
+use iohost_control::host::{Failure, PowerState, QueueStatistics, Statistics};
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{
     BindOptions, Bound, Description, Device, DeviceList, Error, EventKind, Opened, Powered,
-    Properties, Queue, Reason, Reloaded, Service, ServiceEvent, State, Status, Unbound,
+    Properties, Queue, Reason, Reloaded, Service, ServiceEvent, State, Status, Unbound, Upgraded,
 };
 use log::{debug, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
+use nix::unistd::geteuid;
 use smol::stream::{self, Stream, StreamExt};
 use smol::{Async, LocalExecutor, Timer, channel, future};
 use zlink::{ReadyListener, Reply};
@@ -61,6 +64,8 @@ async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor
             debug!(most = MOST_CONNECTIONS; "one connection too many closed");
             continue;
         }
+        let peer = getsockopt(&stream, PeerCredentials).map(|peer| peer.uid());
+        let is_trusted = peer.is_ok_and(|uid| uid == 0 || uid == geteuid().as_raw());
         let guarded = |stream: UnixStream| -> zlink::Result<_> {
             let end = Async::new(stream.try_clone()?)?;
             Ok((end, GuardedSocket::new(stream, Limits::SERVER)?))
@@ -73,7 +78,8 @@ async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor
             }
         };
         let counted = Counted::one_more(&connections);
-        let server = zlink::Server::new(ReadyListener::new(socket), Control(asker.clone()));
+        let server =
+            zlink::Server::new(ReadyListener::new(socket), Control(asker.clone(), is_trusted));
         let task = async move {
             let served = async {
                 if let Err(err) = server.run().await {
@@ -121,7 +127,8 @@ impl Drop for Counted {
 }
 
 /// The methods of `io.iohost`; documented at `iohost_control::varlink::Daemon`.
-struct Control(Asker);
+/// With whether the client may have the daemon run its code.
+struct Control(Asker, bool);
 
 /// The devices that iohost drives, and sessions with them.
 ///
@@ -172,6 +179,23 @@ impl Control {
     /// end, or start again, and no other one is disturbed. With a mistake nothing changes.
     async fn reload(&self) -> Result<Reloaded, Error> {
         Ok(self.0.ask(Request::Reload).await?)
+    }
+
+    /// Puts another version of its driver into a service that runs: the plugin in a file that the
+    /// daemon can read. Sessions go on. Answered once the new version runs and is installed; or
+    /// refused, with the version before it running as before. For the daemon's own user and for root
+    /// alone, since the file becomes code that the daemon starts.
+    async fn upgrade(&self, service: String, plugin: String) -> Result<Upgraded, Error> {
+        if !self.1 {
+            return Err(Failure::new(
+                "upgrade-not-allowed",
+                "only root and the daemon's own user may upgrade a driver",
+                "run it as one of them, with sudo for one",
+            )
+            .into());
+        }
+        let plugin = plugin.into();
+        Ok(self.0.ask(|answer| Request::Upgrade { service, plugin, answer }).await?)
     }
 
     /// What a service's driver host counts: its sessions and its dispatch queues.

@@ -9,23 +9,38 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use iohost_control::host::{Failure, FromHost, LONGEST_MESSAGE, ToHost};
+use iohost_control::host::{Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, ToHost};
 use iohost_event::{PacketError, Packets, ProcessHandle};
 use nix::sys::signal::Signal;
+
+use crate::host_records::Files;
 
 /// A driver host that has been started. Dropped, it is killed.
 #[derive(Debug)]
 pub(crate) struct DriverProcess {
-    child: Child,
+    origin: Origin,
     handle: ProcessHandle,
     socket: Packets,
+    files: Files,
+}
+
+/// Who started it.
+#[derive(Debug)]
+enum Origin {
+    Ours(Child),
+    /// An earlier daemon. How it ended is told to its parent alone, which is the machine's first
+    /// process by now, or a reaper of orphans: waitid(2) on the pidfd says ECHILD, and to be a reaper
+    /// helps only for processes that descend from us.
+    Earlier {
+        pid: u32,
+    },
 }
 
 /// What a driver host says next.
 #[derive(Debug)]
 pub(crate) enum Heard {
-    /// A message.
-    Message(FromHost),
+    /// A message, with its descriptors.
+    Message(FromHost, Vec<OwnedFd>),
     /// Nothing for now.
     Nothing,
     /// It closed its end: it is about to end, or has ended.
@@ -36,7 +51,7 @@ pub(crate) enum Heard {
 
 impl DriverProcess {
     /// Starts the program. `name` is the service's, for its log lines and the list of processes.
-    pub(crate) fn spawn(program: &Path, name: &str) -> Result<Self, Failure> {
+    pub(crate) fn spawn(program: &Path, name: &str, files: Files) -> Result<Self, Failure> {
         let refused = |err: io::Error| {
             Failure::new(
                 "driver-host",
@@ -59,11 +74,24 @@ impl DriverProcess {
             let _ = child.wait();
             refused(err)
         })?;
-        Ok(Self { child, handle, socket: ours })
+        Ok(Self { origin: Origin::Ours(child), handle, socket: ours, files })
+    }
+
+    /// One that an earlier daemon started.
+    pub(crate) fn earlier(pid: u32, handle: ProcessHandle, socket: Packets, files: Files) -> Self {
+        Self { origin: Origin::Earlier { pid }, handle, socket, files }
     }
 
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        match &self.origin {
+            Origin::Ours(child) => child.id(),
+            Origin::Earlier { pid } => *pid,
+        }
+    }
+
+    /// Its files in the runtime directory.
+    pub(crate) fn files(&self) -> &Files {
+        &self.files
     }
 
     /// Readable when there is a message.
@@ -85,15 +113,20 @@ impl DriverProcess {
     /// The next message, if there is one.
     pub(crate) fn receive(&self) -> Heard {
         let mut buffer = vec![0; LONGEST_MESSAGE];
-        // No message from a driver host carries descriptors.
-        let packet = match self.socket.receive(&mut buffer, 0) {
+        let packet = match self.socket.receive(&mut buffer, MOST_DESCRIPTORS) {
             Ok(packet) => packet,
             Err(PacketError::WouldBlock) => return Heard::Nothing,
             Err(PacketError::Closed) => return Heard::Closed,
             Err(err) => return Heard::Garbage(err.to_string()),
         };
         match serde_json::from_slice(&buffer[..packet.len]) {
-            Ok(message) => Heard::Message(message),
+            Ok(message @ (FromHost::HandedSession(_) | FromHost::Saved(_))) => {
+                Heard::Message(message, packet.fds)
+            }
+            Ok(_) if !packet.fds.is_empty() => {
+                Heard::Garbage("descriptors that nobody asked for".to_owned())
+            }
+            Ok(message) => Heard::Message(message, Vec::new()),
             Err(err) => Heard::Garbage(format!("a message that makes no sense: {err}")),
         }
     }
@@ -106,11 +139,24 @@ impl DriverProcess {
 
     /// How the process ended, in words; `None` while it runs.
     pub(crate) fn ended(&mut self) -> Option<String> {
-        match self.child.try_wait() {
-            Ok(None) => None,
-            Ok(Some(status)) => Some(in_words(status)),
-            Err(err) => Some(format!("ended, but how is unknown: {err}")),
-        }
+        let how = match &mut self.origin {
+            Origin::Ours(child) => match child.try_wait() {
+                Ok(None) => return None,
+                Ok(Some(status)) => in_words(status),
+                Err(err) => format!("ended, but how is unknown: {err}"),
+            },
+            Origin::Earlier { .. } if self.handle.has_ended() => {
+                "ended; how is unknown, an earlier daemon started it".to_owned()
+            }
+            Origin::Earlier { .. } => return None,
+        };
+        self.files.remove();
+        Some(how)
+    }
+
+    /// Lets it run on without this daemon.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
     }
 }
 

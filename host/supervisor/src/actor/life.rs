@@ -1,6 +1,7 @@
 //! The life of a service. The numbers are those of the picture at [`State`].
 
 use std::mem;
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use iohost_control::host::{Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, ToHost};
@@ -20,6 +21,7 @@ use crate::plugins::Plugin;
 use crate::request::stopping;
 use crate::restart::Decision;
 use crate::service::{Cause, Ending, Host, LastWords, Next, State, Then};
+use crate::upgrade::Upgrade;
 
 impl Actor {
     /// What earlier daemons left: persistent devices are services, and what nobody wants goes back.
@@ -31,12 +33,21 @@ impl Actor {
                 None => (self.add(left.address), true),
             };
             let service = &mut self.services[at];
-            if service.device.is_disabled {
-                self.stop(at);
-            } else if let Some(persist) = left.persist {
+            let runs = service.host().is_some();
+            if let Some(persist) = left.persist.filter(|_| !service.device.is_disabled) {
                 service.device.bind = true;
                 service.persists = true;
                 service.group = persist == Persist::Group;
+            }
+            if runs {
+                // A driver host of an earlier daemon has it: it is ours from now on, as it is.
+                if let Some(order) = service.next_order() {
+                    self.bindings.take(order);
+                }
+            } else if service.device.is_disabled {
+                self.stop(at);
+            } else if service.persists {
+                // It is started.
             } else if is_new {
                 self.stop(at);
             } else if !service.device.bind {
@@ -83,8 +94,14 @@ impl Actor {
     }
 
     pub(super) fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
-        let (plugin, choice) = self.choose_plugin(at)?;
-        let plugin = plugin.clone();
+        let (plugin, choice) = match self.services[at].upgrade.as_ref().and_then(Upgrade::candidate)
+        {
+            Some(candidate) => (candidate.clone(), "it is upgraded".to_owned()),
+            None => {
+                let (plugin, choice) = self.choose_plugin(at)?;
+                (plugin.clone(), choice)
+            }
+        };
         needs::check(&plugin.info, &self.services[at].device, iohost_doctor::may_lock())?;
         let service = &mut self.services[at];
         service.driver = Some(plugin.info.name.clone());
@@ -115,21 +132,29 @@ impl Actor {
     ) -> Result<Host, Failure> {
         let service = &mut self.services[at];
         service.quiesced = None;
-        let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
+        service.was_taken_over = false;
         let number = self.next_host;
         self.next_host += 1;
+        let (listener, files) = self.records.add(number).map_err(crate::no_resources)?;
+        let spawned = DriverProcess::spawn(&self.options.driver_host, &service.device.name, files);
+        let process = spawned.inspect_err(|_| self.records.files(number).remove())?;
         self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
         self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
-        let start = ToHost::Start(Start {
+        let start = Start {
             device: service.device.for_host(),
             interrupts: service.device.interrupts.clone(),
             plugin: plugin.map(|plugin| plugin.file.to_string_lossy().into_owned()),
             incarnation: service.incarnation,
             // Room for 2^32 entries of each driver host.
             registry: (number + 1) << 32,
-        });
+            state: service.upgrade.as_ref().and_then(Upgrade::state).map(|(size, _)| size),
+        };
+        process.files().note(service, &start, process.pid()).map_err(crate::no_resources)?;
+        let state = service.upgrade.as_ref().and_then(Upgrade::state);
+        let fds: Vec<_> =
+            [listener.as_fd()].into_iter().chain(state.map(|(_, file)| file.as_fd())).collect();
         // A process that is gone already is noticed by its end.
-        let _ = process.send(&start, &[]);
+        let _ = process.send(&ToHost::Start(start), &fds);
         Ok(Host {
             number,
             process,
@@ -138,7 +163,8 @@ impl Actor {
             was_ready: false,
             is_retry: cause == Cause::Death,
             killed: false,
-            ending: None,
+            ending: service.upgrade.as_ref().and_then(Upgrade::ending),
+            is_taken_over: false,
             told: None,
             asked: Vec::new(),
             asked_properties: Vec::new(),
@@ -295,6 +321,9 @@ impl Actor {
             Ok(interfaces) => interfaces,
             Err(words) => return self.condemn(at, protocol(&words)),
         };
+        if let Some(failure) = self.unfit_version(at, &interfaces) {
+            return self.condemn(at, failure);
+        }
         let service = &mut self.services[at];
         let old = mem::replace(&mut service.state, State::Down(stopping()));
         let State::Starting(mut host) = old else {
@@ -303,6 +332,9 @@ impl Actor {
         host.deadline = None;
         host.was_ready = true;
         ready.is_registered |= host.is_registered;
+        let is_taken_over = mem::take(&mut host.is_taken_over);
+        service.was_taken_over |= is_taken_over;
+        host.is_not_replaced();
         info!(
             device = service.device.name, driver = ready.driver, backend = ready.backend,
             reset = ready.reset, incarnation = service.incarnation; "driver running"
@@ -314,7 +346,11 @@ impl Actor {
             answer.give(Ok(Bound { service, driver: ready.driver.clone() }));
         }
         service.state = State::Running { host, ready, interfaces };
+        if is_taken_over && !self.sessions_fit(at) {
+            return self.condemn(at, protocol("sessions with other queues than its interface has"));
+        }
         self.keep_sessions_that_fit(at);
+        self.version_runs(at);
     }
 
     /// 6: asks a driver host to stop; a service without one is stopped already.
@@ -323,7 +359,8 @@ impl Actor {
         let old = mem::replace(&mut service.state, State::Down(stopping()));
         let mut host = match old {
             State::Starting(host) | State::Running { host, .. } => host,
-            State::Stopping(host) => {
+            State::Stopping(mut host) => {
+                host.is_not_replaced();
                 service.state = State::Stopping(host);
                 return;
             }
@@ -340,6 +377,7 @@ impl Actor {
                 return self.stopped(at);
             }
         };
+        host.is_not_replaced();
         let sent = host.process.send(&ToHost::Stop, &[]);
         if !host.killed {
             host.deadline = Some(Instant::now() + self.options.patience.stop);
@@ -449,6 +487,9 @@ impl Actor {
         let pid = host.process.pid();
         let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
         let ending = host.ending.take();
+        if let Some(upgrade) = &mut service.upgrade {
+            upgrade.host_ended(last_words.clone(), &how);
+        }
         debug!(device = service.device.name, pid, how = how; "driver host ended");
         service.orphan_sessions();
 

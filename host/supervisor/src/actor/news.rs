@@ -27,7 +27,12 @@ impl Actor {
             let Some(at) = self.with_host(number) else { return };
             let Some(host) = self.services[at].host_mut() else { return };
             match host.process.receive() {
-                Heard::Message(message) => self.hear(at, message),
+                Heard::Message(FromHost::HandedSession(session), fds) => {
+                    self.session_handed_over(at, &session, fds);
+                }
+                Heard::Message(FromHost::Saved(size), fds) => self.saved(at, size, fds),
+                Heard::Message(FromHost::HandedOver(handed), _) => self.handed_over(at, handed),
+                Heard::Message(message, _) => self.hear(at, message),
                 Heard::Nothing => return,
                 Heard::Closed => {
                     // It ends now, or it is killed.
@@ -74,7 +79,8 @@ impl Actor {
                     host.deadline = Some(Instant::now() + patience);
                 }
             }
-            (State::Running { .. }, FromHost::SessionOpened { session }) => {
+            (State::Stopping(_), FromHost::NotDrained { waiting }) => self.not_drained(at, waiting),
+            (State::Running { .. } | State::Stopping(_), FromHost::SessionOpened { session }) => {
                 let known = service.sessions.get_mut(&session);
                 let opening = known.and_then(|session| session.opening.take());
                 if let Some(Opening { opened, fds, answer, .. }) = opening {
@@ -124,7 +130,6 @@ impl Actor {
             (
                 State::Stopping(_),
                 FromHost::Ready(_)
-                | FromHost::SessionOpened { .. }
                 | FromHost::SessionClosed { .. }
                 | FromHost::Statistics(_)
                 | FromHost::Properties { .. }
@@ -154,6 +159,11 @@ impl Actor {
     pub(super) fn tell_of_services(&mut self) {
         self.watchers.tell(&self.services);
         self.is_behind = false;
+        // A driver host that was told of a service does not hear that it ended while it only has not
+        // been taken over yet.
+        if self.is_taking_over() {
+            return;
+        }
         if !self.services.iter().any(|service| service.host().is_some_and(|h| h.told.is_some())) {
             return;
         }

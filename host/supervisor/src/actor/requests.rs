@@ -11,7 +11,7 @@ use iohost_control::varlink::{
 use iohost_event::{PacketError, Packets};
 use iohost_pci::PciAddress;
 
-use super::{Actor, SESSIONS, ids, not_running, word};
+use super::{Actor, ids, not_running, word};
 use crate::bindings::from_pci;
 use crate::config::{DeviceConfig, ErrorPolicy, Location};
 use crate::plugins::Plugins;
@@ -30,6 +30,9 @@ impl Actor {
             match request {
                 Request::Devices(answer) => answer.give(self.devices()),
                 Request::Status(answer) => answer.give(Ok(self.status())),
+                Request::Upgrade { service, plugin, answer } => {
+                    self.upgrade(&service, &plugin, answer);
+                }
                 Request::Statistics { service, answer } => self.statistics(&service, answer),
                 Request::Describe { service, answer } => answer.give(self.describe(&service)),
                 Request::Bind { device, options, answer } => self.bind(&device, options, answer),
@@ -253,11 +256,12 @@ impl Actor {
         self.next_session += 1;
         match self.open_session(at, number, wanted) {
             Err(failure) => answer.give(Err(failure)),
-            Ok((memory, socket, opened, fds)) => {
+            Ok((memory, socket, token, opened, fds)) => {
                 let opening = Some(Opening { deadline, opened, fds, answer });
                 let session = Session {
                     memory,
                     socket,
+                    token,
                     generation: 1,
                     stage: Stage::Known,
                     client_is_gone: false,
@@ -274,7 +278,7 @@ impl Actor {
         at: usize,
         number: u64,
         (queue_bytes, client_type): (Option<Vec<u32>>, u64),
-    ) -> Result<(SessionMemory, Packets, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
+    ) -> Result<(SessionMemory, Packets, u64, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
         let service = &self.services[at];
         let State::Running { host, ready, interfaces } = &service.state else {
             return Err(not_running(service));
@@ -327,7 +331,7 @@ impl Actor {
         let memory =
             SessionMemory::create(&queues, client_type).map_err(|err| err.into_failure())?;
         let (theirs, drivers) = Packets::pair().map_err(crate::no_resources)?;
-        self.poller.watch_for_end_once(&drivers, SESSIONS + number).map_err(crate::no_resources)?;
+        let token = self.watch_client(&drivers).map_err(crate::no_resources)?;
         let message = ToHost::OpenSession(memory.for_host(number, 1));
         host.process.send(&message, &memory.beside(&drivers)).map_err(|err| {
             let why = match err {
@@ -355,7 +359,7 @@ impl Actor {
                 .collect(),
         };
         let fds = memory.for_client(theirs).map_err(crate::no_resources)?;
-        Ok((memory, drivers, opened, fds))
+        Ok((memory, drivers, token, opened, fds))
     }
 
     /// The service that a word means: a name, a location, or a driver that only one service runs.
@@ -407,9 +411,14 @@ impl Actor {
 
     /// A service for a function that the configuration does not have.
     pub(super) fn add(&mut self, address: PciAddress) -> usize {
+        self.add_called(address.to_string(), Location::Pci(address))
+    }
+
+    /// A service that the configuration does not have.
+    pub(super) fn add_called(&mut self, name: String, location: Location) -> usize {
         let device = DeviceConfig {
-            name: address.to_string(),
-            location: Location::Pci(address),
+            name,
+            location,
             driver: None,
             interrupts: Vec::new(),
             bind: true,
