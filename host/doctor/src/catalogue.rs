@@ -574,7 +574,7 @@ catalogue! {
     UpgradeNotAllowed = "upgrade-not-allowed", None, {
         means: "This user may not upgrade drivers.",
         why: "The plugin file becomes code that the daemon starts, so only root and the daemon's own user may name one.",
-        check: "id",
+        check: "id; who owns the daemon: ps -o user= -C iohost",
         fix: "Run it as one of them, with sudo for one.",
     }
     PluginInstall = "plugin-install", None, {
