@@ -26,8 +26,8 @@ pub struct System {
     daemon: Option<Child>,
 }
 
-/// An emulated `edu` device, in a process of its own.
-pub struct Edu {
+/// An emulated device, in a process of its own.
+pub struct Emulated {
     process: Child,
     socket: PathBuf,
 }
@@ -52,12 +52,12 @@ impl System {
     }
 
     /// A daemon with the `edu` driver on one emulated device, as service `edu0`, ready.
-    pub fn with_edu() -> (Self, Edu) {
+    pub fn with_edu() -> (Self, Emulated) {
         Self::with_driver("edu")
     }
 
     /// As [`with_edu`](Self::with_edu), with another driver for the same device.
-    pub fn with_driver(driver: &str) -> (Self, Edu) {
+    pub fn with_driver(driver: &str) -> (Self, Emulated) {
         let mut system = Self::new();
         let device = system.start_edu_device("edu0");
         system.install_driver(driver);
@@ -88,16 +88,28 @@ impl System {
     }
 
     /// Starts an emulated device whose DMA takes no time. Its socket has its name.
-    pub fn start_edu_device(&self, name: &str) -> Edu {
+    pub fn start_edu_device(&self, name: &str) -> Emulated {
+        self.start_device("iohost-edu-device", name, &["--dma-latency-ms", "0"])
+    }
+
+    /// Starts an emulated NVMe controller with these namespaces, as its program takes them.
+    pub fn start_nvme_device(&self, name: &str, namespaces: &[&str]) -> Emulated {
+        let arguments: Vec<_> =
+            namespaces.iter().flat_map(|namespace| ["--namespace", *namespace]).collect();
+        self.start_device("iohost-nvme-device", name, &arguments)
+    }
+
+    fn start_device(&self, program_name: &str, name: &str, arguments: &[&str]) -> Emulated {
         let socket = self.path(name);
-        let process = program("iohost-edu-device")
-            .args(["--dma-latency-ms", "0", "--socket"])
+        let process = program(program_name)
+            .args(arguments)
+            .arg("--socket")
             .arg(&socket)
             .stderr(self.log(name))
             .spawn()
             .expect("starting the emulated device");
         eventually("the device's socket", || is_socket(&socket));
-        Edu { process, socket }
+        Emulated { process, socket }
     }
 
     /// Puts the `edu` plugin where the daemon looks for plugins.
@@ -161,6 +173,13 @@ impl System {
         ended(command.output().expect("running iohost"))
     }
 
+    /// Starts `iohost` as a client that goes on; whoever starts it ends it.
+    pub fn start_iohost(&self, arguments: &[&str]) -> Child {
+        let mut command = program("iohost");
+        command.arg("--runtime-dir").arg(self.path("run")).args(arguments);
+        command.spawn().expect("starting iohost")
+    }
+
     /// A connection to the daemon.
     pub fn connect(&self) -> Daemon {
         Daemon::connect(self.socket()).expect("the daemon listens")
@@ -193,6 +212,12 @@ impl System {
     pub fn await_ready(&self, name: &str) -> u32 {
         eventually("the driver to run", || format!("{:?}", self.service(name).state) == "Running");
         self.service(name).pid.expect("a driver that runs has a process")
+    }
+
+    /// Waits until a service runs that has had so many driver hosts, and gives its process.
+    pub fn await_ready_again(&self, name: &str, incarnation: u64) -> u32 {
+        eventually("the next driver host", || self.service(name).incarnation == incarnation);
+        self.await_ready(name)
     }
 
     /// What the daemon and its driver hosts logged.
@@ -235,14 +260,14 @@ impl Drop for System {
     }
 }
 
-impl Edu {
+impl Emulated {
     /// Where it listens.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 }
 
-impl Drop for Edu {
+impl Drop for Emulated {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
@@ -317,5 +342,13 @@ pub fn built_files() -> PathBuf {
 }
 
 /// The packages that whole-system tests need files of.
-const PACKAGES: [&str; 6] =
-    ["iohost", "iohost_driver_host", "iohost_device_models", "iohost_client_c", "edu", "probe"];
+const PACKAGES: [&str; 8] = [
+    "iohost",
+    "iohost_driver_host",
+    "iohost_device_models",
+    "iohost_client_c",
+    "edu",
+    "probe",
+    "hostile_plugin",
+    "nvme",
+];

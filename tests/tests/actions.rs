@@ -9,14 +9,14 @@ use iohost_client::{Action, OSAction, Session};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{Call, FromDriver, Invocation, encode_release, encode_taken};
 use iohost_interface::{Arguments, IOReturn, PassedAction, Results};
-use iohost_tests::{Edu, System, eventually};
+use iohost_tests::{Emulated, System, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 /// How long a client waits for what must come.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-fn system() -> (System, Edu) {
+fn system() -> (System, Emulated) {
     System::with_driver("probe")
 }
 

@@ -27,7 +27,7 @@ fn next(watch: &mut ServiceWatch) -> (String, Option<Failure>) {
 }
 
 /// `edu0` with the driver `edu`, `probe0` with the driver `probe`.
-fn two_services() -> (System, [iohost_tests::Edu; 2]) {
+fn two_services() -> (System, [iohost_tests::Emulated; 2]) {
     let mut system = System::new();
     let devices = [system.start_edu_device("edu0"), system.start_edu_device("probe0")];
     system.install_driver("edu");

@@ -10,7 +10,7 @@ use iohost_client::{
     AsyncDaemon, EventKind, OSAction, QueueConsumer, QueueError, QueueProducer, Session, WaitError,
 };
 use iohost_interface::IOReturn;
-use iohost_tests::{Edu, System};
+use iohost_tests::{Emulated, System};
 use mio::unix::SourceFd;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::signal::{Signal, kill};
@@ -36,7 +36,7 @@ fn is_offline(err: &WaitError) -> bool {
 
 struct Setup {
     system: System,
-    _device: Edu,
+    _device: Emulated,
     session: Session,
     upload: QueueProducer,
     download: QueueConsumer,

@@ -9,7 +9,7 @@ use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{Call, LONGEST, ReplyPacket, encode_offer, encode_withdraw};
 use iohost_interface::{Arguments, IOReturn};
 use iohost_memory::SharedMemory;
-use iohost_tests::{System, eventually};
+use iohost_tests::{Emulated, System, eventually};
 
 /// The driver still serves others, in the process it was in.
 fn assert_alive(system: &System, host: u32) {
@@ -219,4 +219,199 @@ fn more_sessions_than_the_limit_are_refused_with_the_number() {
     let _sessions = [system.open_raw("edu0"), system.open_raw("edu0")];
     let refused = system.connect().open("edu0").unwrap_err().failure();
     assert!(refused.message.contains('2'), "{refused}");
+}
+
+/// A daemon with these `[limits]`, and an `edu`.
+fn limited(limits: &str) -> (System, Emulated) {
+    let mut system = System::new();
+    let device = system.start_edu_device("edu0");
+    system.install_edu_driver();
+    system.start(&format!("[limits]\n{limits}\n{}", system.edu_config("edu0")));
+    system.await_ready("edu0");
+    (system, device)
+}
+
+/// Another process goes on, whatever this one does.
+fn assert_another_goes_on(system: &System) {
+    let other = system.iohost(&["call", "edu0", "factorial", "5"]);
+    assert_eq!((other.code, other.stdout.trim()), (Some(0), "120"), "{}", other.stderr);
+}
+
+/// Writes on a connection, and gives what is answered up to the end of one message.
+fn ask(stream: &mut UnixStream, request: &[u8]) -> String {
+    // A connection that is refused may be closed already; its answer is there all the same.
+    let _ = stream.write_all(request);
+    answer(stream)
+}
+
+fn answer(stream: &mut UnixStream) -> String {
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let mut text = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte).unwrap() == 1 && byte != [0] {
+        text.extend_from_slice(&byte);
+    }
+    String::from_utf8(text).unwrap()
+}
+
+const STATUS: &[u8] = b"{\"method\":\"io.iohost.Status\"}\0";
+
+#[test]
+fn a_process_that_opens_more_sessions_than_its_share_is_refused_and_another_is_not() {
+    let (system, _device) = limited("sessions_per_client = 2");
+    let _sessions = [system.open_raw("edu0"), system.open_raw("edu0")];
+    let refused = system.connect().open("edu0").unwrap_err().failure();
+    assert_eq!(refused.code, "client-sessions");
+    assert!(refused.message.contains("has 2 sessions already"), "{refused}");
+    assert!(system.daemon_log().contains(&format!("pid={}", std::process::id())));
+    assert_another_goes_on(&system);
+}
+
+#[test]
+fn a_process_that_wants_more_memory_than_its_share_is_refused_and_another_is_not() {
+    let (system, _device) = limited("memory_per_client = 3000000");
+    let sessions = [system.open_raw("edu0")];
+    let refused = system.connect().open("edu0").unwrap_err().failure();
+    assert_eq!(refused.code, "client-memory");
+    assert!(refused.message.contains("the most is 3000000"), "{refused}");
+    assert_another_goes_on(&system);
+    // What is given back counts no more.
+    drop(sessions);
+    eventually("room again", || system.connect().open("edu0").is_ok());
+}
+
+#[test]
+fn a_process_with_too_many_connections_is_told_so_on_the_next_and_another_goes_on() {
+    let (system, _device) = limited("connections_per_client = 4");
+    let connect = || UnixStream::connect(system.socket()).unwrap();
+    // Those of the start may still be on their way out.
+    let mut all = Vec::new();
+    eventually("four connections", || {
+        all = (0..4).map(|_| connect()).collect();
+        all.iter_mut().all(|stream| ask(stream, STATUS).contains("\"services\""))
+    });
+    for _ in 0..100 {
+        let told = ask(&mut connect(), STATUS);
+        assert!(told.contains("too-many-connections"), "{told}");
+        assert!(told.contains("has 4 connections already"), "{told}");
+    }
+    assert_another_goes_on(&system);
+    drop(all);
+    eventually("a connection again", || ask(&mut connect(), STATUS).contains("\"services\""));
+}
+
+#[test]
+fn a_process_that_floods_the_daemon_with_requests_is_refused_most_and_another_goes_on() {
+    let (system, _device) = limited("requests_per_second = 20");
+    let mut stream = UnixStream::connect(system.socket()).unwrap();
+    let (mut answered, mut refused) = (0, 0);
+    // As fast as they are answered: without the limit all would be.
+    eventually("refusals", || {
+        match ask(&mut stream, STATUS).contains("too-many-requests") {
+            true => refused += 1,
+            false => answered += 1,
+        }
+        refused >= 100
+    });
+    assert!(answered > 0, "what the limit allows is answered");
+    assert_another_goes_on(&system);
+    assert!(system.daemon_log().contains("it makes too many requests"));
+}
+
+#[test]
+fn half_requests_without_end_keep_nobody_else_waiting() {
+    let (system, _device) = limited("connections_per_client = 64");
+    let half = &STATUS[..STATUS.len() / 2];
+    let mut all: Vec<UnixStream> = Vec::new();
+    for _ in 0..50 {
+        let mut stream = UnixStream::connect(system.socket()).unwrap();
+        stream.write_all(half).unwrap();
+        all.push(stream);
+    }
+    assert_another_goes_on(&system);
+    // Each is hung up on when its patience is over.
+    for stream in &mut all {
+        assert_eq!(answer(stream), "");
+    }
+    assert_another_goes_on(&system);
+}
+
+#[test]
+fn a_flood_of_descriptors_costs_its_sender_the_connection_and_the_daemon_none() {
+    let (system, _device) = System::with_edu();
+    let daemon = system.connect().status().unwrap().pid;
+    let descriptors = || std::fs::read_dir(format!("/proc/{daemon}/fd")).unwrap().count();
+    let pipe = std::io::pipe().unwrap();
+    let many = vec![pipe.0.as_fd(); 200];
+    eventually("its connections to be closed", || descriptors() < 40);
+    let before = descriptors();
+    for _ in 0..20 {
+        let stream = UnixStream::connect(system.socket()).unwrap();
+        let socket = Packets::from(std::os::fd::OwnedFd::from(stream));
+        socket.send(STATUS, &many).unwrap();
+        assert!(matches!(reply(&socket), Err(PacketError::Closed)), "it is hung up on");
+    }
+    assert_another_goes_on(&system);
+    eventually("every descriptor to be closed", || descriptors() <= before);
+}
+
+#[test]
+fn a_client_that_asks_and_never_reads_keeps_nobody_else_waiting() {
+    let (system, _device) = limited("requests_per_second = 1000000");
+    let mut stream = UnixStream::connect(system.socket()).unwrap();
+    stream.set_nonblocking(true).unwrap();
+    // Until the daemon, which waits for room, reads no more either.
+    while stream.write_all(STATUS).is_ok() {}
+    for _ in 0..3 {
+        assert_another_goes_on(&system);
+    }
+}
+
+/// Only root can be several users.
+#[test]
+fn who_may_open_a_service_and_who_may_bind_goes_by_user_and_group() {
+    if !nix::unistd::Uid::effective().is_root() {
+        return println!("not run: it takes root to be somebody else");
+    }
+    const NOBODY: u32 = 65_534;
+    let mut system = System::new();
+    let _devices = [system.start_edu_device("open0"), system.start_edu_device("closed0")];
+    system.install_edu_driver();
+    system.start(&format!(
+        "{}allow_users = [{NOBODY}]\n{}allow_groups = [12345]\n",
+        system.edu_config("open0"),
+        system.edu_config("closed0"),
+    ));
+    system.await_ready("open0");
+    system.await_ready("closed0");
+    // Whoever may write to the socket may connect.
+    let everybody = |mode| std::os::unix::fs::PermissionsExt::from_mode(mode);
+    std::fs::set_permissions(system.path(""), everybody(0o755)).unwrap();
+    std::fs::set_permissions(system.socket(), everybody(0o666)).unwrap();
+    let program = system.path("iohost");
+    std::fs::copy(iohost_tests::built_files().join("iohost"), &program).unwrap();
+    let as_nobody = |group: u32, arguments: &[&str]| {
+        use std::os::unix::process::CommandExt;
+        let mut command = std::process::Command::new(&program);
+        command.arg("--runtime-dir").arg(system.path("run")).args(arguments);
+        let output = command.uid(NOBODY).gid(group).output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).unwrap())
+    };
+    let factorial = |service| ["call", service, "factorial", "5"];
+
+    let (done, text) = as_nobody(NOBODY, &factorial("open0"));
+    assert!(done && text.contains("120"), "a user that is named: {text}");
+    let (done, text) = as_nobody(12345, &factorial("closed0"));
+    assert!(done && text.contains("120"), "a group that is named: {text}");
+    let (done, text) = as_nobody(NOBODY, &factorial("closed0"));
+    assert!(!done && text.contains("may not open service"), "{text}");
+    assert!(text.contains("access-denied"), "{text}");
+    for method in ["unbind", "bind"] {
+        let (done, text) = as_nobody(NOBODY, &[method, "open0"]);
+        assert!(!done && text.contains("admin-only"), "{text}");
+    }
+    let log = system.daemon_log();
+    assert!(log.contains("may not open the service") && log.contains("uid=65534"), "{log}");
+    assert_eq!(system.service("open0").incarnation, 1, "it was not unbound");
 }

@@ -214,7 +214,7 @@ fn memory_that_a_client_offers_is_there_for_the_next_driver() {
 }
 
 /// Takes the device away, kills the driver host and waits until the daemon waits for the next try.
-fn go_away(system: &System, device: iohost_tests::Edu) {
+fn go_away(system: &System, device: iohost_tests::Emulated) {
     let host = system.await_ready("edu0");
     drop(device);
     Death::Killed.strike(host);

@@ -1,5 +1,5 @@
 # A device that somebody wants back is let go in time, with a good driver under load and with one that hangs; its
-# clients are told, and it starts again when it comes back.
+# clients are told, and it starts again when it comes back. It may hang as long as it likes: that is not what ends it here.
 # device: edu,id=victim
 # monitor: yes
 # deadline: 400
@@ -40,7 +40,8 @@ for driver in edu probe; do
     start_daemon "name = \"edu0\"
 address = \"$edu\"
 driver = \"$driver\"
-bind = true"
+bind = true
+restart = { hang_seconds = 0 }"
     await "the driver" is_ready
     watch_service edu0
     watcher=$!

@@ -1,4 +1,7 @@
 //! Round trips through the device's own buffer: out by one DMA, back by another.
+//!
+//! The device is not believed more than can be helped: a copy has ended when its register says so as
+//! well as its interrupt, and one whose interrupt does not come is made again.
 
 use iohost_driver::prelude::*;
 
@@ -19,15 +22,20 @@ pub struct Engine {
 }
 
 struct Trip {
-    len: usize,
+    data: Vec<u8>,
     way: Way,
     job: Job,
+    /// Ticks of the driver's timer since the copy was started.
+    age: u32,
 }
 
 enum Way {
     Out,
     Back,
 }
+
+/// Ticks after which the interrupt of a copy that has ended is taken for lost.
+const LOST_AFTER: u32 = 2;
 
 /// Whether the device can take so much, and anything at all.
 pub fn fits(data: &[u8]) -> bool {
@@ -40,8 +48,7 @@ impl Engine {
     pub fn new(device: &IOPCIDevice, bar: &Bar<regs::Edu>) -> Result<Self> {
         let command = IODMACommand::create(device, regs::ADDRESS_BITS)?;
         let buffer = IOBufferMemoryDescriptor::create(edu_api::LONGEST_ENTRY)?;
-        let copies = bar.read(regs::DMA_COMMAND).contains(DmaCommand::START);
-        let trip = copies.then_some(Trip { len: 0, way: Way::Back, job: Job::Predecessor });
+        let trip = copies(bar).then_some(Trip::new(Vec::new(), Job::Predecessor));
         device.set_bus_master(true);
         Ok(Self { buffer: command.prepare_for_dma(buffer)?, trip })
     }
@@ -51,30 +58,56 @@ impl Engine {
     }
 
     /// Starts a round trip with data that [`fits`]. The engine is idle.
-    pub fn send(&mut self, bar: &Bar<regs::Edu>, data: &[u8], job: Job) {
-        self.buffer.write_at(0, data).expect("data that fits the device fits its buffer");
-        self.trip = Some(Trip { len: data.len(), way: Way::Out, job });
-        self.copy(bar, self.buffer.address(), regs::ONBOARD, data.len(), DmaCommand::empty());
+    pub fn send(&mut self, bar: &Bar<regs::Edu>, data: Vec<u8>, job: Job) {
+        self.start(bar, Trip::new(data, job));
     }
 
-    /// The device has finished a copy: starts the way back, or gives what came back.
+    /// The device says that it has finished a copy: starts the way back, or gives what came back.
     pub fn advance(&mut self, bar: &Bar<regs::Edu>) -> Option<(Vec<u8>, Job)> {
-        let Trip { len, way, job } = self.trip.take()?;
-        let mut data = vec![0; len];
-        match way {
-            Way::Out => {
+        // Of an interrupt that came twice, or of the copy before.
+        if copies(bar) {
+            return None;
+        }
+        let Trip { mut data, way, job, .. } = self.trip.take()?;
+        match (way, job) {
+            (_, job @ Job::Predecessor) => Some((data, job)),
+            (Way::Out, job) => {
                 // Cleared, so that what is read at the end is what the device has written.
-                self.buffer.write_at(0, &data).expect("as long as what was sent");
-                self.trip = Some(Trip { len, way: Way::Back, job });
+                self.write(&vec![0; data.len()]);
                 let target = self.buffer.address();
-                self.copy(bar, regs::ONBOARD, target, len, DmaCommand::TO_MEMORY);
+                self.copy(bar, regs::ONBOARD, target, data.len(), DmaCommand::TO_MEMORY);
+                self.trip = Some(Trip { data, way: Way::Back, job, age: 0 });
                 None
             }
-            Way::Back => {
+            (Way::Back, job) => {
                 self.buffer.read_at(0, &mut data).expect("as long as what was sent");
                 Some((data, job))
             }
         }
+    }
+
+    /// Called with each tick of the driver's timer: makes a trip again, from its beginning, if the
+    /// device has nothing to do and said nothing. A trip of nobody's is over then.
+    pub fn look(&mut self, bar: &Bar<regs::Edu>) {
+        let Some(trip) = &mut self.trip else { return };
+        trip.age += 1;
+        if trip.age > LOST_AFTER && !copies(bar) {
+            let lost = self.trip.take().expect("it is there");
+            if !matches!(lost.job, Job::Predecessor) {
+                self.start(bar, Trip::new(lost.data, lost.job));
+            }
+        }
+    }
+
+    fn start(&mut self, bar: &Bar<regs::Edu>, trip: Trip) {
+        self.write(&trip.data);
+        let source = self.buffer.address();
+        self.copy(bar, source, regs::ONBOARD, trip.data.len(), DmaCommand::empty());
+        self.trip = Some(trip);
+    }
+
+    fn write(&mut self, data: &[u8]) {
+        self.buffer.write_at(0, data).expect("data that fits the device fits its buffer");
     }
 
     fn copy(&self, bar: &Bar<regs::Edu>, from: u64, to: u64, len: usize, direction: DmaCommand) {
@@ -84,4 +117,15 @@ impl Engine {
         let start = DmaCommand::START | DmaCommand::INTERRUPT_WHEN_DONE;
         bar.write(regs::DMA_COMMAND, start | direction);
     }
+}
+
+impl Trip {
+    fn new(data: Vec<u8>, job: Job) -> Self {
+        Self { data, way: Way::Out, job, age: 0 }
+    }
+}
+
+/// Whether a copy is under way.
+fn copies(bar: &Bar<regs::Edu>) -> bool {
+    bar.read(regs::DMA_COMMAND).contains(DmaCommand::START)
 }

@@ -119,7 +119,7 @@ impl edu_api::Server for Edu {
         if !self.dma.is_idle() {
             return reply.fail(IOReturn::BUSY);
         }
-        self.dma.send(&self.bar, &data, Job::Call(reply));
+        self.dma.send(&self.bar, data, Job::Call(reply));
     }
 
     fn ticks(&mut self, reply: Reply<u64>) {
@@ -163,7 +163,7 @@ impl Edu {
         for session in turns {
             let Some(stream) = self.streams.get_mut(&session) else { continue };
             if let Some(data) = stream.next_entry(self.dma.is_idle()) {
-                self.dma.send(&self.bar, &data, Job::Stream(session));
+                self.dma.send(&self.bar, data, Job::Stream(session));
                 self.served_last = session;
             }
         }
@@ -171,6 +171,8 @@ impl Edu {
 
     fn timer_occurred(&mut self, _time: u64) {
         self.ticks += 1;
+        self.dma.look(&self.bar);
+        self.pump();
         // From the deadline, not from now, so that the period does not drift.
         self.next_tick += TICK;
         if let Err(err) =

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use edu::Edu;
+use iohost_device_models::Fault;
 use iohost_device_models::edu::{Edu as EduModel, Timing};
 use iohost_driver::{IOReturn, QueueError};
 use iohost_testkit::Rig;
@@ -221,4 +222,47 @@ fn will_not_start_on_a_device_still_working_for_someone_else() {
     second.settle();
     finish(&second);
     assert_eq!(answer.poll(), Some(Ok(24)), "and not the predecessor's 120");
+}
+
+#[test]
+fn an_interrupt_that_is_lost_costs_time_and_no_entry() {
+    let mut rig = rig(Timing::Immediate);
+    let mut session = rig.open_session(16384).unwrap();
+    let mut upload = session.producer(edu_api::UPLOAD);
+    let mut download = session.consumer(edu_api::DOWNLOAD);
+    let mut came_back = Vec::new();
+    for (number, fault) in Fault::KINDS.into_iter().enumerate() {
+        // Not those that bring other bytes back: the device has them, and a driver cannot know.
+        if matches!(fault, Fault::LosesDma | Fault::ShortensDma | Fault::StraysDma) {
+            continue;
+        }
+        for times in 1..4 {
+            rig.function().fail_next(fault, times);
+            let entry = vec![number as u8; 10];
+            upload.enqueue(&entry).unwrap();
+            rig.settle();
+            rig.function().heal();
+            (0..10).for_each(|_| rig.advance(Duration::from_millis(10)));
+            let received = download.dequeue(&mut came_back);
+            assert_eq!(received, Ok(()), "{fault:?} {times} times");
+            assert_eq!(download.dequeue(&mut Vec::new()), Err(QueueError::Underrun));
+            if fault != Fault::LosesWrite {
+                assert_eq!(came_back, entry, "{fault:?} {times} times");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_interrupt_that_comes_too_early_ends_no_copy() {
+    let rig = rig(Timing::Manual);
+    let mut answer = rig.client::<edu_api::Client>().dma_round_trip(vec![7; 10]);
+    rig.settle();
+    const RAISE: u64 = 0x60;
+    rig.function().bar_write(0, RAISE, &0x100_u32.to_le_bytes()).unwrap();
+    rig.settle();
+    finish(&rig);
+    assert_eq!(answer.poll(), None, "the way back is still to come");
+    finish(&rig);
+    assert_eq!(answer.poll(), Some(Ok(vec![7; 10])));
 }

@@ -5,12 +5,18 @@
 
 #![forbid(unsafe_code)]
 
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
 use iohost_driver::prelude::*;
 use iohost_driver::{
     ClientMemory, DeviceEvent, DeviceEventSource, IOMemoryDescriptor,
     IOServiceNotificationDispatchSource, Properties, Results, SavedState, ServiceMatching,
     ServiceNotification, Stopping,
 };
+use nix::sys::signal::{Signal, raise};
 use probe_api::registering;
 
 mod regs {
@@ -259,6 +265,41 @@ impl probe_api::Server for Probe {
         reply.finish(self.queue.service().terminate(0).map_err(|err| err.code()));
     }
 
+    fn die(&mut self, how: u32, _reply: Reply<()>) {
+        match how {
+            0 => segfault(),
+            1 => std::process::abort(),
+            2 => panic!("the probe was asked to"),
+            _ => std::process::exit(3),
+        }
+    }
+
+    fn spin(&mut self, milliseconds: u64, progress: u32, reply: Reply<()>) {
+        let (start, time) = (Instant::now(), Duration::from_millis(milliseconds));
+        while milliseconds == 0 || start.elapsed() < time {
+            if progress != 0 {
+                self.queue.report_progress();
+            }
+            std::thread::yield_now();
+        }
+        reply.complete(());
+    }
+
+    fn scribble(&mut self, byte: u32, reply: Reply<()>) {
+        let file = recorder_file().and_then(|file| {
+            let file = OpenOptions::new().write(true).open(file)?;
+            let len = file.metadata()?.len() as usize;
+            file.write_all_at(&vec![byte as u8; len], 0)
+        });
+        match file {
+            Ok(()) => segfault(),
+            Err(err) => {
+                error!("no flight recorder to write to: {err}");
+                reply.fail(IOReturn::NOT_FOUND);
+            }
+        }
+    }
+
     fn count(&mut self, reply: Reply<u64>) {
         self.counted += 1;
         reply.complete(self.counted);
@@ -288,6 +329,26 @@ impl probe_api::Server for Probe {
         self.device.configuration_write16(COMMAND, command);
         reply.complete(());
     }
+}
+
+/// Ends the process as a wild pointer does.
+fn segfault() -> ! {
+    loop {
+        // The first one is taken by the standard library, which looks whether the stack ran over.
+        let _ = raise(Signal::SIGSEGV);
+    }
+}
+
+/// The memory of this process's flight recorder, as a driver can find it that means harm.
+fn recorder_file() -> std::io::Result<PathBuf> {
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let path = entry?.path();
+        let target = fs::read_link(&path).unwrap_or_default();
+        if target.to_string_lossy().contains("iohost-flight-recorder") {
+            return Ok(path);
+        }
+    }
+    Err(std::io::ErrorKind::NotFound.into())
 }
 
 impl Probe {

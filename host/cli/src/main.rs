@@ -6,11 +6,14 @@
 
 #![forbid(unsafe_code)]
 
+mod block;
 mod call;
+mod crashes;
 mod daemon;
 mod demo;
 mod devices;
 mod doctor;
+mod faults;
 mod options;
 mod output;
 mod services;
@@ -21,7 +24,7 @@ use clap::Parser;
 use iohost_control::host::Failure;
 
 use crate::doctor::Verdict;
-use crate::options::{Command, Options};
+use crate::options::{Command, FaultsCommand, Options};
 use crate::output::Output;
 
 /// Why a command did not do what it should.
@@ -74,7 +77,10 @@ fn main() -> ExitCode {
         }
         Command::Properties { service } => services::properties(&options, output, service),
         Command::Power { service, state } => services::power(&options, output, service, *state),
+        Command::Crashes(crashes) => crashes::run(output, crashes),
         Command::Call(call) => call::run(&options, output, call),
+        Command::Block(block) => block::run(&options, output, block),
+        Command::Faults(FaultsCommand::Run(campaign)) => faults::run(output, campaign),
         Command::Demo(demo) => demo::run(&options, output, demo),
     };
     match result {

@@ -23,6 +23,7 @@ Examples:
   iohost bind 0000:01:00.0                take a device and start its driver
   iohost call edu factorial 5             call a method of a driver
   iohost status --json | jq .services     what runs, for a program
+  iohost crashes                          which drivers died, and why
 
 Exit codes: 0 done, 1 refused or failed, 2 wrong usage or configuration."
 )]
@@ -136,6 +137,10 @@ other services with the driver run what they have until they start again.")]
         plugin: PathBuf,
     },
 
+    /// Try a driver with faults of its device, its process and its clients.
+    #[command(subcommand)]
+    Faults(FaultsCommand),
+
     /// Show the daemon and its services.
     #[command(after_help = "\
 Examples:
@@ -171,6 +176,15 @@ after it: iohost does not hear of that by itself.")]
         /// The state.
         state: PowerChoice,
     },
+    /// List the deaths of drivers, or show one closely; works without a daemon.
+    #[command(after_help = "\
+Examples:
+  iohost crashes
+  iohost crashes show 3                   cause, requests in flight, what each queue did last
+  iohost crashes --json | jq '.crashes[] | select(.reason == \"hang\")'
+
+The reports are files in the daemon's state directory, the newest 64 of them.")]
+    Crashes(CrashesOptions),
 
     /// Call a method of a driver, or list its methods.
     #[command(after_help = "\
@@ -180,6 +194,17 @@ Examples:
   iohost call edu dma_round_trip @file    bytes from a file
   iohost call edu dma_round_trip hex:00ff bytes in hexadecimal; anything else is text")]
     Call(CallOptions),
+
+    /// Use disks: list, read, write, measure them.
+    #[command(after_help = "\
+Examples:
+  iohost block ls
+  iohost block read nvme0 --length 1M image       the first MiB into a file
+  iohost block write nvme0 image                  a file to the start of the disk
+  iohost block bench nvme0 --depth 32 --size 4K
+
+A disk is the service's first one, unless --disk names another.")]
+    Block(BlockOptions),
 
     /// Use an edu device: factorials, DMA, and files through both data queues.
     #[command(after_help = "\
@@ -248,6 +273,26 @@ pub(crate) struct DoctorOptions {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct CrashesOptions {
+    /// The daemon's state directory [default: that of /etc/iohost/iohost.toml, or
+    /// /var/lib/iohost].
+    #[arg(long, global = true, value_name = "DIR")]
+    pub(crate) state_dir: Option<PathBuf>,
+
+    #[command(subcommand)]
+    pub(crate) command: Option<CrashCommand>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum CrashCommand {
+    /// Show one report.
+    Show {
+        /// Its number.
+        number: u64,
+    },
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct CallOptions {
     /// Name of a service, address of its device, or name of its driver.
     pub(crate) service: String,
@@ -278,6 +323,122 @@ pub(crate) struct DemoOptions {
     pub(crate) limit: Option<u64>,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct BlockOptions {
+    #[command(subcommand)]
+    pub(crate) command: BlockCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BlockCommand {
+    /// List the disks of all services that have some.
+    Ls,
+
+    /// Show what a disk is.
+    Info(DiskOptions),
+
+    /// Show how a disk's device is: temperature, wear, errors.
+    Health(DiskOptions),
+
+    /// Read bytes into a file, or to standard output.
+    Read {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// The file [default: standard output].
+        file: Option<PathBuf>,
+
+        /// The first byte: with K, M, G or T for powers of 1024.
+        #[arg(long, value_name = "BYTES", default_value = "0", value_parser = bytes)]
+        offset: u64,
+
+        /// How many bytes [default: up to the end of the disk].
+        #[arg(long, value_name = "BYTES", value_parser = bytes)]
+        length: Option<u64>,
+    },
+
+    /// Write a file, or standard input, to a disk, and flush it. What is there is lost.
+    Write {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// The file; `-` for standard input.
+        file: PathBuf,
+
+        /// The first byte: with K, M, G or T for powers of 1024.
+        #[arg(long, value_name = "BYTES", default_value = "0", value_parser = bytes)]
+        offset: u64,
+    },
+
+    /// Serve a disk to programs that speak NBD, at a Unix socket, until it is interrupted.
+    #[command(after_help = "\
+Examples:
+  iohost block export nvme0 /run/nvme0.nbd
+  qemu-img info nbd+unix:///?socket=/run/nvme0.nbd
+  nbd-client -unix /run/nvme0.nbd /dev/nbd0")]
+    Export {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// The socket to make; one that nobody listens on is replaced.
+        #[arg(value_name = "PATH")]
+        at: PathBuf,
+    },
+
+    /// Measure how fast it reads, at random places.
+    Bench {
+        #[command(flatten)]
+        disk: DiskOptions,
+
+        /// Requests under way at a time.
+        #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1024))]
+        depth: u32,
+
+        /// Bytes of a request: with K or M for powers of 1024.
+        #[arg(long, value_name = "BYTES", default_value = "4K", value_parser = bytes)]
+        size: u64,
+
+        /// How long, in seconds.
+        #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+        seconds: u32,
+
+        /// One place after the other.
+        #[arg(long)]
+        sequential: bool,
+
+        /// Have the driver look for completions instead of waiting for interrupts.
+        #[arg(long)]
+        polled: bool,
+
+        /// Write instead. What is on the disk is lost.
+        #[arg(long)]
+        write: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DiskOptions {
+    /// Name of a service, or address of its device.
+    pub(crate) service: String,
+
+    /// The disk's number [default: the first one].
+    #[arg(long, value_name = "N")]
+    pub(crate) disk: Option<u32>,
+}
+
+/// A number of bytes, with a suffix for powers of 1024.
+fn bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 30),
+        Some((at, 'T' | 't')) => (&text[..at], 40),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| format!("{text:?} is no number of bytes"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text:?} is too large"))
+}
+
 impl Options {
     /// The control socket.
     pub(crate) fn socket(&self) -> PathBuf {
@@ -288,5 +449,56 @@ impl Options {
     /// A connection to the daemon.
     pub(crate) fn connect(&self) -> Result<Daemon, ClientError> {
         Daemon::connect(self.socket())
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FaultsCommand {
+    /// Make faults and print what came of them.
+    #[command(after_help = "\
+Examples:
+  iohost faults run --count 10000
+  iohost faults run --seed 42 --count 1000000 --devices 4
+
+Starts a daemon of its own in a temporary folder, with emulated devices: nothing else is touched.
+Exit codes: 0 everything held, 1 something did not; the score says what.")]
+    Run(FaultsOptions),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FaultsOptions {
+    /// Where the choice of faults starts [default: another one each time].
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+
+    /// How many faults.
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub(crate) count: u64,
+
+    /// How many devices, each with a driver and a client of its own.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub(crate) devices: u64,
+
+    /// The driver; it serves the interface `edu` on an `edu` device.
+    #[arg(long, value_name = "DRIVER", default_value = "edu")]
+    pub(crate) against: String,
+
+    /// Where its plugin is [default: beside this program, else /usr/lib/iohost/drivers].
+    #[arg(long, value_name = "DIR")]
+    pub(crate) driver_dir: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bytes;
+
+    #[test]
+    fn a_number_of_bytes_can_have_a_suffix() {
+        assert_eq!(bytes("512"), Ok(512));
+        assert_eq!(bytes("4K"), Ok(4096));
+        assert_eq!(bytes("3g"), Ok(3 << 30));
+        for wrong in ["", "K", "1.5M", "-1", "1X", "99999999999T"] {
+            assert!(bytes(wrong).is_err(), "{wrong}");
+        }
     }
 }

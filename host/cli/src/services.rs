@@ -96,6 +96,12 @@ fn describe(status: &Status) -> String {
         if service.taken_over {
             text += &format!("\n{}: an earlier daemon started its driver", service.name);
         }
+        if let Some(sandbox) = &service.sandbox {
+            text += &format!("\n{}: sandbox: {sandbox}", service.name);
+            if !service.refused_calls.is_empty() {
+                text += &format!("; refused so far: {}", service.refused_calls.join(", "));
+            }
+        }
         if let Some(reason) = &service.reason {
             text += &format!("\n{}: {}\n  next: {}", service.name, reason.message, reason.next);
             text += &more(&reason.code);

@@ -17,7 +17,7 @@ fn error(output: &Output) -> String {
 
 #[test]
 fn every_command_has_help_with_an_example() {
-    for command in ["daemon", "devices", "bind", "unbind", "status", "call", "demo"] {
+    for command in ["daemon", "devices", "bind", "unbind", "status", "call", "block", "demo"] {
         let output = iohost(&[command, "--help"]);
         let text = String::from_utf8(output.stdout).unwrap();
         assert_eq!(output.status.code(), Some(0), "{command}");

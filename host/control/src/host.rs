@@ -22,8 +22,7 @@ pub const MOST_DESCRIPTORS: usize = 64;
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ToHost {
     /// Open the device, reset it, load the driver, start it. Answered by `Ready` or `Failed`.
-    /// Descriptors: a listening socket on which the next daemon can be waited for, then the file of
-    /// the `state`, if there is one.
+    /// Descriptors: [`StartDescriptors`].
     Start(Start),
     /// A new daemon takes the driver host over. Answered by `HandedOver`, a `HandedSession` for each
     /// session, `Ready`, and what has happened to the device.
@@ -78,6 +77,8 @@ pub struct Start {
     /// Kinds of interrupt the driver may use, where the configuration restricts them
     /// (`intx`, `msi`, `msix`); empty means all that the device has.
     pub interrupts: Vec<InterruptChoice>,
+    /// What to give up before the plugin is loaded; `None` for nothing.
+    pub confinement: Option<Confinement>,
     /// The plugin file; `None` opens and resets the device, runs no driver, and stops.
     pub plugin: Option<String>,
     /// 1 for the first driver host of this device, one more for each that follows.
@@ -90,6 +91,34 @@ pub struct Start {
     pub state: Option<StateSize>,
 }
 
+/// What is beside a [`Start`]. This order is the only one there is.
+#[derive(Debug)]
+pub struct StartDescriptors<Descriptor> {
+    /// A listening socket, on which the next daemon can be waited for.
+    pub listener: Descriptor,
+    /// The memory of a flight recorder (`iohost_memory`).
+    pub memory: Descriptor,
+    /// Its bell.
+    pub bell: Descriptor,
+    /// The file of the `state`, if there is one.
+    pub state: Option<Descriptor>,
+}
+
+impl<Descriptor> StartDescriptors<Descriptor> {
+    /// As they are sent.
+    pub fn in_order(self) -> Vec<Descriptor> {
+        [self.listener, self.memory, self.bell].into_iter().chain(self.state).collect()
+    }
+
+    /// From what was received; `None` when it is not as many as there are.
+    pub fn from_order(fds: Vec<Descriptor>) -> Option<Self> {
+        let mut fds = fds.into_iter();
+        let (listener, memory, bell) = (fds.next()?, fds.next()?, fds.next()?);
+        let state = fds.next();
+        fds.next().is_none().then_some(Self { listener, memory, bell, state })
+    }
+}
+
 /// What a driver has saved for its next version. The file is beside the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -98,6 +127,24 @@ pub struct StateSize {
     pub version: u32,
     /// How much of the file it is.
     pub bytes: u64,
+}
+
+/// What a driver host gives up, beside what every one does (`iohost_sandbox`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Confinement {
+    /// The user and the group to become, where the process may; `None` to stay the daemon's.
+    pub identity: Option<(u32, u32)>,
+    /// Nobody else is of that user.
+    pub is_alone: bool,
+    /// The most bytes of private memory, and of each memory file.
+    pub memory: u64,
+    /// The most descriptors.
+    pub descriptors: u64,
+    /// Whether a refused system call is the process's end.
+    pub kills: bool,
+    /// Whether not to start where a part of the sandbox cannot be had.
+    pub required: bool,
 }
 
 /// Where a device is.
@@ -199,7 +246,7 @@ pub enum FromHost {
         /// How many.
         waiting: u64,
     },
-    /// The first answer to `HandOver`.
+    /// The first answer to `HandOver`. Descriptors: the memory and the bell of the flight recorder.
     HandedOver(HandedOver),
     /// A session that the driver has. The descriptors are those of `OpenSession`.
     HandedSession(OpenSession),
@@ -244,6 +291,12 @@ pub enum FromHost {
     Properties {
         /// An array of entries.
         text: String,
+    },
+    /// The sandbox refused a system call of this number, for the first time. Written by a signal
+    /// handler, so it can come between any two others.
+    CallRefused {
+        /// The number, on this machine.
+        number: u32,
     },
     /// The driver has stopped and the device is closed; the process exits after this.
     Stopped,
@@ -338,6 +391,8 @@ pub struct Ready {
     /// Whether clients and other drivers may see it already; else `Registered` says when.
     #[serde(default = "yes")]
     pub is_registered: bool,
+    /// The sandbox in force, in words; `None` for none.
+    pub sandbox: Option<String>,
 }
 
 fn yes() -> bool {

@@ -8,6 +8,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod crash;
 pub mod host;
 pub mod log_lines;
 pub mod plugin;

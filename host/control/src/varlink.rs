@@ -109,6 +109,10 @@ pub struct Service {
     /// What became of the device when it was made safe the last time: before its driver's start, or
     /// after its end.
     pub quiesced: Option<Quiesced>,
+    /// What its driver host has given up, in words; `off`; absent before it ran.
+    pub sandbox: Option<String>,
+    /// The system calls that this refused its driver host.
+    pub refused_calls: Vec<String>,
     /// Sessions open now.
     pub sessions: u64,
     /// Whether clients and other drivers can see it.

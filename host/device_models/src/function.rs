@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use crate::config_space::{CONFIG_SIZE, ConfigSpace};
 use crate::dma::{DmaError, DmaMemory, DmaTable};
+use crate::faults::{Fault, Faults};
 use crate::interrupt::{InterruptKind, Interrupts};
 use crate::model::{BarSpec, Bus, DeviceModel, Identity};
 
@@ -44,6 +45,7 @@ struct State<M> {
     config: ConfigSpace,
     dma: DmaTable,
     interrupts: Interrupts,
+    faults: Faults,
     timers: Vec<(Instant, u32)>,
     stopping: bool,
 }
@@ -98,6 +100,7 @@ impl<M: DeviceModel> Function<M> {
             config: ConfigSpace::new(&identity),
             dma: DmaTable::default(),
             interrupts: Interrupts::default(),
+            faults: Faults::default(),
             timers: Vec::new(),
             stopping: false,
             model,
@@ -146,14 +149,21 @@ impl<M: DeviceModel> Function<M> {
     /// affair.
     pub fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) -> Result<(), FunctionError> {
         self.check_bar(index, offset, data.len())?;
-        self.run(|model, bus| model.bar_read(bus, index, offset, data));
+        self.run(|model, bus| {
+            model.bar_read(bus, index, offset, data);
+            bus.faults.change_read(data);
+        });
         Ok(())
     }
 
     /// Writes a BAR as one access of the device.
     pub fn bar_write(&self, index: u8, offset: u64, data: &[u8]) -> Result<(), FunctionError> {
         self.check_bar(index, offset, data.len())?;
-        self.run(|model, bus| model.bar_write(bus, index, offset, data));
+        self.run(|model, bus| {
+            if !bus.faults.loses_write() {
+                model.bar_write(bus, index, offset, data);
+            }
+        });
         Ok(())
     }
 
@@ -260,6 +270,36 @@ impl<M: DeviceModel> Function<M> {
         self.reset();
     }
 
+    /// Has the device do something wrong the next `times` times that it could. Replaces what it
+    /// was to do wrong in the same place: reads, writes, interrupts, transfers. A reset heals
+    /// nothing.
+    pub fn fail_next(&self, fault: Fault, times: u32) {
+        self.lock().faults.plan(fault, times);
+    }
+
+    /// From now on nothing goes wrong.
+    pub fn heal(&self) {
+        self.lock().faults.forget();
+    }
+
+    /// How many faults have happened since the function was made.
+    pub fn faults(&self) -> u64 {
+        self.lock().faults.happened()
+    }
+
+    /// Interrupts without a cause: by the message of a vector, or by the line for a moment,
+    /// whichever its user has enabled.
+    pub fn interrupt_without_cause(&self, vector: u16) {
+        self.run(|_, bus| {
+            bus.send_msi_x(vector);
+            bus.send_msi(vector as u8);
+            if !bus.msi_enabled() && !bus.msi_x_enabled() {
+                bus.assert_intx();
+                bus.deassert_intx();
+            }
+        });
+    }
+
     /// Reaches the model itself, between accesses.
     pub fn with_model<R>(&self, look: impl FnOnce(&mut M, &mut Bus<'_>) -> R) -> R {
         self.run(look)
@@ -332,6 +372,7 @@ impl<M: DeviceModel> State<M> {
             config: &mut self.config,
             dma: &mut self.dma,
             interrupts: &mut self.interrupts,
+            faults: &mut self.faults,
             timers: &mut self.timers,
         };
         act(&mut self.model, &mut bus)

@@ -1,7 +1,7 @@
 //! Emulated devices: in this process, or for others over vfio-user.
 //!
 //! - A [`DeviceModel`] is what makes a device itself: registers and what they do. [`edu::Edu`] is
-//!   one, [`bells::Bells`] another.
+//!   one, [`nvme::Nvme`] and [`bells::Bells`] are others.
 //! - A [`Function`] is a model in a PCI function: configuration space, the DMA mappings and
 //!   interrupts its user set up, timers. A fake backend calls its methods directly.
 //! - A [`DeviceServer`] offers a function at a socket, to one client after another.
@@ -16,12 +16,16 @@ pub mod bells;
 mod config_space;
 mod dma;
 pub mod edu;
+mod faults;
 mod function;
 mod interrupt;
 mod model;
+pub mod nvme;
+pub mod program;
 mod server;
 
 pub use dma::{DmaError, DmaMemory};
+pub use faults::Fault;
 pub use function::{Function, FunctionError};
 pub use interrupt::InterruptKind;
 pub use model::{BarSpec, Bus, DeviceModel, Identity, MsiXSpec};

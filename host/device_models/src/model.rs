@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::config_space::ConfigSpace;
 use crate::dma::DmaTable;
+use crate::faults::Faults;
 use crate::interrupt::Interrupts;
 
 /// The part of an emulated device that is not common to all PCI functions.
@@ -80,6 +81,7 @@ pub struct Bus<'a> {
     pub(crate) config: &'a mut ConfigSpace,
     pub(crate) dma: &'a mut DmaTable,
     pub(crate) interrupts: &'a mut Interrupts,
+    pub(crate) faults: &'a mut Faults,
     pub(crate) timers: &'a mut Vec<(Instant, u32)>,
 }
 
@@ -88,7 +90,12 @@ impl Bus<'_> {
     /// is not bus master, come back as zeros; the transfer then counts as blocked.
     pub fn dma_read(&mut self, iova: u64, data: &mut [u8]) {
         match self.config.is_bus_master() {
-            true => self.dma.read(iova, data),
+            true => {
+                let (iova, len) = self.faults.transfer(iova, data.len());
+                let (moved, left) = data.split_at_mut(len);
+                left.fill(0);
+                self.dma.read(iova, moved);
+            }
             false => {
                 data.fill(0);
                 self.dma.block(iova, data.len(), "not bus master");
@@ -100,7 +107,10 @@ impl Bus<'_> {
     /// function is not bus master, are dropped; the transfer then counts as blocked.
     pub fn dma_write(&mut self, iova: u64, data: &[u8]) {
         match self.config.is_bus_master() {
-            true => self.dma.write(iova, data),
+            true => {
+                let (iova, len) = self.faults.transfer(iova, data.len());
+                self.dma.write(iova, &data[..len]);
+            }
             false => self.dma.block(iova, data.len(), "not bus master"),
         }
     }
@@ -114,7 +124,7 @@ impl Bus<'_> {
     /// bus master: a message is a write to memory.
     pub fn send_msi(&mut self, vector: u8) {
         if self.config.msi_enabled() && self.config.is_bus_master() {
-            self.interrupts.send_msi(vector);
+            (0..self.faults.interrupts()).for_each(|_| self.interrupts.send_msi(vector));
         }
     }
 
@@ -126,12 +136,15 @@ impl Bus<'_> {
     /// Sends a message of MSI-X. Lost as one of [`send_msi`](Self::send_msi) is.
     pub fn send_msi_x(&mut self, vector: u16) {
         if self.config.msi_x_enabled() && self.config.is_bus_master() {
-            self.interrupts.send_msi_x(vector);
+            (0..self.faults.interrupts()).for_each(|_| self.interrupts.send_msi_x(vector));
         }
     }
 
     /// Asserts the INTx line until [`deassert_intx`](Self::deassert_intx).
     pub fn assert_intx(&mut self) {
+        if self.faults.interrupts() == 0 {
+            return;
+        }
         self.config.set_intx_pending(true);
         self.update_intx();
     }

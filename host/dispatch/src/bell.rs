@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
 use iohost_interface::IOReturn;
+use iohost_memory::flight_recorder::Kind;
 
 use crate::handler::{Handler, HandlerSlot};
 use crate::waiter::Waiter;
@@ -159,7 +160,7 @@ impl BellCore {
         };
         drop(state);
         let _told = self.waiter.delivering();
-        handler.call(());
+        self.queue.recorded(Kind::Bell, 0, 0, || handler.call(()));
     }
 }
 

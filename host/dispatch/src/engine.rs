@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use iohost_closure::Closure;
 use iohost_event::{Clock, Poller, Ready, Signal, TickScale};
+use iohost_memory::flight_recorder::Recorder;
 
 use crate::baton::{Baton, Turn};
 use crate::deadlines::Deadlines;
@@ -56,6 +57,7 @@ pub(crate) struct Shared {
     pub(crate) deadlines: Deadlines,
     queues: Mutex<Vec<Weak<QueueCore>>>,
     pub(crate) scale: TickScale,
+    pub(crate) recorder: Option<Arc<Recorder>>,
     this: Weak<Shared>,
 }
 
@@ -155,12 +157,21 @@ impl Engine {
     /// Starts an engine with one worker more than the machine has processors, at least three (two
     /// to wait for events, one to take what threads dispatch) and at most nine.
     pub fn start() -> io::Result<Self> {
-        Self::with_workers((processors() + 1).clamp(3, 9))
+        Self::of(default_workers(), None)
+    }
+
+    /// As [`start`](Self::start), and what the queues do is recorded: for those that find a lane.
+    pub fn start_recorded(recorder: Arc<Recorder>) -> io::Result<Self> {
+        Self::of(default_workers(), Some(recorder))
     }
 
     /// Starts an engine with `workers` worker threads, at least one and at most 64.
     pub fn with_workers(workers: usize) -> io::Result<Self> {
-        let shared = Shared::new(EngineClock::Real, false)?;
+        Self::of(workers, None)
+    }
+
+    fn of(workers: usize, recorder: Option<Arc<Recorder>>) -> io::Result<Self> {
+        let shared = Shared::new(EngineClock::Real, false, recorder)?;
         let workers = workers.clamp(1, MOST_WORKERS.into()) as u8;
         shared.exchange.ready.lock().expect(NO_PANIC).workers = workers;
         let workers = (0..workers)
@@ -176,7 +187,7 @@ impl Engine {
     /// An engine without threads, for tests: nothing runs but in [`settle`](Self::settle), on
     /// the calling thread.
     pub fn manual(clock: EngineClock) -> io::Result<Self> {
-        Ok(Self { shared: Shared::new(clock, true)?, workers: Vec::new() })
+        Ok(Self { shared: Shared::new(clock, true, None)?, workers: Vec::new() })
     }
 
     /// Runs what there is to run on this thread until there is nothing left. On an engine with
@@ -232,6 +243,10 @@ impl Drop for Engine {
     }
 }
 
+fn default_workers() -> usize {
+    (processors() + 1).clamp(3, 9)
+}
+
 fn processors() -> usize {
     available_parallelism().map_or(2, usize::from)
 }
@@ -245,7 +260,11 @@ enum Worker {
 }
 
 impl Shared {
-    fn new(clock: EngineClock, manual: bool) -> io::Result<Arc<Self>> {
+    fn new(
+        clock: EngineClock,
+        manual: bool,
+        recorder: Option<Arc<Recorder>>,
+    ) -> io::Result<Arc<Self>> {
         // Nobody else does anything while this thread looks, if it is alone.
         let looks = if manual || processors() == 1 { 0 } else { LOOKS };
         let poller = Poller::new()?;
@@ -265,6 +284,7 @@ impl Shared {
             deadlines,
             queues: Mutex::new(Vec::new()),
             scale: TickScale::start(),
+            recorder,
             this: this.clone(),
         }))
     }

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use iohost_event::{Clock, Signal};
 use iohost_interface::IOReturn;
+use iohost_memory::flight_recorder::Kind;
 
 use crate::handler::{Handler, HandlerSlot};
 use crate::waiter::Waiter;
@@ -206,7 +207,7 @@ impl InterruptCore {
         drop(state);
         if event.count > 0 {
             let _told = self.waiter.delivering();
-            handler.call(event);
+            self.queue.recorded(Kind::Interrupt, event.count, 0, || handler.call(event));
         }
         self.unmask();
     }

@@ -22,6 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use iohost_closure::Closure;
 use iohost_event::ticks;
 use iohost_interface::IOReturn;
+use iohost_memory::flight_recorder::{Kind, Lane, Recorder};
 use log::error;
 
 use crate::baton::{Baton, Turn};
@@ -75,6 +76,8 @@ pub(crate) struct QueueCore {
     ends: Mutex<Ends>,
     pub(crate) sleepers: Sleepers,
     numbers: Numbers,
+    /// Where its doings are recorded, if they are.
+    pub(crate) lane: Option<Lane>,
     owner: Option<Arc<dyn Owner>>,
     /// Dropped last: the work above may use it.
     kept: Mutex<Vec<Box<dyn Any + Send + Sync>>>,
@@ -184,6 +187,7 @@ impl Queue {
             ends: Mutex::default(),
             sleepers: Sleepers::default(),
             numbers: Numbers::default(),
+            lane: engine.recorder.as_ref().and_then(|recorder| recorder.lane(name)),
             owner,
             kept: Mutex::default(),
         });
@@ -284,6 +288,7 @@ impl Queue {
         }
         self.core.take_again()?;
         held::pick_up(self.core.address());
+        self.core.at_work();
         match turn {
             Turn::Granted => Ok(()),
             Turn::TimedOut => Err(IOReturn::TIMEOUT),
@@ -342,6 +347,32 @@ impl Queue {
     /// Tells the queue's owner that its code failed in another way than by a panic.
     pub fn report_failure(&self, reason: &str) {
         self.core.report_failure(reason);
+    }
+
+    /// Says that the work in progress on the queue is getting on, however long it takes. Any thread.
+    pub fn report_progress(&self) {
+        if let Some(lane) = &self.core.lane {
+            lane.progress();
+        }
+    }
+
+    /// Runs code on the queue, and has the flight recorder know what that is.
+    pub fn recorded<R>(&self, kind: Kind, first: u64, second: u64, code: impl FnOnce() -> R) -> R {
+        let _during = self.core.lane.as_ref().map(|lane| lane.during(kind, first, second));
+        code()
+    }
+
+    /// Has the flight recorder know of something that happened on the queue. Only the thread that
+    /// runs the queue can say so; of any other one nothing is recorded.
+    pub fn note(&self, kind: Kind, first: u64, second: u64) {
+        if let Some(lane) = self.core.lane.as_ref().filter(|_| self.on_queue()) {
+            lane.note(kind, first, second);
+        }
+    }
+
+    /// The flight recorder of the queue's engine, if it has one.
+    pub fn recorder(&self) -> Option<&Arc<Recorder>> {
+        self.core.intake.engine.recorder.as_ref()
     }
 
     /// The time on a clock as this queue's timers see it, in nanoseconds.
@@ -475,6 +506,9 @@ impl QueueCore {
         let held = Holding::of(self);
         let start = ticks();
         let waited = start.saturating_sub(self.intake.scheduled_at.load(Relaxed));
+        if let Some(lane) = &self.lane {
+            lane.turn(start);
+        }
         let mut watch = Stopwatch::start(&self.numbers, start);
         if self.options.reentrant {
             self.run_turn(&held, &mut watch);
@@ -498,6 +532,7 @@ impl QueueCore {
             let Some(item) = batch.next() else {
                 if batch.has_added() {
                     self.guarded(|| batch.run_added());
+                    self.item_done();
                     watch.item_ran(ticks);
                 } else if !self.refill(&mut batch) {
                     return;
@@ -521,6 +556,7 @@ impl QueueCore {
                     continue;
                 }
             }
+            self.item_done();
             watch.item_ran(ticks);
         }
         self.leave(&mut batch);
@@ -579,6 +615,7 @@ impl QueueCore {
                 // The block slept, and the queue was cancelled meanwhile: somebody else has it.
                 return;
             }
+            self.item_done();
             watch.item_ran(ticks);
         }
         self.leave_turn();
@@ -618,7 +655,9 @@ impl QueueCore {
             let core = &beside.0;
             let start = ticks();
             held::pick_up_beside(core.address());
+            core.lane.iter().for_each(Lane::begin_beside);
             core.guarded(|| block.run());
+            core.lane.iter().for_each(Lane::end_beside);
             held::lay_down(core.address());
             let _turn = core.turn.lock().expect(NO_PANIC);
             core.numbers.count_run();
@@ -746,7 +785,32 @@ impl QueueCore {
         if takes(Step::LeaveTurn) {
             self.leave_turn();
         }
+        self.at_rest();
         self.release();
+    }
+
+    /// This thread has begun to run the queue.
+    #[inline]
+    fn at_work(&self) {
+        if let Some(lane) = &self.lane {
+            lane.begin();
+        }
+    }
+
+    /// One piece of work has ended.
+    #[inline]
+    fn item_done(&self) {
+        if let Some(lane) = &self.lane {
+            lane.done();
+        }
+    }
+
+    /// This thread is about to give the queue up.
+    #[inline]
+    fn at_rest(&self) {
+        if let Some(lane) = &self.lane {
+            lane.end();
+        }
     }
 
     #[inline]
@@ -800,6 +864,7 @@ impl<'a> Holding<'a> {
     #[inline]
     fn of(core: &'a Arc<QueueCore>) -> Self {
         held::pick_up(core.address());
+        core.at_work();
         Self { core, passed_on: Cell::new(false) }
     }
 
@@ -820,6 +885,7 @@ impl Drop for Holding<'_> {
     fn drop(&mut self) {
         // After a sleep the queue may be somebody else's, if it was cancelled meanwhile.
         if !has_failed() && !self.passed_on.get() && held::lay_down(self.core.address()) {
+            self.core.at_rest();
             self.core.release();
         }
     }

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use iohost_event::Clock;
 use iohost_interface::IOReturn;
+use iohost_memory::flight_recorder::Kind;
 
 use crate::deadlines::{Answer, Armed, Deadline, Expire, NoteOf};
 use crate::handler::{Handler, HandlerSlot, NotNow};
@@ -274,7 +275,8 @@ impl Deliver for TimerCore {
         drop(state);
         if let Ok(handler) = handler {
             let _told = self.waiter.delivering();
-            handler.call(self.queue.engine().deadlines.now(Clock::Uptime));
+            let now = self.queue.engine().deadlines.now(Clock::Uptime);
+            self.queue.recorded(Kind::Timer, now, 0, || handler.call(now));
         }
     }
 }

@@ -547,9 +547,27 @@ catalogue! {
         check: "iohost status; the daemon's log",
         fix: "Read the log for what it said last; a service in quarantine is started again by iohost bind SERVICE.",
     }
+    NoSuchCrash = "no-such-crash", None, {
+        means: "There is no crash report of this number.",
+        why: "The newest 64 are kept; they lie in the daemon's state directory.",
+        check: "iohost crashes",
+        fix: "Name one that is listed, or the directory with --state-dir.",
+    }
+    CrashUnreadable = "crash-unreadable", None, {
+        means: "A crash report, or the folder of them, cannot be read.",
+        why: "They belong to the user that the daemon runs as; or the file is of another version.",
+        check: "ls -l /var/lib/iohost/crashes",
+        fix: "Read it as that user.",
+    }
+    DriverPanicked = "driver-panicked", None, {
+        means: "The driver panicked, and its process was ended.",
+        why: "A handler that panics leaves the driver's state as it was then. The caller is answered, the device is reset and the driver started again.",
+        check: "iohost crashes; iohost crashes show N has the words and the place",
+        fix: "Report it to the driver's author with that.",
+    }
     DriverHung = "driver-hung", None, {
-        means: "The driver did what it was told too slowly, and was killed.",
-        why: "Starting, stopping and leaving have a time limit each, so that a driver cannot hold up the machine.",
+        means: "The driver did what it was told too slowly, or gave no sign of life in the middle of something, and was killed.",
+        why: "Starting, stopping and leaving have a time limit each, and so has each piece of work that reports no progress, so that a driver cannot hold up the machine.",
         check: "the daemon's log; IOHOST_LOG=debug shows more",
         fix: "Find out what it waits for; it is started again.",
     }
@@ -570,12 +588,6 @@ catalogue! {
         why: "A service is upgraded to its own driver, for its own device.",
         check: "iohost status",
         fix: "Give a plugin of that driver; another driver is installed, and bound with iohost unbind and iohost bind.",
-    }
-    UpgradeNotAllowed = "upgrade-not-allowed", None, {
-        means: "This user may not upgrade drivers.",
-        why: "The plugin file becomes code that the daemon starts, so only root and the daemon's own user may name one.",
-        check: "id; who owns the daemon: ps -o user= -C iohost",
-        fix: "Run it as one of them, with sudo for one.",
     }
     PluginInstall = "plugin-install", None, {
         means: "A plugin file could not be put into the driver directory.",
@@ -638,6 +650,67 @@ catalogue! {
         why: "The reason in the message is the driver's.",
         check: "the driver's log lines",
         fix: "Depends on the driver.",
+    }
+    AccessDenied = "access-denied", None, {
+        means: "The client's user may not open this service.",
+        why: "The configuration says who may, device by device; the user and its groups are what the kernel noted when \
+              the client connected. Root and the daemon's own user always may.",
+        check: "allow_users and allow_groups of the device in the configuration; id",
+        fix: "Add the user or one of its groups to allow_users or allow_groups. A group that was given just now counts \
+              after the next login.",
+    }
+    AdminOnly = "admin-only", None, {
+        means: "The client's user may not take devices or give them back.",
+        why: "That changes the machine: it is root's and the daemon's own user's, unless the configuration says who else.",
+        check: "admin_users and admin_groups in the configuration; id",
+        fix: "Run it as root, or add the user or one of its groups to admin_users or admin_groups.",
+    }
+    ClientSessions = "client-sessions", None, {
+        means: "The client's process has as many sessions as it may, with all services together.",
+        why: "Each takes memory and descriptors of the daemon, and no client may take those of the others.",
+        check: "iohost status",
+        fix: "Close one, or raise sessions_per_client in the configuration.",
+    }
+    ClientMemory = "client-memory", None, {
+        means: "The queues of the client's sessions would take more memory than one process may have.",
+        why: "The memory is shared, and the daemon holds it while the session lasts.",
+        check: "memory_per_client in the configuration",
+        fix: "Ask for smaller queues, close sessions, or raise memory_per_client in the configuration.",
+    }
+    TooManyConnections = "too-many-connections", None, {
+        means: "The client's process, or its user, has as many connections to the daemon as it may.",
+        why: "Each takes memory and descriptors of the daemon, and no client may take those of the others.",
+        check: "ss -xp | grep io.iohost",
+        fix: "Close some: one connection serves any number of calls. Or raise connections_per_client in the \
+              configuration.",
+    }
+    TooManyRequests = "too-many-requests", None, {
+        means: "The client's process makes more requests of the daemon than it may.",
+        why: "Requests are dealt with one after the other, those of all clients. Calls of a driver are none: they go to \
+              the driver.",
+        check: "requests_per_second in the configuration",
+        fix: "Wait between requests; watch services where it is their state that is asked for. Or raise \
+              requests_per_second in the configuration.",
+    }
+    SandboxFailed = "sandbox-failed", None, {
+        means: "The driver host could not give up its rights.",
+        why: "It does before it loads its plugin, and runs none with rights that it was to give up.",
+        check: "the message has the step and what the kernel said",
+        fix: "Look for what forbids the step: another sandbox around the daemon, a limit. sandbox = \"off\" for the device \
+              runs its driver with the daemon's rights.",
+    }
+    SandboxIncomplete = "sandbox-incomplete", None, {
+        means: "The sandbox is required, and this kernel or this daemon cannot do all of it.",
+        why: "A user of its own takes a daemon with root's rights, Landlock a kernel that has it switched on.",
+        check: "cat /sys/kernel/security/lsm; id",
+        fix: "Give what is missing, or set sandbox = \"on\" to do without.",
+    }
+    NoLandlock = "no-landlock", Some(Notes), {
+        means: "The kernel's Landlock is off, which would keep drivers from files.",
+        why: "Without it a driver can read what everybody may read; it still can write nothing, start nothing and connect \
+              to nothing. iohost status shows what each driver's sandbox has.",
+        check: "cat /sys/kernel/security/lsm",
+        fix: "Add landlock to lsm= on the kernel command line; reboot. A kernel before 5.13 has none.",
     }
     TooManySessions = "too-many-sessions", None, {
         means: "The service has as many sessions as it may.",
@@ -754,7 +827,7 @@ catalogue! {
         fix: "Name another file.",
     }
     File = "file", None, {
-        means: "A file cannot be read.",
+        means: "A file cannot be read or written.",
         why: "The message has the kernel's reason.",
         check: "ls -l FILE",
         fix: "Correct path or permissions.",
@@ -782,6 +855,36 @@ catalogue! {
         why: "The device or its driver is broken.",
         check: "run it again, with another file",
         fix: "Report it.",
+    }
+    FaultsCampaign = "faults-campaign", None, {
+        means: "A campaign of faults could not be made, or not to its end.",
+        why: "The message says what could not be had, or what was waited for in vain.",
+        check: "the daemon's log that the message names",
+        fix: "Correct what it names, and run it again with the same --seed.",
+    }
+    FaultsFound = "faults-found", None, {
+        means: "In a campaign of faults not everything held that has to hold.",
+        why: "The score says what: processes that died, entries that were lost or came twice, devices that were not safe, things left behind.",
+        check: "iohost faults run --seed N makes the same faults again",
+        fix: "Report it with the score and the seed.",
+    }
+    NoSuchDisk = "no-such-disk", None, {
+        means: "The service has no disk of this number, or none at all.",
+        why: "A controller's namespaces have numbers, which need not be consecutive.",
+        check: "iohost block ls",
+        fix: "Name one that is listed.",
+    }
+    BlockRange = "block-range", None, {
+        means: "The bytes are not on the disk, or not whole blocks of it.",
+        why: "A disk is read and written in whole blocks; the message has the numbers.",
+        check: "iohost block info SERVICE",
+        fix: "Name bytes that the disk has.",
+    }
+    BlockFailed = "block-failed", None, {
+        means: "A disk did not do what it should.",
+        why: "The message has the kind of failure and the device's words.",
+        check: "iohost block health SERVICE; the driver's log lines",
+        fix: "See what the message says; a medium error is one of the device.",
     }
 }
 

@@ -86,6 +86,8 @@ pub struct Machine {
     pub iommufd: bool,
     /// Whether VFIO takes functions without an IOMMU; `None` where it never does.
     pub no_iommu_mode: Option<bool>,
+    /// Whether the kernel has Landlock switched on.
+    pub landlock: Option<bool>,
     /// How the kernel is started.
     pub boot: Boot,
 }

@@ -27,6 +27,9 @@ pub(crate) fn gather(root: &Root) -> Machine {
         device_nodes: (vfio_pci == Module::Loaded).then_some(makes_nodes),
         iommufd: root.at(Nodes::IOMMUFD).exists(),
         no_iommu_mode: root.switch("vfio", "enable_unsafe_noiommu_mode"),
+        landlock: root
+            .text("/sys/kernel/security/lsm")
+            .map(|modules| modules.trim().split(',').any(|module| module == "landlock")),
         boot: Boot::gather(root),
     }
 }

@@ -20,6 +20,7 @@ pub(crate) fn of_machine(facts: &Facts) -> Vec<Finding> {
         driver_not_loaded(machine),
         device_nodes(machine),
         no_iommu_mode(machine),
+        no_landlock(machine),
         locked_memory(&facts.subject, facts.dma_bytes, machine.boot.has_unit),
     ];
     findings.into_iter().flatten().collect()
@@ -259,6 +260,20 @@ fn no_iommu_mode(machine: &Machine) -> Option<Finding> {
                 .to_owned(),
             "turn it off where no device of this machine needs it",
             Some("echo 0 > /sys/module/vfio/parameters/enable_unsafe_noiommu_mode".to_owned()),
+        )
+    })
+}
+
+fn no_landlock(machine: &Machine) -> Option<Finding> {
+    let off = machine.landlock == Some(false);
+    off.then(|| {
+        finding(
+            Code::NoLandlock,
+            "the kernel's Landlock is off, so a driver can read files that everybody may read"
+                .to_owned(),
+            "add `landlock` to the list lsm= on the kernel command line (the list that is in force \
+             is in /sys/kernel/security/lsm), and reboot",
+            None,
         )
     })
 }
@@ -630,6 +645,7 @@ mod tests {
                 device_nodes: Some(true),
                 iommufd: true,
                 no_iommu_mode: Some(false),
+                landlock: Some(true),
                 boot: Boot {
                     words: vec!["quiet".to_owned(), "intel_iommu=on".to_owned()],
                     loader: Some(Loader::GrubDefaults),
@@ -753,6 +769,7 @@ mod tests {
         (Code::NotBound, |_, edu| (edu.driver, edu.may_bind) = (None, true)),
         (Code::NoCdev, |facts, _| facts.machine.device_nodes = Some(false)),
         (Code::NoIommuModeOn, |facts, _| facts.machine.no_iommu_mode = Some(true)),
+        (Code::NoLandlock, |facts, _| facts.machine.landlock = Some(false)),
         (Code::UnsafeBackend, |_, edu| edu.owner = owner(None, "uio", true)),
     ];
 

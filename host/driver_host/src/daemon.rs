@@ -5,10 +5,10 @@
 //! given at its start until the next daemon connects. It is then asked for everything it was given, of
 //! which it keeps duplicates; so nothing has to be kept anywhere else.
 //!
-//! A sandbox has to leave it accept4(2), sendmsg(2) and recvmsg(2), with descriptors; it neither makes
-//! sockets nor connects any.
+//! Inside its sandbox it neither makes sockets nor connects any: it accepts, and dup3(2) makes the next
+//! daemon the one that hears of refused system calls.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context, Result};
@@ -38,6 +38,11 @@ impl Daemon {
         Self { connection: Mutex::new(Arc::new(connection)), device_events: Mutex::default() }
     }
 
+    /// The connection to the daemon that there is now.
+    pub(crate) fn connection(&self) -> Arc<Packets> {
+        self.connection.lock().expect(NO_PANIC).clone()
+    }
+
     pub(crate) fn send(&self, message: &FromHost) -> Result<()> {
         send(&self.connection.lock().expect(NO_PANIC), message, &[])
     }
@@ -54,8 +59,7 @@ impl Daemon {
 
     /// The next message; `None` once the daemon is gone.
     pub(crate) fn receive(&self) -> Result<Option<Said>> {
-        let connection = self.connection.lock().expect(NO_PANIC).clone();
-        receive(&connection)
+        receive(&self.connection())
     }
 
     /// Waits for the next daemon, and for what it says first.
@@ -65,6 +69,10 @@ impl Daemon {
             let next = listener.accept().context("waiting for the next daemon")?;
             match receive(&next) {
                 Ok(Some(said)) => {
+                    // A driver goes on without that, too.
+                    if let Err(err) = iohost_sandbox::report_to(next.as_fd()) {
+                        warn!(err:%; "this daemon will not hear of refused system calls");
+                    }
                     *self.connection.lock().expect(NO_PANIC) = Arc::new(next);
                     return Ok(said);
                 }

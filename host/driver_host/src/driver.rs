@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
 
 use iohost_dispatch::{Engine, Owner, Queue, QueueOptions};
-use iohost_interface::{Arguments, IOReturn, ReplySink};
+use iohost_interface::{Arguments, ClientFile, IOReturn, ReplySink};
+use iohost_memory::flight_recorder::{CallSlot, Kind};
 
 use crate::plugin::{Instance, NewSession, Plugin};
 use crate::power::{Acknowledgement, PowerState};
@@ -67,17 +68,26 @@ impl Drop for Finish {
 
 /// Owns the driver's queues: keeps what failed there first.
 #[derive(Default)]
-struct FirstFailure(Mutex<Option<String>>);
+struct FirstFailure {
+    first: Mutex<Option<String>>,
+    /// Told of each one.
+    report: OnceLock<Report>,
+}
+
+type Report = Box<dyn Fn(&str) + Send + Sync>;
 
 impl FirstFailure {
     fn get(&self) -> Option<String> {
-        self.0.lock().expect(NO_PANIC).clone()
+        self.first.lock().expect(NO_PANIC).clone()
     }
 }
 
 impl Owner for FirstFailure {
     fn failed(&self, _: &str, reason: &str) {
-        self.0.lock().expect(NO_PANIC).get_or_insert_with(|| reason.to_owned());
+        self.first.lock().expect(NO_PANIC).get_or_insert_with(|| reason.to_owned());
+        if let Some(report) = self.report.get() {
+            report(reason);
+        }
     }
 }
 
@@ -109,7 +119,9 @@ impl Driver {
             ("IOProviderClass".to_owned(), "IOPCIDevice".into()),
         ]);
         services.registry().describe(device.properties(), driver_properties, &queue);
-        let started = queue.dispatch_sync(|| plugin.start(&queue, &services, device));
+        let started = queue.dispatch_sync(|| {
+            queue.recorded(Kind::Start, 0, 0, || plugin.start(&queue, &services, device))
+        });
         let instance = started.flatten().map_err(|status| {
             services.registry().stopped();
             failed(status, failure.get())
@@ -198,14 +210,22 @@ impl Driver {
         begin: impl FnOnce() + Send + 'static,
     ) {
         let driver = self.clone();
-        let mut owed = Owed(Some(sink));
+        let slot = self.queue.recorder().and_then(|recorder| recorder.call(session, selector));
+        let slot = slot.map(Arc::new);
+        let queue = self.queue.clone();
+        let sink = Recorded { sink, slot: slot.clone(), queue, session, selector };
+        let mut owed = Owed(Some(Box::new(sink)));
         self.queue.dispatch_async(move || {
             if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC)
                 && let Some(sink) = owed.0.take()
             {
                 begin();
                 let client_type = driver.client_type(session);
-                instance.call(session, client_type, selector, &arguments, sink);
+                slot.iter().for_each(|slot| slot.running());
+                driver.queue.recorded(Kind::Call, session, selector, || {
+                    instance.call(session, client_type, selector, &arguments, sink);
+                });
+                slot.iter().for_each(|slot| slot.taken());
             }
         });
     }
@@ -250,7 +270,9 @@ impl Driver {
             if client_type != 0 && self.plugin.describe_type(client_type).is_none() {
                 return Err(IOReturn::UNSUPPORTED);
             }
-            instance.session_opened(session, client_type)
+            self.queue.recorded(Kind::SessionOpened, number, 0, || {
+                instance.session_opened(session, client_type)
+            })
         });
         let opened = opened.flatten();
         if opened.is_err() {
@@ -274,7 +296,9 @@ impl Driver {
         let driver = self.clone();
         self.queue.dispatch_async(move || {
             if let Some(instance) = &*driver.instance.lock().expect(NO_PANIC) {
-                instance.session_closed(session);
+                driver.queue.recorded(Kind::SessionClosed, session, 0, || {
+                    instance.session_closed(session);
+                });
             }
             driver.client_types.lock().expect(NO_PANIC).remove(&session);
         });
@@ -283,6 +307,14 @@ impl Driver {
     /// What the driver failed of, if it failed: the first panic in one of its handlers.
     pub fn failure(&self) -> Option<String> {
         self.failure.get()
+    }
+
+    /// Has `report` called for each failure, on the thread that failed; at once if there was one.
+    pub(crate) fn on_failure(&self, report: impl Fn(&str) + Send + Sync + 'static) {
+        let report = self.failure.report.get_or_init(|| Box::new(report));
+        if let Some(reason) = self.failure.get() {
+            report(&reason);
+        }
     }
 
     /// Stops the driver, waits until it has stopped, and frees it. A second call only waits.
@@ -298,7 +330,7 @@ impl Driver {
         self.services.power().stopped();
         let begun = self.queue.dispatch_sync(|| {
             let Some(instance) = self.instance.lock().expect(NO_PANIC).take() else { return };
-            let acknowledged = self.await_stop(instance);
+            let acknowledged = self.queue.recorded(Kind::Stop, 0, 0, || self.await_stop(instance));
             if acknowledged {
                 self.stopping.finish();
             }
@@ -361,6 +393,27 @@ impl Drop for Owed {
         if let Some(sink) = self.0.take() {
             sink.deliver(Err(IOReturn::NOT_READY));
         }
+    }
+}
+
+/// Where the answer to a call goes, with what is recorded of it.
+struct Recorded {
+    sink: Box<dyn ReplySink>,
+    slot: Option<Arc<CallSlot>>,
+    queue: Queue,
+    session: u64,
+    selector: u64,
+}
+
+impl ReplySink for Recorded {
+    fn deliver(self: Box<Self>, answer: Result<Arguments, IOReturn>) {
+        self.slot.iter().for_each(|slot| slot.answered());
+        self.queue.note(Kind::Answer, self.session, self.selector);
+        self.sink.deliver(answer);
+    }
+
+    fn client_memory(&self, memory: u64) -> Result<ClientFile, IOReturn> {
+        self.sink.client_memory(memory)
     }
 }
 

@@ -6,13 +6,16 @@
 //! with its queue; `registry.rs` and `power.rs` have what it says of itself, `services.rs` what it may
 //! know of others; `session.rs` carries the
 //! calls of clients to it, and actions both ways (`session_actions.rs`); [`process`] is the
-//! conversation with the daemon, or with one daemon after the other (`daemon.rs`). [`plugin_file`] reads a plugin's descriptor from its file,
+//! conversation with the daemon, or with one daemon after the other (`daemon.rs`), and
+//! `confinement.rs` what this process gives up before the plugin is loaded. [`plugin_file`] reads a
+//! plugin's descriptor from its file,
 //! without running it.
 //!
 //! The testkit uses the same [`Driver`], with a device that is a Rust value.
 
 #![deny(unsafe_code)]
 
+mod confinement;
 mod daemon;
 mod device;
 mod device_events;

@@ -41,7 +41,6 @@ mod timer;
 use std::ffi::{CStr, c_char, c_void};
 use std::fmt;
 use std::mem::offset_of;
-use std::path::Path;
 use std::ptr;
 use std::sync::Arc;
 
@@ -65,6 +64,7 @@ use self::service::SERVICE_TABLE;
 use self::services::SERVICES_TABLE;
 use self::session::SESSION_TABLE;
 use crate::Device;
+use crate::plugin_file::PluginFile;
 use crate::services::Services;
 
 /// A driver's code: a loaded file, or a driver that is linked in.
@@ -85,11 +85,10 @@ pub struct Plugin {
 pub struct LoadedPlugin;
 
 impl LoadedPlugin {
-    /// Loads a file that [`plugin_file::inspect`](crate::plugin_file::inspect) has accepted. Its
-    /// initialisers run here, with the rights this process has left.
-    pub fn load(path: &Path) -> Result<Plugin, libloading::Error> {
+    /// Loads a file. Its initialisers run here, with the rights this process has left.
+    pub fn load(file: &PluginFile) -> Result<Plugin, libloading::Error> {
         // SAFETY: contract: the file is a plugin, trusted with this process.
-        let library = unsafe { libloading::Library::new(path) }?;
+        let library = unsafe { libloading::Library::new(file.name_of_descriptor()) }?;
         // SAFETY: contract 1: the symbol is data of this type.
         let descriptor = unsafe { library.get::<*const DriverDescriptor>(SYMBOL) }?;
         // The symbol's address is the descriptor's; see `Symbol`'s deref.

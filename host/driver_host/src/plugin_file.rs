@@ -1,6 +1,9 @@
 //! Plugin files, read without running them.
 
-use std::path::Path;
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 
 use iohost_control::host::Failure;
 use iohost_control::plugin::{Masked, Needs, Personality, PluginInfo};
@@ -11,18 +14,61 @@ use iohost_driver_abi::{
 use object::read::elf::ElfFile64;
 use object::{Architecture, Endianness, Object, ObjectKind, ObjectSection, ObjectSymbol};
 
+/// A plugin's file that has been found fit, and stays open: what is loaded is what was looked at,
+/// whatever the path leads to by then.
+#[derive(Debug)]
+pub struct PluginFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl PluginFile {
+    /// Opens a file that [`inspect`] would accept.
+    ///
+    /// Errors: as `inspect`.
+    pub fn open(path: &Path) -> Result<Self, Failure> {
+        let (file, _) = opened(path)?;
+        Ok(Self { file, path: path.to_owned() })
+    }
+
+    /// Where it was found.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A name of the open file, for the dynamic loader. `$ORIGIN` in it is not the plugin's folder.
+    pub(crate) fn name_of_descriptor(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.file.as_raw_fd()).into()
+    }
+}
+
+impl AsFd for PluginFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 /// Reads a plugin's descriptor from its file, and says why where there is none that this host
 /// can use. Nothing of the file is run.
 pub fn inspect(path: &Path) -> Result<PluginInfo, Failure> {
+    opened(path).map(|(_, info)| info)
+}
+
+fn opened(path: &Path) -> Result<(File, PluginInfo), Failure> {
     let refused = |code: &str, message: String, next: &str| Failure {
         code: code.to_owned(),
         message: format!("{}: {message}", path.display()),
         next: next.to_owned(),
     };
-    let file = std::fs::read(path).map_err(|err| {
+    let read = |path| -> std::io::Result<(File, Vec<u8>)> {
+        let (mut file, mut bytes) = (File::open(path)?, Vec::new());
+        file.read_to_end(&mut bytes)?;
+        Ok((file, bytes))
+    };
+    let (file, bytes) = read(path).map_err(|err| {
         refused("plugin-unreadable", err.to_string(), "check the path and its permissions")
     })?;
-    let elf = ElfFile64::<Endianness>::parse(&*file).map_err(|_| {
+    let elf = ElfFile64::<Endianness>::parse(&*bytes).map_err(|_| {
         refused(
             "plugin-not-a-library",
             "is not a 64-bit ELF file".to_owned(),
@@ -105,7 +151,7 @@ pub fn inspect(path: &Path) -> Result<PluginInfo, Failure> {
     };
     let personalities = header.personalities.iter().zip(matching.scores).map(personality).collect();
     let (name, category) = (header.name, matching.category);
-    Ok(PluginInfo { name, category, personalities, needs: header.needs })
+    Ok((file, PluginInfo { name, category, personalities, needs: header.needs }))
 }
 
 const HOST_ARCHITECTURE: Architecture =

@@ -2,14 +2,15 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use iohost_control::host::{
     DeviceEvent as Heard, DeviceLocation, Failure, FromHost, HandedOver, InterruptChoice,
     LONGEST_MESSAGE, OpenSession, Outcome, PciBackend, PowerState as Power, QueueStatistics,
-    Quiesced, Ready, Start, StateSize, Statistics, ToHost,
+    Quiesced, Ready, Start, StartDescriptors, StateSize, Statistics, ToHost,
 };
 use iohost_device_backend::{
     Access, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, UioBackend, UioError,
@@ -19,16 +20,19 @@ use iohost_dispatch::Engine;
 use iohost_doctor::{Code, refusal};
 use iohost_event::{PacketListener, Packets};
 use iohost_interface::IOReturn;
+use iohost_memory::flight_recorder::{Kind, Recorder};
 use iohost_pci::{PciError, Sysfs};
-use log::info;
+use log::{error, info};
 
+use crate::confinement::confine;
 use crate::daemon::{Daemon, Teller};
 use crate::device::with_sources;
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
+use crate::plugin_file::PluginFile;
 use crate::session::Sessions;
 use crate::{
     Device, Driver, EventWatch, PowerNews, PowerState, Registry, Services, StartError, Told,
-    plugin_file, saved_state,
+    saved_state,
 };
 
 /// The most kinds of clients that a driver can have.
@@ -41,11 +45,16 @@ pub fn run(daemon: Packets) -> Result<()> {
     let ToHost::Start(start) = message else {
         bail!("expected `start`, the daemon sent {message:?}")
     };
-    let mut fds = fds.into_iter();
-    let listener = fds.next().map(PacketListener::from);
-    let state = start.state.zip(fds.next());
-    let conversation = Conversation { daemon: daemon.clone(), listener };
-    let running = match Running::start(start, state, &daemon) {
+    let count = fds.len();
+    let Some(beside) = StartDescriptors::from_order(fds) else {
+        bail!("the daemon sent {count} descriptors beside `start`")
+    };
+    let conversation =
+        Conversation { daemon: daemon.clone(), listener: PacketListener::from(beside.listener) };
+    let state = start.state.zip(beside.state);
+    let started = recorder(beside.memory, beside.bell)
+        .and_then(|recorder| Running::start(start, state, &daemon, recorder));
+    let running = match started {
         Ok(running) => running,
         Err(failure) => {
             daemon.send(&FromHost::Failed(failure.clone()))?;
@@ -77,17 +86,16 @@ enum End {
 /// The conversation with one daemon after the other.
 struct Conversation {
     daemon: Arc<Daemon>,
-    listener: Option<PacketListener>,
+    listener: PacketListener,
 }
 
 impl Conversation {
     /// Answers the daemon until it says that this is the end.
     fn serve(&self, running: &Running) -> Result<End> {
         loop {
-            let (message, fds) = match (self.daemon.receive()?, &self.listener) {
-                (Some(said), _) => said,
-                (None, Some(listener)) => self.daemon.await_next(listener)?,
-                (None, None) => bail!("the daemon is gone, and no other one can come"),
+            let (message, fds) = match self.daemon.receive()? {
+                Some(said) => said,
+                None => self.daemon.await_next(&self.listener)?,
             };
             match message {
                 ToHost::HandOver => self.daemon.hand_over(|tell| running.hand_over(tell))?,
@@ -172,6 +180,28 @@ impl Conversation {
     }
 }
 
+fn recorder(memory: OwnedFd, bell: OwnedFd) -> Result<Arc<Recorder>, Failure> {
+    let attached = Recorder::attach(memory, bell);
+    attached
+        .map(Arc::new)
+        .map_err(|err| internal(format!("the flight recorder: {}", with_sources(&err))))
+}
+
+/// Tells the daemon of a driver that panicked, and ends the process: what the driver's state is
+/// worth, nobody knows. The device is made safe by whoever has it next.
+fn end_for(daemon: &Daemon, driver: &str, recorder: &Recorder, reason: &str) -> ! {
+    error!(reason; "the driver has failed");
+    recorder.panicked(reason);
+    let failure = Failure::new(
+        "driver-panicked",
+        format!("driver {driver:?} {reason}"),
+        "report it to the driver's author, with `iohost crashes show`",
+    );
+    let _ = daemon.send(&FromHost::Failed(failure));
+    // As a program of Rust ends by a panic.
+    std::process::exit(101)
+}
+
 /// The socket of a session, and what the driver gets, from the descriptors in the order of
 /// `OpenSession`.
 fn session_parts(open: &OpenSession, fds: Vec<OwnedFd>) -> Result<(Packets, NewSession), String> {
@@ -201,8 +231,12 @@ struct Running {
     driver: Option<Arc<Driver>>,
     device: Arc<Device>,
     engine: Engine,
+    /// What the queues do, which every daemon watches.
+    recorder: Arc<Recorder>,
     quiesced: Quiesced,
     ready: Ready,
+    /// The end is near: what fails from here on changes nothing.
+    ends: Arc<AtomicBool>,
 }
 
 impl Running {
@@ -210,9 +244,8 @@ impl Running {
         start: Start,
         state: Option<(StateSize, OwnedFd)>,
         daemon: &Arc<Daemon>,
+        recorder: Arc<Recorder>,
     ) -> Result<Self, Failure> {
-        let engine = Engine::start()
-            .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let backend = open_device(&start.device)?;
         let taken = Device::take_over(backend, allowed(&start.interrupts));
         let (device, quiesced) = taken.map_err(|err| {
@@ -229,13 +262,26 @@ impl Running {
             Outcome::Clean | Outcome::Quarantined => quiesced.how.clone(),
         };
         let _ = daemon.send(&FromHost::Quiesced(quiesced.clone()));
+        let plugin = start.plugin.map(|path| PluginFile::open(Path::new(&path))).transpose()?;
+        // Here this process stops being trusted. It is one thread so far, since half of a sandbox
+        // is a thread's own; every thread from here on, and the plugin, are born inside.
+        let sandbox = match (&start.confinement, &plugin) {
+            (Some(wanted), Some(plugin)) => Some(confine(wanted, plugin, &daemon.connection())?),
+            _ => None,
+        };
+        let engine = Engine::start_recorded(recorder.clone())
+            .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let listener = daemon.clone();
+        let lane = Mutex::new(recorder.lane("(device)"));
         let events = EventWatch::start(&device, move |event| {
-            let event = match event {
-                DeviceEvent::Error => Heard::Error,
-                DeviceEvent::RemovalRequested => Heard::RemovalRequested,
-                DeviceEvent::Gone => Heard::Gone,
+            let (event, number) = match event {
+                DeviceEvent::Error => (Heard::Error, 1),
+                DeviceEvent::RemovalRequested => (Heard::RemovalRequested, 2),
+                DeviceEvent::Gone => (Heard::Gone, 3),
             };
+            if let Some(lane) = &*lane.lock().expect("nothing under this lock can fail") {
+                lane.note(Kind::Device, number, 0);
+            }
             listener.tell_of_device(event);
         });
         let events = events
@@ -247,17 +293,33 @@ impl Running {
             interface: String::new(),
             further_interfaces: Vec::new(),
             is_registered: true,
+            sandbox,
         };
-        let Some(plugin) = start.plugin else {
+        let ends = Arc::new(AtomicBool::new(false));
+        let Some(plugin) = plugin else {
             let (sessions, driver) = (None, None);
-            return Ok(Self { events, sessions, driver, device, engine, quiesced, ready });
+            return Ok(Self {
+                events,
+                sessions,
+                driver,
+                device,
+                engine,
+                recorder,
+                quiesced,
+                ready,
+                ends,
+            });
         };
-        let path = Path::new(&plugin);
-        plugin_file::inspect(path)?;
-        let plugin = LoadedPlugin::load(path).map_err(|err| Failure {
+        let plugin = LoadedPlugin::load(&plugin).map_err(|err| Failure {
             code: "plugin-load".to_owned(),
-            message: format!("{plugin} cannot be loaded: {}", with_sources(&err)),
-            next: "run `ldd` on it: a library it needs may be missing".to_owned(),
+            message: format!(
+                "{} cannot be loaded: {}",
+                plugin.path().display(),
+                with_sources(&err)
+            ),
+            next: "run `ldd` on it: a library it needs may be missing, or outside of the \
+                   system's folders for libraries"
+                .to_owned(),
         })?;
         let asker = daemon.clone();
         let services = Services::new(move || {
@@ -299,6 +361,13 @@ impl Running {
             (1..MOST_CLIENT_TYPES).map_while(|kind| driver.description_for(kind)).collect();
         ready.is_registered = driver.services().registry().is_registered();
         let driver = Arc::new(driver);
+        let (told, name, ending) = (daemon.clone(), driver.name(), ends.clone());
+        let failed = recorder.clone();
+        driver.on_failure(move |reason| {
+            if !ending.load(SeqCst) {
+                end_for(&told, &name, &failed, reason);
+            }
+        });
         let teller = daemon.clone();
         let sessions = Sessions::new(driver.clone(), move |session, reason| {
             let reason = reason.to_owned();
@@ -309,7 +378,7 @@ impl Running {
             sessions.map_err(|status| internal(format!("no session queue: {status}")))?;
         info!(incarnation = start.incarnation, driver = ready.driver.as_str(); "driver started");
         let (sessions, driver) = (Some(sessions), Some(driver));
-        Ok(Self { events, sessions, driver, device, engine, quiesced, ready })
+        Ok(Self { events, sessions, driver, device, engine, recorder, quiesced, ready, ends })
     }
 
     /// Has everything answered that is under way, and asks the driver what the next version has to
@@ -325,7 +394,8 @@ impl Running {
     fn hand_over(&self, tell: Teller<'_>) -> Result<()> {
         let quiesced = Some(self.quiesced.clone());
         let told = self.driver.as_ref().and_then(|driver| driver.services().known());
-        tell(&FromHost::HandedOver(HandedOver { quiesced, told }), &[])?;
+        let recorder = [self.recorder.memory(), self.recorder.bell()];
+        tell(&FromHost::HandedOver(HandedOver { quiesced, told }), &recorder)?;
         if let Some(sessions) = &self.sessions {
             sessions.hand_over(tell)?;
         }
@@ -372,6 +442,7 @@ impl Running {
 
     /// Stops the driver and leaves the device safe for the next one.
     fn stop(self) -> Quiesced {
+        self.ends.store(true, SeqCst);
         if let Some(driver) = &self.driver {
             driver.stop();
         }
@@ -384,6 +455,7 @@ impl Running {
 
     /// Stops the driver and closes the device as it is.
     fn let_go(self) {
+        self.ends.store(true, SeqCst);
         if let Some(driver) = &self.driver {
             driver.stop();
         }

@@ -44,8 +44,10 @@ pub enum Told {
 pub struct Registry {
     known: Mutex<Known>,
     /// Held while `tell` runs, so that what is told comes in its order.
-    tell: Mutex<Option<Box<dyn FnMut(Told) + Send>>>,
+    tell: Mutex<Option<Tell>>,
 }
+
+type Tell = Box<dyn FnMut(Told) + Send>;
 
 struct Known {
     device: u64,

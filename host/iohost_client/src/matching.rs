@@ -131,6 +131,8 @@ mod tests {
             is_unsafe: false,
             reset: None,
             quiesced: None,
+            sandbox: None,
+            refused_calls: Vec::new(),
             sessions: 0,
             is_registered: state == State::Running,
             is_busy: false,

@@ -48,7 +48,7 @@ use iohost_driver_abi::{
 pub(crate) use iohost_driver_abi::{ClientMemory, Personality};
 use iohost_interface::IOReturn;
 
-use crate::logger;
+use crate::{logger, panic_place};
 
 pub use self::device::Device;
 pub use self::entry::descriptor;
@@ -103,6 +103,7 @@ impl Tables {
         // SAFETY: the same.
         let service = unsafe { service.cast::<ServiceTable>().as_ref() };
         let _ = TABLES.set(Self { host, dispatch, device, session, action, services, service });
+        panic_place::note_from_now_on();
         if host.log.is_some() {
             logger::install();
         }

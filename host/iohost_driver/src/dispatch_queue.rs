@@ -89,6 +89,16 @@ impl<S: Send + 'static> IODispatchQueue<S> {
         });
     }
 
+    /// Says that the work in progress on this queue is getting on. Any thread, any time.
+    ///
+    /// A driver whose handler runs longer than the daemon's limit (2 s unless it is configured
+    /// otherwise) counts as hung and is started anew. Work that takes longer on purpose calls this
+    /// now and then; the daemon has a cap for all of it (60 s), which nothing extends. No call of
+    /// DriverKit's; costs a few nanoseconds.
+    pub fn report_progress(&self) {
+        self.raw().report_progress();
+    }
+
     /// The time on a clock as this queue's timers see it, in the clock's unit (all are
     /// nanoseconds here); a test's virtual time in a test.
     pub fn now(&self, clock: IOTimerClock) -> u64 {

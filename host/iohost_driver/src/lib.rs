@@ -32,6 +32,7 @@ mod interrupt;
 mod logger;
 mod memory;
 mod notification;
+mod panic_place;
 mod pci;
 mod raw_queue;
 mod service;

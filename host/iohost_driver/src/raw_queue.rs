@@ -46,6 +46,11 @@ impl IORawDispatchQueue {
         self.raw.on_queue()
     }
 
+    /// See [`IODispatchQueue::report_progress`].
+    pub fn report_progress(&self) {
+        self.raw.report_progress();
+    }
+
     /// Appends work and returns. See [`IODispatchQueue::dispatch_async`].
     pub fn dispatch_async(&self, block: impl FnOnce() + Send + 'static) {
         self.raw.dispatch_async(block);

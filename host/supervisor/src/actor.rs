@@ -5,6 +5,7 @@
 //! kernel driver to let go of its device has threads of its own (`Bindings`).
 
 mod configured;
+mod deaths;
 mod device_events;
 mod life;
 mod news;
@@ -24,29 +25,38 @@ use std::time::{Duration, Instant};
 
 use iohost_control::host::Failure;
 use iohost_control::plugin::PciIds;
-use iohost_event::{Poller, Ready as Found};
+use iohost_event::{Poller, Ready as Found, TickScale};
+use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::{HotplugSocket, PciFunction};
 use log::{info, warn};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 use signal_hook::flag;
 use signal_hook::low_level::pipe;
 
 use crate::Options;
 use crate::bindings::Bindings;
 use crate::config::Config;
+use crate::crashes::Crashes;
+use crate::driver_process::DriverProcess;
+use crate::hooks::Hooks;
 use crate::host_records::HostRecords;
+use crate::memory_events::MemoryEvents;
 use crate::plugins::Plugins;
 use crate::request::Inbox;
 use crate::service::{Cause, LastWords, Service, State};
 use crate::watchers::Watchers;
+
+pub(crate) use deaths::Evidence;
 
 const REQUESTS: u64 = 0;
 const SIGNALS: u64 = 1;
 const BINDINGS: u64 = 2;
 const HOTPLUG: u64 = 3;
 const RELOAD: u64 = 4;
-/// Each driver host has two tokens from here on: its messages, then its end.
+const CHILDREN: u64 = 5;
+/// Each driver host has tokens from here on: its messages, its end, work while nobody looks.
 const HOSTS: u64 = 6;
+const TOKENS_OF_A_HOST: u64 = 3;
 /// Each session has one from here on: the end of its client.
 const SESSIONS: u64 = 1 << 63;
 
@@ -63,6 +73,8 @@ pub(crate) struct Actor {
     signals: UnixStream,
     /// SIGHUP.
     reload: UnixStream,
+    /// Raised when a process of ours has ended or was stopped.
+    children: UnixStream,
     poller: Poller,
     bindings: Bindings,
     records: HostRecords,
@@ -74,6 +86,11 @@ pub(crate) struct Actor {
     watchers: Watchers,
     /// Driver hosts that said more than fits into a turn.
     talkative: BTreeSet<u64>,
+    crashes: Crashes,
+    hooks: Hooks,
+    memory_events: MemoryEvents,
+    /// What the times in flight recorders are worth.
+    ticks: TickScale,
     started: Instant,
     next_host: u64,
     next_session: u64,
@@ -82,6 +99,8 @@ pub(crate) struct Actor {
     next_token: Cell<u64>,
     /// SIGUSR2 came: the daemon ends, and its driver hosts wait for the next one.
     leaves_drivers: Arc<AtomicBool>,
+    /// The user of the next driver host.
+    next_user: u32,
     /// Whether the daemon is on its way out, and what went wrong on that way.
     stopping: bool,
     /// Whether it goes without waiting for devices that are being given back.
@@ -109,7 +128,11 @@ impl Actor {
         let (reload, hung_up) = UnixStream::pair()?;
         reload.set_nonblocking(true)?;
         pipe::register(SIGHUP, hung_up)?;
+        let (children, ended) = UnixStream::pair()?;
+        children.set_nonblocking(true)?;
+        pipe::register(SIGCHLD, ended)?;
         let poller = Poller::new()?;
+        poller.watch(&children, CHILDREN)?;
         poller.watch(&*inbox.wake, REQUESTS)?;
         poller.watch(&signals, SIGNALS)?;
         poller.watch(&reload, RELOAD)?;
@@ -124,6 +147,10 @@ impl Actor {
         let services =
             config.devices.iter().map(|device| Service::new(device.clone(), false)).collect();
         Ok(Self {
+            crashes: Crashes::new(&config.state_directory),
+            hooks: Hooks::default(),
+            memory_events: MemoryEvents::of_this_process(),
+            ticks: TickScale::start(),
             options: options.clone(),
             config,
             plugins,
@@ -131,6 +158,7 @@ impl Actor {
             inbox,
             signals,
             reload,
+            children,
             poller,
             bindings,
             records,
@@ -143,6 +171,7 @@ impl Actor {
             next_session: 1,
             next_token: Cell::new(0),
             leaves_drivers,
+            next_user: *life::DRIVER_USERS.start(),
             stopping: false,
             is_hasty: false,
             trouble: None,
@@ -175,8 +204,15 @@ impl Actor {
                     BINDINGS => self.hear_of_bindings(),
                     HOTPLUG => self.hear_hotplug(),
                     SESSIONS.. => self.client_left(token),
-                    _ if (token - HOSTS).is_multiple_of(2) => self.listen_to((token - HOSTS) / 2),
-                    _ => self.bury((token - HOSTS) / 2),
+                    CHILDREN => self.look_at_children(),
+                    _ => {
+                        let number = (token - HOSTS) / TOKENS_OF_A_HOST;
+                        match (token - HOSTS) % TOKENS_OF_A_HOST {
+                            0 => self.listen_to(number),
+                            1 => self.bury(number),
+                            _ => self.has_work(number),
+                        }
+                    }
                 }
             }
             self.check_deadlines(Instant::now());
@@ -188,6 +224,18 @@ impl Actor {
             self.leave_hosts();
         }
         self.trouble.take().map_or(Ok(()), Err)
+    }
+
+    /// Watches a driver host's process.
+    fn watch_host(&self, process: &DriverProcess, number: u64) -> io::Result<()> {
+        let token = HOSTS + TOKENS_OF_A_HOST * number;
+        self.poller.watch(process.messages(), token)?;
+        self.poller.watch(process.end(), token + 1)
+    }
+
+    /// Watches what a driver host's queues do.
+    fn watch_recorder(&self, recorder: &Recorder, number: u64) -> io::Result<()> {
+        self.poller.watch(recorder.bell(), HOSTS + TOKENS_OF_A_HOST * number + 2)
     }
 
     fn is_finished(&self) -> bool {

@@ -4,11 +4,29 @@
 //! driver_directory = "/usr/lib/iohost/drivers"
 //! runtime_directory = "/run/iohost"
 //! state_directory = "/var/lib/iohost"  # how to give back what was taken; one for all daemons
+//! sandbox = "on"                  # of driver hosts: "off"; "on"; "required" (all of it, or the driver is
+//!                                 # not started); "strict" (and a refused system call is its end)
+//! admin_users = ["root"]          # who may bind, unbind and upgrade, beside root and the daemon's user
+//! admin_groups = []
 //!
 //! [limits]
 //! sessions_per_service = 16       # at the same time
 //! queue_bytes = 1048576           # of a queue, where the client does not say
 //! largest_queue_bytes = 67108864  # the most a client may ask for
+//! sessions_per_client = 16        # of one process, with all services
+//! memory_per_client = 268435456   # bytes of the queues of those sessions
+//! connections_per_client = 64
+//! requests_per_second = 1000      # of one process
+//!
+//! [restart]                       # all of it may be left out; a device can have its own
+//! most = 5                        # restarts within the window; one death more is quarantine
+//! window_seconds = 1800
+//! pause_seconds = 1               # before the second restart (the first is at once), then doubled
+//! longest_pause_seconds = 30
+//! hang_seconds = 2                # work of a driver without a sign of life; 0 for never
+//! hang_cap_seconds = 60           # the same, however much progress it reports
+//! # hook = "/usr/local/bin/told"  # run at each death: docs/supervision.md
+//! hook_seconds = 10               # then it is killed
 //!
 //! [[device]]
 //! address = "0000:01:00.0"        # a PCI function
@@ -20,6 +38,11 @@
 //! bind = true                     # take it from its kernel driver; give it back at the end
 //! on_error = "reset"              # at an error of the device: "notify" (only its driver and the log),
 //!                                 # "reset" (and start again), "isolate" (stop it); without it: notify
+//! allow_users = ["root", 1000]    # who may open it, by name or number, beside root and the daemon's
+//! allow_groups = []               # user; without both: whoever may connect to the control socket
+//! # sandbox = "off"               # instead of the one for all
+//! # user = "nobody"               # of its driver host; without it: a number that nobody else has
+//! # memory = 1073741824           # bytes its driver host may have, and of each memory file
 //! # backend = "vfio-group"        # force one; without it: vfio-cdev, or else vfio-group
 //! # allow_unsafe = true           # what backends without an IOMMU need: vfio-no-iommu, uio
 //!
@@ -27,6 +50,7 @@
 //! name = "edu0"
 //! socket = "/run/edu.sock"        # a device behind a vfio-user server
 //! driver = "edu"                  # has to be named: the device says what it is too late
+//! restart = { most = 0 }          # for this device alone; the keys of the table above
 //!
 //! [[match]]                       # PCI functions that iohost may take when it finds them, or when
 //!                                 # they appear; none that the machine uses, and no [[device]]
@@ -43,14 +67,20 @@
 //!
 //! A mistake is reported with file, line and key, before anything is touched.
 
+use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use iohost_control::host::{DeviceLocation, InterruptChoice, PciBackend};
 use iohost_control::plugin::{Alternatives, PciMatch};
 use iohost_pci::{Binding, PciAddress};
+use nix::unistd::{Group, User};
 use serde::Deserialize;
 use toml::Spanned;
+
+use crate::access::Allowed;
+use crate::restart::{RestartChoices, RestartPolicy};
 
 /// Where the configuration is unless a flag says otherwise.
 pub const DEFAULT_CONFIG: &str = "/etc/iohost/iohost.toml";
@@ -72,6 +102,12 @@ pub struct Config {
     pub state_directory: PathBuf,
     /// What clients may ask for.
     pub limits: Limits,
+    /// When drivers are started again.
+    pub restart: RestartChoices,
+    /// What driver hosts give up, where their device does not say.
+    pub sandbox: SandboxMode,
+    /// Who may bind, unbind and upgrade, beside root and the daemon's user.
+    pub admins: Allowed,
     /// The devices, in the order of the file; names and locations are unique.
     pub devices: Vec<DeviceConfig>,
     /// What may be taken wherever it is, in the order of the file: the first that agrees counts.
@@ -110,6 +146,29 @@ pub struct Limits {
     pub queue_bytes: u32,
     /// The most bytes of a queue that a client may ask for.
     pub largest_queue_bytes: u32,
+    /// Sessions of one process with all services.
+    pub sessions_per_client: usize,
+    /// Bytes of the queues of these sessions.
+    pub memory_per_client: u64,
+    /// Connections of one process.
+    pub connections_per_client: usize,
+    /// Requests of one process, on all its connections.
+    pub requests_per_second: u32,
+}
+
+/// What a driver host gives up before it loads its plugin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SandboxMode {
+    /// Nothing: the driver has the daemon's rights.
+    Off,
+    /// What the kernel can take.
+    #[default]
+    On,
+    /// Everything, or the driver does not start.
+    Required,
+    /// As `Required`, and a refused system call is the end of the driver host.
+    Strict,
 }
 
 impl Default for Limits {
@@ -118,6 +177,10 @@ impl Default for Limits {
             sessions_per_service: 16,
             queue_bytes: 1024 * 1024,
             largest_queue_bytes: 64 * 1024 * 1024,
+            sessions_per_client: 16,
+            memory_per_client: 256 * 1024 * 1024,
+            connections_per_client: 64,
+            requests_per_second: 1000,
         }
     }
 }
@@ -143,6 +206,16 @@ pub struct DeviceConfig {
     pub category: String,
     /// Whether it is to be left alone, unless somebody asks for it.
     pub is_disabled: bool,
+    /// When its driver is started again, where that is another answer than for all.
+    pub restart: RestartChoices,
+    /// Who may open the service; `None` for whoever may connect.
+    pub clients: Option<Allowed>,
+    /// What its driver host gives up; `None` for what all do.
+    pub sandbox: Option<SandboxMode>,
+    /// User and group of its driver host, by number; `None` for a user of its own.
+    pub user: Option<(u32, u32)>,
+    /// Bytes of private memory of its driver host, and of each memory file.
+    pub memory: u64,
     /// The line of the entry.
     pub line: usize,
 }
@@ -250,9 +323,11 @@ impl Config {
     pub fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let source = Source { file, text };
         let raw: RawConfig = toml::from_str(text).map_err(|err| source.explain(&err))?;
+        let restart = source.check_restart(raw.restart, &RestartPolicy::default())?;
+        let for_all = RestartPolicy::default().with(&restart);
         let mut devices: Vec<DeviceConfig> = Vec::new();
         for entry in raw.device {
-            let device = source.check(entry)?;
+            let device = source.check(entry, &for_all)?;
             if let Some(other) = devices
                 .iter()
                 .find(|other| other.name == device.name || other.location == device.location)
@@ -271,12 +346,19 @@ impl Config {
         }
         let matches = raw.matches.into_iter().map(|rule| source.check_rule(rule));
         let matches = matches.collect::<Result<_, _>>()?;
+        let admins = Allowed {
+            users: source.users(raw.admin_users)?,
+            groups: source.groups(raw.admin_groups)?,
+        };
         Ok(Self {
             matches,
             driver_directory: raw.driver_directory,
             runtime_directory: raw.runtime_directory,
             state_directory: raw.state_directory,
             limits: raw.limits,
+            restart,
+            sandbox: raw.sandbox,
+            admins,
             devices,
         })
     }
@@ -293,10 +375,64 @@ struct RawConfig {
     state_directory: PathBuf,
     #[serde(default)]
     limits: Limits,
+    restart: Option<Spanned<RawRestart>>,
+    #[serde(default)]
+    sandbox: SandboxMode,
+    #[serde(default)]
+    admin_users: Vec<Spanned<NameOrNumber>>,
+    #[serde(default)]
+    admin_groups: Vec<Spanned<NameOrNumber>>,
     #[serde(default)]
     device: Vec<Spanned<RawDevice>>,
     #[serde(default, rename = "match")]
     matches: Vec<Spanned<RawMatch>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRestart {
+    most: Option<usize>,
+    window_seconds: Option<Seconds>,
+    pause_seconds: Option<Seconds>,
+    longest_pause_seconds: Option<Seconds>,
+    hang_seconds: Option<Seconds>,
+    hang_cap_seconds: Option<Seconds>,
+    hook: Option<PathBuf>,
+    hook_seconds: Option<Seconds>,
+}
+
+/// A time in seconds, whole or with a fraction.
+struct Seconds(Duration);
+
+impl<'de> Deserialize<'de> for Seconds {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        /// Longer than any daemon runs; and sums of such times stay far from any limit.
+        const MOST: f64 = 365.0 * 24.0 * 3600.0;
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = Seconds;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                write!(f, "seconds from 0 to {MOST}")
+            }
+
+            fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Seconds, E> {
+                if !(0.0..=MOST).contains(&value) {
+                    return Err(E::invalid_value(serde::de::Unexpected::Float(value), &self));
+                }
+                Ok(Seconds(Duration::from_secs_f64(value)))
+            }
+
+            fn visit_i64<E: serde::de::Error>(self, value: i64) -> Result<Seconds, E> {
+                self.visit_f64(value as f64)
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, value: u64) -> Result<Seconds, E> {
+                self.visit_f64(value as f64)
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
 }
 
 fn default_driver_directory() -> PathBuf {
@@ -327,10 +463,24 @@ struct RawDevice {
     allow_unsafe: bool,
     #[serde(default)]
     on_error: ErrorPolicy,
+    restart: Option<Spanned<RawRestart>>,
     #[serde(default)]
     category: String,
     #[serde(default)]
     disabled: bool,
+    allow_users: Option<Vec<Spanned<NameOrNumber>>>,
+    allow_groups: Option<Vec<Spanned<NameOrNumber>>>,
+    sandbox: Option<SandboxMode>,
+    user: Option<Spanned<NameOrNumber>>,
+    memory: Option<u64>,
+}
+
+/// A user or a group.
+#[derive(Deserialize)]
+#[serde(untagged, expecting = "expected a name or a number")]
+enum NameOrNumber {
+    Number(u32),
+    Name(String),
 }
 
 #[derive(Deserialize)]
@@ -359,7 +509,12 @@ struct Source<'a> {
 }
 
 impl Source<'_> {
-    fn check(&self, entry: Spanned<RawDevice>) -> Result<DeviceConfig, ConfigError> {
+    /// `policy` is what holds where the entry says nothing.
+    fn check(
+        &self,
+        entry: Spanned<RawDevice>,
+        policy: &RestartPolicy,
+    ) -> Result<DeviceConfig, ConfigError> {
         let line = self.line(&entry.span());
         let device = entry.into_inner();
         let location = match (device.address, device.socket) {
@@ -408,7 +563,20 @@ impl Source<'_> {
         if let Some(backend) = &device.backend {
             self.check_backend(backend, &location, device.allow_unsafe)?;
         }
+        let restart = self.check_restart(device.restart, policy)?;
+        let clients = match (device.allow_users, device.allow_groups) {
+            (None, None) => None,
+            (users, groups) => Some(Allowed {
+                users: self.users(users.unwrap_or_default())?,
+                groups: self.groups(groups.unwrap_or_default())?,
+            }),
+        };
+        let user = device.user.map(|user| self.user_and_group(user)).transpose()?;
         Ok(DeviceConfig {
+            clients,
+            sandbox: device.sandbox,
+            user,
+            memory: device.memory.unwrap_or(iohost_sandbox::MEMORY),
             name,
             location,
             driver: device.driver,
@@ -418,6 +586,7 @@ impl Source<'_> {
             on_error: device.on_error,
             category: device.category,
             is_disabled: device.disabled,
+            restart,
             line,
         })
     }
@@ -465,9 +634,93 @@ impl Source<'_> {
             on_error: rule.on_error,
             category: rule.category,
             is_disabled: false,
+            restart: RestartChoices::default(),
+            clients: None,
+            sandbox: None,
+            user: None,
+            memory: iohost_sandbox::MEMORY,
             line,
         };
         Ok(MatchRule { wanted, pattern })
+    }
+
+    /// What a table of restarts says, in place of `policy`.
+    fn check_restart(
+        &self,
+        raw: Option<Spanned<RawRestart>>,
+        policy: &RestartPolicy,
+    ) -> Result<RestartChoices, ConfigError> {
+        let Some(raw) = raw else { return Ok(RestartChoices::default()) };
+        let span = raw.span();
+        let raw = raw.into_inner();
+        let time = |seconds: Option<Seconds>| seconds.map(|Seconds(time)| time);
+        let choices = RestartChoices {
+            most: raw.most,
+            window: time(raw.window_seconds),
+            pause: time(raw.pause_seconds),
+            longest_pause: time(raw.longest_pause_seconds),
+            hang: time(raw.hang_seconds),
+            hang_cap: time(raw.hang_cap_seconds),
+            hook: raw.hook,
+            hook_limit: time(raw.hook_seconds),
+        };
+        match policy.with(&choices).mistake() {
+            None => Ok(choices),
+            Some((key, why)) => Err(self.error(
+                self.line_of(&span, key),
+                format!("key `{key}`: {why}"),
+                "correct it, or leave it out for the default",
+            )),
+        }
+    }
+
+    /// The line of a key inside of a table, or that of the table.
+    fn line_of(&self, table: &Range<usize>, key: &str) -> usize {
+        // The span of a table that is not written in one line is its header's.
+        let rest = &self.text[table.start..];
+        let end = if rest.starts_with('{') { Some(table.len()) } else { rest.find("\n[") };
+        let text = &rest[..end.unwrap_or(rest.len())];
+        let begins = |at: usize| !text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_');
+        let at = text.match_indices(key).map(|(at, _)| at).find(|at| begins(*at));
+        self.line(table) + at.map_or(0, |at| text[..at].matches('\n').count())
+    }
+
+    fn users(&self, users: Vec<Spanned<NameOrNumber>>) -> Result<Vec<u32>, ConfigError> {
+        users.into_iter().map(|user| Ok(self.user_and_group(user)?.0)).collect()
+    }
+
+    /// A user, and its own group: of a number that has no name, the same number.
+    fn user_and_group(&self, user: Spanned<NameOrNumber>) -> Result<(u32, u32), ConfigError> {
+        let line = self.line(&user.span());
+        match user.into_inner() {
+            NameOrNumber::Number(uid) => {
+                let known = User::from_uid(uid.into()).ok().flatten();
+                Ok((uid, known.map_or(uid, |user| user.gid.as_raw())))
+            }
+            NameOrNumber::Name(name) => match User::from_name(&name) {
+                Ok(Some(user)) => Ok((user.uid.as_raw(), user.gid.as_raw())),
+                _ => Err(self.unknown("user", &name, line)),
+            },
+        }
+    }
+
+    fn groups(&self, groups: Vec<Spanned<NameOrNumber>>) -> Result<Vec<u32>, ConfigError> {
+        let number = |group: Spanned<NameOrNumber>| {
+            let line = self.line(&group.span());
+            match group.into_inner() {
+                NameOrNumber::Number(gid) => Ok(gid),
+                NameOrNumber::Name(name) => match Group::from_name(&name) {
+                    Ok(Some(group)) => Ok(group.gid.as_raw()),
+                    _ => Err(self.unknown("group", &name, line)),
+                },
+            }
+        };
+        groups.into_iter().map(number).collect()
+    }
+
+    fn unknown(&self, kind: &str, name: &str, line: usize) -> ConfigError {
+        let message = format!("this machine has no {kind} {name:?}");
+        self.error(line, message, &format!("create the {kind}, or give its number"))
     }
 
     fn check_backend(
@@ -578,6 +831,9 @@ mod tests {
         let config = parse(&example.join("\n")).unwrap();
 
         assert_eq!(config.limits, Limits::default());
+        let policy = RestartPolicy::default();
+        assert_eq!(policy.with(&config.restart), policy, "the example shows the defaults");
+        assert_eq!(config.devices[1].restart.most, Some(0));
         assert_eq!(config.devices[0].name, "0000:01:00.0");
         assert_eq!(config.devices[0].interrupts, [InterruptChoice::IntX]);
         assert_eq!(config.devices[1].location, Location::Socket("/run/edu.sock".into()));
@@ -593,7 +849,8 @@ mod tests {
         assert_eq!(
             complaint("[limits]\ncolour = 1\n"),
             "iohost.toml:2: unknown key `colour`\n  next: the keys here are \
-             sessions_per_service, queue_bytes, largest_queue_bytes"
+             sessions_per_service, queue_bytes, largest_queue_bytes, sessions_per_client, \
+             memory_per_client, connections_per_client, requests_per_second"
         );
     }
 
@@ -706,6 +963,49 @@ mod tests {
     }
 
     #[test]
+    fn a_restart_table_is_for_all_devices_and_one_of_a_device_for_that_one() {
+        let config = parse(
+            "[restart]\nmost = 3\npause_seconds = 0.5\nhook = \"/bin/true\"\n\
+             [[device]]\nname = \"a\"\nsocket = \"/a\"\ndriver = \"edu\"\n\
+             [device.restart]\nhang_seconds = 0\n\
+             [[device]]\nname = \"b\"\nsocket = \"/b\"\ndriver = \"edu\"\n",
+        );
+        let config = config.unwrap();
+        let half = Duration::from_millis(500);
+        assert_eq!((config.restart.most, config.restart.pause), (Some(3), Some(half)));
+        assert_eq!(config.restart.hook, Some("/bin/true".into()));
+        assert_eq!(config.devices[0].restart.hang, Some(Duration::ZERO));
+        assert_eq!(config.devices[1].restart, RestartChoices::default());
+    }
+
+    #[test]
+    fn a_restart_table_that_makes_no_sense_is_refused_with_key_and_line() {
+        assert_eq!(
+            complaint("\n[restart]\nmost = 2\npause_seconds = -1\n"),
+            "iohost.toml:4: key `pause_seconds`: invalid value: floating point `-1.0`, expected \
+             seconds from 0 to 31536000\n  next: correct that line and start again"
+        );
+        assert_eq!(
+            complaint("[restart]\nmost = 2\n\nlongest_pause_seconds = 10\npause_seconds = 60\n"),
+            "iohost.toml:5: key `pause_seconds`: the first pause of 60s is longer than the longest \
+             one of 10s\n  next: correct it, or leave it out for the default"
+        );
+        // Of all devices and of one together.
+        let err = parse(
+            "[restart]\nhang_seconds = 5\n[[device]]\nsocket = \"/a\"\ndriver = \"edu\"\n\
+             restart = { hang_cap_seconds = 4 }\n",
+        );
+        let err = err.unwrap_err();
+        assert_eq!((err.line, err.message.starts_with("key `hang_cap_seconds`")), (Some(6), true));
+        assert_eq!(
+            complaint("[restart]\nhooks = \"/bin/true\"\n"),
+            "iohost.toml:2: unknown key `hooks`\n  next: did you mean `hook`?"
+        );
+        let err = parse("[restart]\nmost = -1\n").unwrap_err();
+        assert!(err.to_string().starts_with("iohost.toml:2: key `most`"), "{err}");
+    }
+
+    #[test]
     fn the_same_device_twice_is_refused_with_both_lines() {
         let err =
             parse("[[device]]\naddress = \"01:00.0\"\n[[device]]\naddress = \"0000:01:00.0\"")
@@ -721,6 +1021,37 @@ mod tests {
         let (message, next) = ("no drivers".to_owned(), "make some".to_owned());
         let err = ConfigError { file: PathBuf::new(), line: None, message, next };
         assert_eq!(err.to_string(), "no drivers");
+    }
+
+    #[test]
+    fn who_may_open_a_device_is_given_by_names_and_numbers() {
+        let device = "[[device]]\naddress = \"01:00.0\"\n";
+        let config = parse(&format!("{device}allow_users = [\"root\", 1000]\n")).unwrap();
+        let allowed = Allowed { users: vec![0, 1000], groups: vec![] };
+        assert_eq!(config.devices[0].clients, Some(allowed));
+        assert_eq!(parse(device).unwrap().devices[0].clients, None);
+        assert_eq!(
+            complaint(&format!("{device}allow_groups = [\"no-such-group\"]\n")),
+            "iohost.toml:3: this machine has no group \"no-such-group\"\n  next: create the \
+             group, or give its number"
+        );
+        assert_eq!(
+            complaint("admin_users = [\n  \"no-such-user\"]\n"),
+            "iohost.toml:2: this machine has no user \"no-such-user\"\n  next: create the user, \
+             or give its number"
+        );
+    }
+
+    #[test]
+    fn the_sandbox_is_on_unless_it_is_set() {
+        let config = parse("[[device]]\naddress = \"01:00.0\"\nsandbox = \"off\"\n").unwrap();
+        assert_eq!(config.sandbox, SandboxMode::On);
+        assert_eq!(config.devices[0].sandbox, Some(SandboxMode::Off));
+        assert_eq!(
+            complaint("sandbox = \"maybe\"\n"),
+            "iohost.toml:1: key `sandbox`: unknown value `maybe`\n  next: use one of off, on, \
+             required, strict"
+        );
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! hostile holds up nobody: `zlink`'s server of many connections waits for every reply to be
 //! written before it reads the next call of anyone. What a connection asks goes to the actor.
 
-use std::cell::Cell;
+use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::rc::Rc;
@@ -16,40 +16,47 @@ use iohost_control::varlink::{
     BindOptions, Bound, Description, Device, DeviceList, Error, EventKind, Opened, Powered,
     Properties, Queue, Reason, Reloaded, Service, ServiceEvent, State, Status, Unbound, Upgraded,
 };
+use iohost_event::Peer;
 use log::{debug, warn};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::getsockopt;
-use nix::sys::socket::sockopt::PeerCredentials;
-use nix::unistd::geteuid;
 use smol::stream::{self, Stream, StreamExt};
 use smol::{Async, LocalExecutor, Timer, channel, future};
 use zlink::{ReadyListener, Reply};
 
-use crate::request::{Asker, Request};
-
-/// Connections at the same time; one more is closed at once.
-const MOST_CONNECTIONS: usize = 128;
+use crate::access::{Clients, Connection};
+use crate::config;
+use crate::request::{Answer, Asker, Request};
 
 /// How soon a connection that has something to read is looked at again for its end.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// Serves connections until `stop` closes. Calls that wait for an answer then get one, because
 /// the actor answers or ends.
-pub(crate) fn serve(listener: UnixListener, asker: Asker, stop: channel::Receiver<()>) {
+pub(crate) fn serve(
+    listener: UnixListener,
+    asker: Asker,
+    limits: config::Limits,
+    stop: channel::Receiver<()>,
+) {
     let executor = Rc::new(LocalExecutor::new());
-    let accepting = accept(listener, asker, executor.clone());
+    let accepting = accept(listener, asker, limits, executor.clone());
     let stopped = async {
         let _ = stop.recv().await;
     };
     smol::block_on(executor.run(future::or(accepting, stopped)));
 }
 
-async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor<'static>>) {
+async fn accept(
+    listener: UnixListener,
+    asker: Asker,
+    limits: config::Limits,
+    executor: Rc<LocalExecutor<'static>>,
+) {
     let listener = match Async::new(listener) {
         Ok(listener) => listener,
         Err(err) => return warn!(error:% = err; "no control interface"),
     };
-    let connections = Rc::new(Cell::new(0));
+    let clients = Clients::new(limits);
     loop {
         let stream = match listener.accept().await.and_then(|(stream, _)| stream.into_inner()) {
             Ok(stream) => stream,
@@ -60,12 +67,20 @@ async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor
                 continue;
             }
         };
-        if connections.get() >= MOST_CONNECTIONS {
-            debug!(most = MOST_CONNECTIONS; "one connection too many closed");
-            continue;
-        }
-        let peer = getsockopt(&stream, PeerCredentials).map(|peer| peer.uid());
-        let is_trusted = peer.is_ok_and(|uid| uid == 0 || uid == geteuid().as_raw());
+        let connection = match Peer::of(&stream) {
+            Ok(peer) => clients.connect(peer),
+            Err(err) => {
+                debug!(error:% = err; "a connection of nobody closed");
+                continue;
+            }
+        };
+        let connection = match connection {
+            Ok(connection) => connection,
+            Err(failure) => {
+                refuse(stream, failure);
+                continue;
+            }
+        };
         let guarded = |stream: UnixStream| -> zlink::Result<_> {
             let end = Async::new(stream.try_clone()?)?;
             Ok((end, GuardedSocket::new(stream, Limits::SERVER)?))
@@ -77,9 +92,8 @@ async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor
                 continue;
             }
         };
-        let counted = Counted::one_more(&connections);
-        let server =
-            zlink::Server::new(ReadyListener::new(socket), Control(asker.clone(), is_trusted));
+        let control = Control { asker: asker.clone(), connection };
+        let server = zlink::Server::new(ReadyListener::new(socket), control);
         let task = async move {
             let served = async {
                 if let Err(err) = server.run().await {
@@ -87,7 +101,6 @@ async fn accept(listener: UnixListener, asker: Asker, executor: Rc<LocalExecutor
                 }
             };
             future::or(served, hang_up(&end)).await;
-            drop(counted);
         };
         executor.spawn(task).detach();
     }
@@ -110,25 +123,31 @@ async fn hang_up(client: &Async<UnixStream>) {
     }
 }
 
-/// One of the open connections.
-struct Counted(Rc<Cell<usize>>);
-
-impl Counted {
-    fn one_more(count: &Rc<Cell<usize>>) -> Self {
-        count.set(count.get() + 1);
-        Self(count.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
-    }
+/// Answers what a client is going to ask on a connection that it may not have, and hangs up.
+fn refuse(mut stream: UnixStream, failure: Failure) {
+    let mut text = serde_json::to_vec(&Error::from(failure)).expect("an error has a text form");
+    text.push(0);
+    // It fits into a new socket's buffer; who does not hear it hears the end.
+    let _ = stream.set_nonblocking(true).and_then(|()| stream.write_all(&text));
 }
 
 /// The methods of `io.iohost`; documented at `iohost_control::varlink::Daemon`.
-/// With whether the client may have the daemon run its code.
-struct Control(Asker, bool);
+struct Control {
+    asker: Asker,
+    connection: Connection,
+}
+
+impl Control {
+    /// Asks the actor, unless this client asks too often.
+    async fn ask<T>(&self, request: impl FnOnce(Answer<T>) -> Request) -> Result<T, Failure> {
+        self.connection.request()?;
+        self.asker.ask(request).await
+    }
+
+    fn client(&self) -> Peer {
+        self.connection.peer().clone()
+    }
+}
 
 /// The devices that iohost drives, and sessions with them.
 ///
@@ -143,12 +162,12 @@ struct Control(Asker, bool);
 impl Control {
     /// The devices the daemon can see.
     async fn devices(&self) -> Result<DeviceList, Error> {
-        Ok(self.0.ask(Request::Devices).await?)
+        Ok(self.ask(Request::Devices).await?)
     }
 
     /// The daemon and its services.
     async fn status(&self) -> Result<Status, Error> {
-        Ok(self.0.ask(Request::Status).await?)
+        Ok(self.ask(Request::Status).await?)
     }
 
     /// Takes a device and starts its driver. The address is that of a PCI function, or the name
@@ -167,18 +186,21 @@ impl Control {
             force: force.unwrap_or_default(),
             persist: persist.unwrap_or_default(),
         };
-        Ok(self.0.ask(|answer| Request::Bind { device: address, options, answer }).await?)
+        let client = self.client();
+        Ok(self.ask(|answer| Request::Bind { device: address, options, client, answer }).await?)
     }
 
     /// Stops a device's driver, resets the device, and gives it back to its kernel driver.
     async fn unbind(&self, address: String) -> Result<Unbound, Error> {
-        Ok(self.0.ask(|answer| Request::Unbind { device: address, answer }).await?)
+        let client = self.client();
+        Ok(self.ask(|answer| Request::Unbind { device: address, client, answer }).await?)
     }
 
     /// Reads the configuration and the plugins again, and does what has changed: services begin,
     /// end, or start again, and no other one is disturbed. With a mistake nothing changes.
     async fn reload(&self) -> Result<Reloaded, Error> {
-        Ok(self.0.ask(Request::Reload).await?)
+        let client = self.client();
+        Ok(self.ask(|answer| Request::Reload { client, answer }).await?)
     }
 
     /// Puts another version of its driver into a service that runs: the plugin in a file that the
@@ -186,37 +208,30 @@ impl Control {
     /// refused, with the version before it running as before. For the daemon's own user and for root
     /// alone, since the file becomes code that the daemon starts.
     async fn upgrade(&self, service: String, plugin: String) -> Result<Upgraded, Error> {
-        if !self.1 {
-            return Err(Failure::new(
-                "upgrade-not-allowed",
-                "only root and the daemon's own user may upgrade a driver",
-                "run it as one of them, with sudo for one",
-            )
-            .into());
-        }
-        let plugin = plugin.into();
-        Ok(self.0.ask(|answer| Request::Upgrade { service, plugin, answer }).await?)
+        let (plugin, client) = (plugin.into(), self.client());
+        Ok(self.ask(|answer| Request::Upgrade { service, plugin, client, answer }).await?)
     }
 
     /// What a service's driver host counts: its sessions and its dispatch queues.
     async fn statistics(&self, service: String) -> Result<Statistics, Error> {
-        Ok(self.0.ask(|answer| Request::Statistics { service, answer }).await?)
+        Ok(self.ask(|answer| Request::Statistics { service, answer }).await?)
     }
 
     /// What a service's driver says of itself.
     async fn properties(&self, service: String) -> Result<Properties, Error> {
-        Ok(self.0.ask(|answer| Request::Properties { service, answer }).await?)
+        Ok(self.ask(|answer| Request::Properties { service, answer }).await?)
     }
 
     /// Has a service's driver go into a power state. Answered once it has acknowledged that, or
     /// refused with power-late after 20 s.
     async fn power(&self, service: String, state: PowerState) -> Result<Powered, Error> {
-        Ok(self.0.ask(|answer| Request::Power { service, state, answer }).await?)
+        let client = self.client();
+        Ok(self.ask(|answer| Request::Power { service, state, client, answer }).await?)
     }
 
     /// The interface that a service serves.
     async fn describe(&self, service: String) -> Result<Description, Error> {
-        Ok(self.0.ask(|answer| Request::Describe { service, answer }).await?)
+        Ok(self.ask(|answer| Request::Describe { service, answer }).await?)
     }
 
     /// Tells of every service that runs, then of every one that begins or ends, until the
@@ -227,7 +242,7 @@ impl Control {
         &self,
         more: bool,
     ) -> impl Stream<Item = Result<Reply<ServiceEvent>, Error>> + Unpin {
-        let events = match self.0.ask(Request::Watch).await {
+        let events = match self.ask(Request::Watch).await {
             Ok(events) => events.map(Ok).boxed(),
             Err(failure) => stream::once(Err(failure.into())).boxed(),
         };
@@ -250,7 +265,8 @@ impl Control {
         client_type: Option<u64>,
     ) -> (Result<Opened, Error>, Vec<OwnedFd>) {
         let wanted = (queue_bytes, client_type.unwrap_or_default());
-        match self.0.ask(|answer| Request::Open { service, wanted, answer }).await {
+        let client = self.client();
+        match self.ask(|answer| Request::Open { service, wanted, client, answer }).await {
             Ok((opened, fds)) => (Ok(opened), fds),
             Err(failure) => (Err(failure.into()), Vec::new()),
         }

@@ -12,6 +12,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use iohost_control::host::{Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, ToHost};
 use iohost_event::{PacketError, Packets, ProcessHandle};
 use nix::sys::signal::Signal;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 
 use crate::host_records::Files;
 
@@ -34,6 +36,21 @@ enum Origin {
     Earlier {
         pid: u32,
     },
+}
+
+/// How a driver host ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Exit {
+    /// The signal that it ended by, if it was one.
+    pub(crate) signal: Option<i32>,
+    /// `exited with code 3`.
+    pub(crate) words: String,
+}
+
+impl Exit {
+    pub(crate) fn is_sigkill(&self) -> bool {
+        self.signal == Some(Signal::SIGKILL as i32)
+    }
 }
 
 /// What a driver host says next.
@@ -120,9 +137,11 @@ impl DriverProcess {
             Err(err) => return Heard::Garbage(err.to_string()),
         };
         match serde_json::from_slice(&buffer[..packet.len]) {
-            Ok(message @ (FromHost::HandedSession(_) | FromHost::Saved(_))) => {
-                Heard::Message(message, packet.fds)
-            }
+            Ok(
+                message @ (FromHost::HandedOver(_)
+                | FromHost::HandedSession(_)
+                | FromHost::Saved(_)),
+            ) => Heard::Message(message, packet.fds),
             Ok(_) if !packet.fds.is_empty() => {
                 Heard::Garbage("descriptors that nobody asked for".to_owned())
             }
@@ -137,26 +156,47 @@ impl DriverProcess {
         let _ = self.handle.signal(Signal::SIGKILL);
     }
 
-    /// How the process ended, in words; `None` while it runs.
-    pub(crate) fn ended(&mut self) -> Option<String> {
-        let how = match &mut self.origin {
+    /// How the process ended; `None` while it runs.
+    pub(crate) fn ended(&mut self) -> Option<Exit> {
+        let exit = match &mut self.origin {
             Origin::Ours(child) => match child.try_wait() {
                 Ok(None) => return None,
-                Ok(Some(status)) => in_words(status),
-                Err(err) => format!("ended, but how is unknown: {err}"),
+                Ok(Some(status)) => Exit { signal: status.signal(), words: in_words(status) },
+                Err(err) => {
+                    Exit { signal: None, words: format!("ended, but how is unknown: {err}") }
+                }
             },
-            Origin::Earlier { .. } if self.handle.has_ended() => {
-                "ended; how is unknown, an earlier daemon started it".to_owned()
-            }
+            Origin::Earlier { .. } if self.handle.has_ended() => Exit {
+                signal: None,
+                words: "ended; how is unknown, an earlier daemon started it".to_owned(),
+            },
             Origin::Earlier { .. } => return None,
         };
         self.files.remove();
-        Some(how)
+        Some(exit)
     }
 
     /// Lets it run on without this daemon.
     pub(crate) fn keep(self) {
         std::mem::forget(self);
+    }
+
+    /// Whether a signal has stopped the process, and none has it go on yet. Nobody tells us of one that
+    /// an earlier daemon started: it hangs as soon as it is in the middle of something.
+    pub(crate) fn is_stopped(&self) -> bool {
+        let Origin::Ours(child) = &self.origin else { return false };
+        let id = Id::Pid(Pid::from_raw(child.id() as i32));
+        let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        matches!(waitid(id, flags), Ok(WaitStatus::Stopped(..)))
+    }
+}
+
+impl DriverProcess {
+    /// Whether the process is known to have ended, and by this signal.
+    pub(crate) fn was_killed_by(&mut self, signal: Signal) -> bool {
+        let Origin::Ours(child) = &mut self.origin else { return false };
+        let status = child.try_wait().ok().flatten();
+        status.and_then(|status| status.signal()) == Some(signal as i32)
     }
 }
 

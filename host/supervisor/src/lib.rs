@@ -12,12 +12,17 @@
 
 #![forbid(unsafe_code)]
 
+mod access;
 mod actor;
 mod bindings;
 mod config;
 mod control_server;
+mod crashes;
 mod driver_process;
+mod hang;
+mod hooks;
 mod host_records;
+mod memory_events;
 mod needs;
 mod plugins;
 mod request;
@@ -28,21 +33,23 @@ mod session;
 mod upgrade;
 mod watchers;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::Duration;
+use std::{fs, thread};
 
 use iohost_control::host::Failure;
 use iohost_pci::Sysfs;
 use log::info;
 use smol::channel;
 
+pub use access::Allowed;
 pub use config::{
     Config, ConfigError, DEFAULT_CONFIG, DEFAULT_DRIVER_DIRECTORY, DEFAULT_RUNTIME_DIRECTORY,
-    DEFAULT_STATE_DIRECTORY, DeviceConfig, ErrorPolicy, Limits, Location,
+    DEFAULT_STATE_DIRECTORY, DeviceConfig, ErrorPolicy, Limits, Location, SandboxMode,
 };
 pub use plugins::Inspect;
-pub use restart::{Decision, RestartPolicy};
+pub use restart::{Decision, RestartChoices, RestartPolicy};
 
 use crate::actor::Actor;
 use crate::config::MatchRule;
@@ -135,16 +142,18 @@ impl From<Failure> for DaemonError {
 pub fn run(options: &Options) -> Result<(), DaemonError> {
     let (config, file) = read_config(options)?;
     let plugins = check_plugins(options, &config, &file)?;
+    check_hooks(&config, &file)?;
     let directory = RuntimeDirectory::hold(&config.runtime_directory)?;
     let records = HostRecords::open(&config.runtime_directory)?;
     let listener = directory.listen()?;
 
     let (asker, inbox) = request::pair().map_err(no_resources)?;
+    let limits = config.limits;
     let mut actor = Actor::new(options, config, plugins, inbox, records).map_err(no_resources)?;
     let (stop, stopped) = channel::bounded::<()>(1);
     let control = thread::Builder::new()
         .name("control".into())
-        .spawn(move || control_server::serve(listener, asker, stopped))
+        .spawn(move || control_server::serve(listener, asker, limits, stopped))
         .map_err(no_resources)?;
 
     info!(socket:% = directory.socket().display(), pid = std::process::id(); "daemon started");
@@ -196,6 +205,26 @@ fn check_plugins(options: &Options, config: &Config, file: &Path) -> Result<Plug
         plugins.named(name).map_err(|failure| in_config(failure, Some(line)))?;
     }
     Ok(plugins)
+}
+
+/// A hook that is not there would be missed only when it matters.
+fn check_hooks(config: &Config, file: &Path) -> Result<(), ConfigError> {
+    let choices = config.devices.iter().map(|device| &device.restart).chain([&config.restart]);
+    for hook in choices.filter_map(|choices| choices.hook.as_ref()) {
+        let is_program = |found: &fs::Metadata| found.is_file() && found.mode() & 0o111 != 0;
+        let problem = match fs::metadata(hook) {
+            Ok(found) if is_program(&found) => continue,
+            Ok(_) => "it is no program".to_owned(),
+            Err(err) => err.to_string(),
+        };
+        return Err(ConfigError {
+            file: file.to_owned(),
+            line: None,
+            message: format!("key `hook`: {} cannot be run: {problem}", hook.display()),
+            next: "name a program that is there, or leave the key out".to_owned(),
+        });
+    }
+    Ok(())
 }
 
 fn no_resources(err: std::io::Error) -> Failure {

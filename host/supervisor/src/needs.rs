@@ -49,6 +49,7 @@ mod tests {
 
     use super::*;
     use crate::config::{ErrorPolicy, Location};
+    use crate::restart::RestartChoices;
 
     const DMA: Needs = Needs { dma_bytes: 1 << 20, messages: false };
     const MESSAGES: Needs = Needs { dma_bytes: 0, messages: true };
@@ -64,6 +65,11 @@ mod tests {
             on_error: ErrorPolicy::default(),
             category: String::new(),
             is_disabled: false,
+            restart: RestartChoices::default(),
+            clients: None,
+            sandbox: None,
+            user: None,
+            memory: iohost_sandbox::MEMORY,
             line: 0,
         }
     }

@@ -10,7 +10,7 @@ use iohost_control::varlink::{
     BindOptions, Bound, Description, DeviceList, Opened, Powered, Properties, Reloaded,
     ServiceEvent, Status, Unbound, Upgraded,
 };
-use iohost_event::Signal;
+use iohost_event::{Peer, Signal};
 use smol::channel;
 
 /// A question, each with the place for its answer.
@@ -21,10 +21,12 @@ pub(crate) enum Request {
     Bind {
         device: String,
         options: BindOptions,
+        client: Peer,
         answer: Answer<Bound>,
     },
     Unbind {
         device: String,
+        client: Peer,
         answer: Answer<Unbound>,
     },
     Statistics {
@@ -42,13 +44,18 @@ pub(crate) enum Request {
     Power {
         service: String,
         state: PowerState,
+        client: Peer,
         answer: Answer<Powered>,
     },
-    Reload(Answer<Reloaded>),
+    Reload {
+        client: Peer,
+        answer: Answer<Reloaded>,
+    },
     /// The plugin is a file.
     Upgrade {
         service: String,
         plugin: PathBuf,
+        client: Peer,
         answer: Answer<Upgraded>,
     },
     Watch(Answer<channel::Receiver<ServiceEvent>>),
@@ -56,6 +63,7 @@ pub(crate) enum Request {
     Open {
         service: String,
         wanted: (Option<Vec<u32>>, u64),
+        client: Peer,
         answer: Answer<(Opened, Vec<OwnedFd>)>,
     },
 }

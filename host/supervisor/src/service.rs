@@ -5,16 +5,21 @@ use std::mem;
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
+use iohost_control::crash::CrashReport;
 use iohost_control::host::{Failure, PowerState, Quiesced, Ready, RunningService, Statistics};
 use iohost_control::varlink::{
     BindOptions, Bound, Opened, Powered, Properties, State as Shown, Unbound,
 };
-use iohost_event::Packets;
+use iohost_event::{Packets, Peer};
 use iohost_interface::Description;
+use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::Order;
+use iohost_sandbox::call_name;
 
+use crate::actor::Evidence;
 use crate::config::{DeviceConfig, Location};
 use crate::driver_process::DriverProcess;
+use crate::hang::HangWatch;
 use crate::request::Answer;
 use crate::restart::Deaths;
 use crate::session::SessionMemory;
@@ -41,6 +46,12 @@ pub(crate) struct Service {
     pub(crate) reset: Option<String>,
     /// What became of making the device safe, the last time.
     pub(crate) quiesced: Option<Quiesced>,
+    /// The sandbox of the last driver host that became ready, in words.
+    pub(crate) sandbox: Option<String>,
+    /// The user of the last driver host, where it was given one.
+    pub(crate) driver_user: Option<u32>,
+    /// The system calls that the sandbox refused the last driver host, by number.
+    pub(crate) refused_calls: Vec<u32>,
     /// A driver host without a driver makes the device safe, or was to.
     pub(crate) quiescing: bool,
     /// The device was taken away, and is waited for.
@@ -53,6 +64,10 @@ pub(crate) struct Service {
     pub(crate) upgrade: Option<Upgrade>,
     /// Why the last driver host died, if one has.
     pub(crate) last_death: Option<Failure>,
+    /// What is left of the driver host that ended last, until that is reported.
+    pub(crate) evidence: Option<Evidence>,
+    /// A report that lacks what became of the device.
+    pub(crate) unfinished_report: Option<CrashReport>,
     /// Whether the whole IOMMU group is taken with it.
     pub(crate) group: bool,
     /// Whether the next daemon takes it again.
@@ -153,6 +168,13 @@ pub(crate) struct Host {
     /// Numbers what the actor watches; never used again.
     pub(crate) number: u64,
     pub(crate) process: DriverProcess,
+    /// What its queues do, where there was memory for that.
+    pub(crate) recorder: Option<Recorder>,
+    /// Looks for hangs, once its driver runs.
+    pub(crate) watch: Option<HangWatch>,
+    /// What became of making the device safe, at its start and at its end.
+    pub(crate) device_before: Option<Quiesced>,
+    pub(crate) device_after: Option<Quiesced>,
     /// When it is killed unless it has done what it was asked.
     pub(crate) deadline: Option<Instant>,
     /// What it said, or what we found, that explains its end.
@@ -227,6 +249,9 @@ pub(crate) enum LastWords {
 /// A session of a service.
 #[derive(Debug)]
 pub(crate) struct Session {
+    /// Who opened it, for the limits of one client; `None` once it was taken over. An earlier daemon
+    /// made its socket, so that the kernel does not say, and the driver host would not be believed.
+    pub(crate) client: Option<Peer>,
     pub(crate) memory: SessionMemory,
     /// The driver's end.
     pub(crate) socket: Packets,
@@ -261,6 +286,7 @@ pub(crate) enum Stage {
 pub(crate) struct Visitor {
     pub(crate) deadline: Instant,
     pub(crate) wanted: (Option<Vec<u32>>, u64),
+    pub(crate) client: Peer,
     pub(crate) answer: Answer<(Opened, Vec<OwnedFd>)>,
 }
 
@@ -294,6 +320,9 @@ impl Service {
             failed: Vec::new(),
             reset: None,
             quiesced: None,
+            sandbox: None,
+            driver_user: None,
+            refused_calls: Vec::new(),
             quiescing: false,
             is_removed: false,
             incarnation: 0,
@@ -301,6 +330,8 @@ impl Service {
             deaths: Deaths::default(),
             upgrade: None,
             last_death: None,
+            evidence: None,
+            unfinished_report: None,
             group: false,
             persists: false,
             is_lost: false,
@@ -394,7 +425,11 @@ impl Service {
         let openings = self.sessions.values().filter_map(|session| session.opening.as_ref());
         let sessions = openings.map(|opening| opening.deadline);
         let visitors = self.visitors.iter().map(|visitor| visitor.deadline);
-        own.into_iter().chain(sessions).chain(visitors).min()
+        let look = match &self.state {
+            State::Running { host, .. } => host.watch.as_ref().and_then(HangWatch::next),
+            _ => None,
+        };
+        own.into_iter().chain(sessions).chain(visitors).chain(look).min()
     }
 
     /// Whether another driver host is to come, so that its sessions wait for it.
@@ -452,6 +487,8 @@ impl Service {
             is_unsafe: self.device.is_unsafe(),
             reset: self.reset.clone(),
             quiesced: self.quiesced.clone(),
+            sandbox: self.sandbox.clone(),
+            refused_calls: self.refused_calls.iter().map(|call| call_name(*call)).collect(),
             sessions: self.sessions.len() as u64,
             is_registered: self.running().is_some(),
             is_busy: self.host().is_some_and(|host| host.is_busy),

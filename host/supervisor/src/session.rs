@@ -71,6 +71,11 @@ impl SessionMemory {
         Ok(Self { client_type, ledger: Ledger::create()?, queues })
     }
 
+    /// Bytes of the queues.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.queues.iter().map(|queue| u64::from(queue.bytes)).sum()
+    }
+
     /// Takes up what a driver host hands over. Nothing of it is believed: the kernel says what each
     /// descriptor is, but for the bells, which this process only passes on.
     pub(crate) fn take_up(

@@ -4,7 +4,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
 use iohost_control::host::RunningService;
@@ -19,6 +19,7 @@ use iohost_driver_host::{
 use iohost_interface::{
     Arguments, Caller, Description, InterfaceClient, PendingAnswer, answer_pair,
 };
+use iohost_memory::SharedMemory;
 use iohost_memory::ring::{Bell, Consumer, Producer, Ring};
 
 use crate::FakeDevice;
@@ -169,6 +170,28 @@ impl<D: Exported, M: DeviceModel> Rig<D, M> {
         self.driver().expect_client_type(number, client_type);
         self.driver().session_opened(session)?;
         Ok(RigSession { number, queues: parts.into_iter().map(Some).collect() })
+    }
+
+    /// Maps memory that the driver offers to a session's client, by its type.
+    ///
+    /// Errors: what the driver says.
+    pub fn map_memory(
+        &self,
+        session: &RigSession,
+        memory_type: u64,
+    ) -> Result<SharedMemory, IOReturn> {
+        let (sender, answer) = mpsc::channel();
+        let given = move |answer| drop(sender.send(answer));
+        self.driver().copy_client_memory(session.number, memory_type, given);
+        self.settle();
+        // A driver that has stopped drops the sender.
+        let (file, is_read_only) = answer.try_recv().unwrap_or(Err(IOReturn::NOT_READY))?;
+        let (file, len) = iohost_memory::offer(file, is_read_only).expect(RESOURCES);
+        let mapped = match is_read_only {
+            true => SharedMemory::attach_read_only(file, len),
+            false => SharedMemory::attach(file, len),
+        };
+        Ok(mapped.expect(RESOURCES))
     }
 
     /// Tells the driver that a session is over; it hears of it at [`settle`](Self::settle).

@@ -509,6 +509,8 @@ pub struct DispatchTable {
     pub descriptor_cancel: unsafe extern "C" fn(source: *mut HostDescriptor, done: Work),
     /// Has the handler called once more (0), or waits for its next call (1).
     pub descriptor_check: unsafe extern "C" fn(source: *mut HostDescriptor, wait: i32) -> i32,
+    /// Says that the work in progress on a queue is getting on.
+    pub queue_progress: unsafe extern "C" fn(queue: *mut HostQueue),
 }
 
 /// The name of [`DispatchTable`].

@@ -5,6 +5,7 @@
 mod clock;
 mod packet_listener;
 mod packets;
+mod peer;
 mod poller;
 mod process;
 mod signal;
@@ -14,6 +15,7 @@ mod timer;
 pub use clock::Clock;
 pub use packet_listener::PacketListener;
 pub use packets::{Packet, PacketError, Packets};
+pub use peer::Peer;
 pub use poller::{Poller, Ready};
 pub use process::{ProcessHandle, process_start};
 pub use signal::Signal;

@@ -174,6 +174,7 @@ impl SharedMemory {
     /// Panics when it is not inside the memory or not at a multiple of eight, or the memory is mapped
     /// for reading only.
     #[inline]
+    #[cfg(not(loom))]
     pub(crate) fn word_at(&self, offset: usize) -> &AtomicU64 {
         self.check(offset, size_of::<u64>());
         assert!(self.is_writable && offset.is_multiple_of(align_of::<AtomicU64>()));

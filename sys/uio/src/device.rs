@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
@@ -21,13 +22,36 @@ use crate::line::{self, Line};
 /// any more, which the kernel sees to as well when the process dies.
 #[derive(Debug)]
 pub struct UioDevice {
-    sysfs: PathBuf,
     /// Locked, so that no second process of ours has the device. UIO itself would not mind.
     node: Flock<File>,
     config: Config,
     bars: Vec<Option<Bar>>,
     has_line: bool,
+    /// `None` where the kernel has no way to reset it.
+    reset: Option<Reset>,
     line: Mutex<Option<Line>>,
+}
+
+/// How the function is reset, opened at once, since a process may give up opening files.
+#[derive(Debug)]
+struct Reset {
+    path: PathBuf,
+    /// Or why it cannot be opened, for whoever wants to reset.
+    file: Result<File, ErrorKind>,
+    methods: Vec<String>,
+}
+
+impl Reset {
+    fn open(sysfs: &Path) -> Option<Self> {
+        let path = sysfs.join("reset");
+        let file = match File::options().write(true).open(&path) {
+            Err(err) if err.kind() == ErrorKind::NotFound => return None,
+            file => file.map_err(|err| err.kind()),
+        };
+        let text = fs::read_to_string(sysfs.join("reset_method")).unwrap_or_default();
+        let methods = text.split_whitespace().map(str::to_owned).collect();
+        Some(Self { path, file, methods })
+    }
 }
 
 impl UioDevice {
@@ -60,7 +84,8 @@ impl UioDevice {
         config.change_command(INTX_DISABLE, 0)?;
         let bars = bar::bars(sysfs)?;
         let has_line = config.has_line()?;
-        Ok(Self { sysfs: sysfs.to_owned(), node, config, bars, has_line, line: Mutex::new(None) })
+        let reset = Reset::open(sysfs);
+        Ok(Self { node, config, bars, has_line, reset, line: Mutex::new(None) })
     }
 
     /// Bytes of configuration space: 256 or 4096.
@@ -142,11 +167,7 @@ impl UioDevice {
     /// The kernel's methods of resetting the function, in the order in which it tries them; empty
     /// where it does not say, `None` where it has none.
     pub fn reset_methods(&self) -> Option<Vec<String>> {
-        if !self.sysfs.join("reset").exists() {
-            return None;
-        }
-        let text = fs::read_to_string(self.sysfs.join("reset_method")).unwrap_or_default();
-        Some(text.split_whitespace().map(str::to_owned).collect())
+        self.reset.as_ref().map(|reset| reset.methods.clone())
     }
 
     /// Stops interrupts and transfers, then resets the function in the way the kernel prefers.
@@ -159,12 +180,12 @@ impl UioDevice {
         let mut line = self.line();
         self.disable(&mut line)?;
         self.config.change_command(0, BUS_MASTER)?;
-        let path = self.sysfs.join("reset");
-        match File::options().write(true).open(&path) {
-            Ok(mut file) => std::io::Write::write_all(&mut file, b"1")
+        let reset = self.reset.as_ref().ok_or(UioError::NoReset)?;
+        match &reset.file {
+            Ok(file) => file
+                .write_all_at(b"1", 0)
                 .map_err(UioError::device("resetting the function".to_owned())),
-            Err(err) if err.kind() == ErrorKind::NotFound => Err(UioError::NoReset),
-            Err(err) => Err(UioError::open(&path, err)),
+            Err(kind) => Err(UioError::open(&reset.path, (*kind).into())),
         }
     }
 
@@ -276,6 +297,8 @@ mod tests {
 
         fs::write(sysfs.join("reset"), "").unwrap();
         fs::write(sysfs.join("reset_method"), "flr bus\n").unwrap();
+        drop(device);
+        let device = UioDevice::open_in(&sysfs, root.path()).unwrap();
         assert_eq!(device.reset_methods(), Some(vec!["flr".to_owned(), "bus".to_owned()]));
         device.reset().unwrap();
         assert_eq!(fs::read(sysfs.join("reset")).unwrap(), b"1");

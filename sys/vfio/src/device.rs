@@ -29,6 +29,9 @@ pub struct VfioDevice {
     /// The device's folder in sysfs.
     pub(crate) sysfs: PathBuf,
     pub(crate) resets_alone: bool,
+    /// The kernel's methods of resetting the function alone, in the order in which it tries them;
+    /// empty where it does not say. Read at once, since a process may give up reading files.
+    pub(crate) reset_methods: Vec<String>,
     pub(crate) regions: Vec<Region>,
     pub(crate) vectors: [u32; 3],
     iova_ranges: Vec<RangeInclusive<u64>>,
@@ -76,6 +79,7 @@ impl VfioDevice {
             group_number: group,
             sysfs: sysfs.to_owned(),
             resets_alone: flags & uapi::VFIO_DEVICE_FLAGS_RESET != 0,
+            reset_methods: reset_methods(sysfs),
             regions,
             vectors,
             iova_ranges,
@@ -102,6 +106,12 @@ impl VfioDevice {
     pub fn iova_ranges(&self) -> &[RangeInclusive<u64>] {
         &self.iova_ranges
     }
+}
+
+/// Source: Linux, `Documentation/ABI/testing/sysfs-bus-pci`, `reset_method` (5.15).
+fn reset_methods(sysfs: &Path) -> Vec<String> {
+    let text = fs::read_to_string(sysfs.join("reset_method")).unwrap_or_default();
+    text.split_whitespace().map(str::to_owned).collect()
 }
 
 /// What an access to a device comes to.

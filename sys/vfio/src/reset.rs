@@ -32,7 +32,7 @@ impl VfioDevice {
     pub fn resets(&self) -> Vec<Reset> {
         let mut resets = Vec::new();
         if self.resets_alone {
-            let methods = self.methods();
+            let methods = self.reset_methods.clone();
             resets.push(Reset { kind: ResetKind::Function, methods, affected: Vec::new() });
         }
         if let Ok(affected) = self.affected_by_bus_reset() {
@@ -44,13 +44,6 @@ impl VfioDevice {
             resets.push(Reset { kind: ResetKind::Bus, methods, affected: affected.collect() });
         }
         resets
-    }
-
-    /// The kernel's methods of resetting the function alone, in the order in which it tries them
-    /// (`/sys/bus/pci/devices/.../reset_method`, Linux 5.15); empty where it does not say.
-    fn methods(&self) -> Vec<String> {
-        let text = std::fs::read_to_string(self.sysfs.join("reset_method")).unwrap_or_default();
-        text.split_whitespace().map(str::to_owned).collect()
     }
 
     /// Stops interrupts and transfers, then resets the function; where it cannot be reset alone,

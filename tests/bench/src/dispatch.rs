@@ -21,7 +21,7 @@ use crate::driver::Lender;
 use crate::latency::{CLOCK, one_way};
 use crate::machine::Cores;
 use crate::rounds::{Better, Case, Effort, Metric, Peer};
-use contenders::{Contender, HandOver, Serial, Synchronous};
+use contenders::{Contender, HandOver, RecordedQueue, Serial, Synchronous};
 
 type DriverQueue = IODispatchQueue<Lender>;
 type Mpsc = mpsc::Sender<Block>;
@@ -59,6 +59,28 @@ pub const CASES: &[Case] = cases! {
     "idle", "async_to_idle_p50_ns", Lower, async_to_idle: HandOver, Crossbeam, Mpsc;
     "sync", "sync_idle_ns", Lower, sync_idle: LockAndCall;
     "sync-2", "sync_2_callers_ops_per_s", Higher, two_callers: Crossbeam, Mpsc;
+};
+
+/// The engine with its flight recorder against itself without: what being recorded costs.
+macro_rules! recorder_cases {
+    ($($name:literal, $metric:literal, $better:ident, $measure:ident;)+) => {
+        &[$(Case {
+            bench: "recorder",
+            name: concat!("recorder-", $name),
+            metrics: &[Metric { name: concat!("recorded_", $metric), better: Better::$better }],
+            ours: $measure::<RecordedQueue>,
+            peers: &[Peer { name: <Queue>::NAME, run: $measure::<Queue> }],
+        },)+]
+    };
+}
+
+pub const RECORDER_CASES: &[Case] = recorder_cases! {
+    "async", "async_ops_per_s", Higher, one_producer;
+    "async-2", "async_2_producers_ops_per_s", Higher, two_producers;
+    "chain", "async_from_own_item_ns", Lower, chain;
+    "idle", "async_to_idle_p50_ns", Lower, async_to_idle;
+    "sync", "sync_idle_ns", Lower, sync_idle;
+    "sync-2", "sync_2_callers_ops_per_s", Higher, two_callers;
 };
 
 fn one_producer<S: Serial>(effort: Effort) -> Result<Vec<f64>> {

@@ -13,6 +13,7 @@ use iohost_driver::{
 };
 use iohost_driver_host::{Device, Driver, Plugin};
 use iohost_memory::SharedMemory;
+use iohost_memory::flight_recorder::Recorder;
 use iohost_testkit::FakeDevice;
 
 use crate::latency::CLOCK;
@@ -51,7 +52,9 @@ pub fn lend_device(bar: SharedMemory) -> Result<&'static IOPCIDevice> {
 
 /// As the driver host does, but linked.
 fn start_on(device: FakeDevice<edu::Edu>) -> Result<()> {
-    let engine = Box::leak(Box::new(Engine::start()?));
+    let recorder = Recorder::create()?;
+    recorder.watch();
+    let engine = Box::leak(Box::new(Engine::start_recorded(Arc::new(recorder))?));
     let (device, _) = Device::take_over(Arc::new(device), vec![InterruptKind::Msi])?;
     let plugin = Plugin::linked(Lender::descriptor());
     Box::leak(Box::new(Driver::start(engine, plugin, device, Arc::default())?));

@@ -37,7 +37,7 @@ const USAGE: u8 = 2;
 #[derive(Parser)]
 #[command(name = "bench")]
 struct Options {
-    /// device, dispatch, events, queue, restart, timers; all of them when none is named
+    /// device, dispatch, events, queue, recorder, restart, timers; all of them when none is named
     areas: Vec<String>,
     /// One JSON object per figure and line, in place of the table
     #[arg(long)]
@@ -116,6 +116,7 @@ fn cases() -> impl Iterator<Item = &'static Case> {
         dispatch::CASES,
         events::CASES,
         queue::CASES,
+        dispatch::RECORDER_CASES,
         restart::CASES,
         timers::CASES,
     ];

@@ -1,4 +1,4 @@
-//! How long clients stand still when a driver dies.
+//! How long clients stand still when a driver dies; and what a driver host takes that does nothing.
 //!
 //! From the `SIGKILL` of the driver host to the first entry that is sent after it, through the next
 //! driver and the device, and back: noticing the death, starting a process, opening and resetting the
@@ -24,16 +24,25 @@ use crate::rounds::{Better, Case, Effort, Metric, Peer, Side, percentile, this_p
 
 const RESTART: &str = "restart";
 
-pub const CASES: &[Case] = &[Case {
-    bench: "restart",
-    name: RESTART,
-    metrics: &[
-        Metric { name: "death_to_first_entry_p50_us", better: Better::Lower },
-        Metric { name: "death_to_first_entry_p99_us", better: Better::Lower },
-    ],
-    ours,
-    peers: &[Peer { name: "waitpid and spawn", run: spawn_again }],
-}];
+pub const CASES: &[Case] = &[
+    Case {
+        bench: "restart",
+        name: RESTART,
+        metrics: &[
+            Metric { name: "death_to_first_entry_p50_us", better: Better::Lower },
+            Metric { name: "death_to_first_entry_p99_us", better: Better::Lower },
+        ],
+        ours,
+        peers: &[Peer { name: "waitpid and spawn", run: spawn_again }],
+    },
+    Case {
+        bench: "restart",
+        name: "driver-host-memory",
+        metrics: &[Metric { name: "idle_driver_host_pss_kib", better: Better::Lower }],
+        ours: memory_of_driver_hosts,
+        peers: &[Peer { name: "a process that waits", run: memory_of_processes }],
+    },
+];
 
 /// Long enough for anything.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -105,6 +114,41 @@ pub fn other_end() -> Result<()> {
     socket.write_all(&[1])?;
     let _ = socket.read(&mut [0]);
     Ok(())
+}
+
+/// The mean of several driver hosts, which share their program and their plugin. Their driver has
+/// no clients.
+fn memory_of_driver_hosts(effort: Effort) -> Result<Vec<f64>> {
+    let mut system = System::new();
+    let names: Vec<String> = (0..effort.of(16, 2)).map(|number| format!("edu{number}")).collect();
+    let _devices: Vec<_> = names.iter().map(|name| system.start_edu_device(name)).collect();
+    system.install_driver("probe");
+    system.start(&names.iter().map(|name| system.device_config(name, "probe")).collect::<String>());
+    mean_memory(names.iter().map(|name| system.await_ready(name)).collect())
+}
+
+/// The same of as many processes of this program, which wait for a byte.
+fn memory_of_processes(effort: Effort) -> Result<Vec<f64>> {
+    let all = (0..effort.of(16, 2)).map(|_| spawn(effort)).collect::<Result<Vec<_>>>()?;
+    let memory = mean_memory(all.iter().map(|(child, _)| child.id()).collect());
+    for (mut child, socket) in all {
+        socket.shutdown(Shutdown::Both)?;
+        child.wait()?;
+    }
+    memory
+}
+
+/// What processes have for themselves, and their part of what they share: `Pss` of proc(5), in KiB.
+fn mean_memory(processes: Vec<u32>) -> Result<Vec<f64>> {
+    let count = processes.len() as f64;
+    let of = |process: u32| -> Result<f64> {
+        let text = std::fs::read_to_string(format!("/proc/{process}/smaps_rollup"))
+            .context("the memory of a driver host; it takes root, or sandbox = \"off\"")?;
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    };
+    let sum = processes.into_iter().map(of).sum::<Result<f64>>()?;
+    Ok(vec![sum / count])
 }
 
 fn figures(times: Vec<f64>) -> Vec<f64> {

@@ -31,6 +31,7 @@ const HAND_OVERS: &[&str] = &["mutex + condvar", "crossbeam-channel", "std mpsc"
 const REPLIES: &[&str] = &["crossbeam-channel", "std mpsc"];
 const WAITS: &[&str] = &["epoll_wait + read", "mio + read"];
 const BETWEEN_PROCESSES: &[&str] = &["shmem-ipc", "pipe", "Unix seqpacket socket"];
+const UNRECORDED: &[&str] = &["iohost_dispatch"];
 
 /// Area, metric, and the peers one of which is the best.
 const PROMISED: &[(&str, &str, &[&str])] = &[
@@ -68,8 +69,15 @@ const PROMISED: &[(&str, &str, &[&str])] = &[
     ("queue", "polled_round_trip_ns", &["cache line there and back"]),
     ("queue", "sleeping_round_trip_p50_ns", &["eventfd ping-pong"]),
     ("queue", "sleeping_round_trip_p99_ns", &["eventfd ping-pong"]),
+    ("recorder", "recorded_async_ops_per_s", UNRECORDED),
+    ("recorder", "recorded_async_2_producers_ops_per_s", UNRECORDED),
+    ("recorder", "recorded_async_from_own_item_ns", UNRECORDED),
+    ("recorder", "recorded_async_to_idle_p50_ns", UNRECORDED),
+    ("recorder", "recorded_sync_idle_ns", UNRECORDED),
+    ("recorder", "recorded_sync_2_callers_ops_per_s", UNRECORDED),
     ("restart", "death_to_first_entry_p50_us", &["waitpid and spawn"]),
     ("restart", "death_to_first_entry_p99_us", &["waitpid and spawn"]),
+    ("restart", "idle_driver_host_pss_kib", &["a process that waits"]),
     ("timers", "arm_of_100k_ns", &["ours of 100"]),
     ("timers", "rearm_of_100k_ns", &["ours of 100"]),
     ("timers", "cancel_of_100k_ns", &["ours of 100"]),
@@ -151,7 +159,8 @@ fn an_area_that_is_not_there_is_said_to_be_planned_or_unknown() {
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(stderr.contains(complaint), "{stderr}");
         assert!(
-            stderr.contains("there are: device, dispatch, events, queue, restart, timers"),
+            stderr
+                .contains("there are: device, dispatch, events, queue, recorder, restart, timers"),
             "{stderr}"
         );
         assert_eq!(output.stdout, b"", "nothing ran");

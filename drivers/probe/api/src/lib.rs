@@ -77,11 +77,22 @@ iohost_interface::interface! {
         /// The driver ends itself.
         21 => fn terminate();
 
+        /// Dies in the middle of the call: 0 by a null pointer (SIGSEGV), 1 by `abort`, 2 by a
+        /// panic, 3 by `exit(3)`.
+        22 => fn die(how: u32);
+
+        /// Turns in a circle for so many milliseconds (0: for ever), with a report of progress each
+        /// time around if asked for; and is answered then.
+        23 => fn spin(milliseconds: u64, progress: u32);
+
+        /// Writes a byte all over the memory of its process's flight recorder, then dies by SIGSEGV.
+        24 => fn scribble(byte: u32);
+
         /// Adds one to what is counted, by every version of the driver, and gives the sum.
-        22 => fn count() -> u64;
+        25 => fn count() -> u64;
 
         /// The byte of [`HOW_IT_STARTS`] that says how this version starts.
-        23 => fn version() -> u32;
+        26 => fn version() -> u32;
     }
 
     queues {}

@@ -85,6 +85,7 @@ pub(super) static DISPATCH_TABLE: DispatchTable = DispatchTable {
     descriptor_set_enable,
     descriptor_cancel,
     descriptor_check,
+    queue_progress,
 };
 
 unsafe extern "C" fn queue_create(
@@ -216,6 +217,11 @@ unsafe extern "C" fn queue_cancel(queue: *mut HostQueue, done: Work) {
     let queue = unsafe { object::<QueueObject>(queue) };
     let done = ForeignWork(done);
     queue.queue.cancel(move || done.run());
+}
+
+unsafe extern "C" fn queue_progress(queue: *mut HostQueue) {
+    // SAFETY: contract 2.
+    unsafe { object::<QueueObject>(queue) }.queue.report_progress();
 }
 
 unsafe extern "C" fn clock_now(queue: *mut HostQueue, number: u64, time: *mut u64) -> i32 {

@@ -8,15 +8,20 @@ use std::ptr;
 use iohost_driver_abi::{Handler, HostPanic, Work, WorkFunctions, WorkSpace};
 
 use super::host;
+use crate::panic_place;
 
-/// Runs code of the driver. A panic becomes its message.
+/// Runs code of the driver. A panic becomes its message, with its place.
 pub(super) fn guarded<R>(code: impl FnOnce() -> R) -> Result<R, String> {
     catch_unwind(AssertUnwindSafe(code)).map_err(|panic: Box<dyn Any + Send>| {
         let text = panic.downcast_ref::<&str>().map(ToString::to_string);
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
         // A payload can be anything, also something that panics when dropped.
         std::mem::forget(panic);
-        format!("panicked: {}", text.as_deref().unwrap_or("no message"))
+        let text = text.as_deref().unwrap_or("no message");
+        match panic_place::take() {
+            Some(place) => format!("panicked: {text}, at {place}"),
+            None => format!("panicked: {text}"),
+        }
     })
 }
 

@@ -107,6 +107,11 @@ impl Queue {
         Ok(time)
     }
 
+    /// Tells the host that the work in progress is getting on.
+    pub(crate) fn report_progress(&self) {
+        host!(dispatch.queue_progress(self.0.as_ptr()));
+    }
+
     /// Tells the host that the driver has failed.
     pub(crate) fn failed(&self, message: &str) {
         host!(host.failed(self.0.as_ptr(), message.as_ptr(), message.len()));

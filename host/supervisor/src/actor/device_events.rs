@@ -29,7 +29,8 @@ impl Actor {
             }
             outcome => info!(device, outcome:?, how = quiesced.how; "the device is safe"),
         }
-        service.quiesced = Some(quiesced);
+        service.quiesced = Some(quiesced.clone());
+        self.finish_report(at, &quiesced);
     }
 
     /// Something happened to a device whose driver starts or runs.
@@ -217,6 +218,8 @@ impl Actor {
                 if self.is_back(at, &event) {
                     let service = &mut self.services[at];
                     service.is_removed = false;
+                    // Plugged in anew: what its predecessor did is no sign of what it will do.
+                    service.deaths.forget();
                     info!(device = service.device.name; "the device is there again");
                     self.start(at, Cause::Asked);
                 }
@@ -234,6 +237,12 @@ impl Actor {
     fn is_back(&self, at: usize, event: &Hotplug) -> bool {
         let service = &self.services[at];
         let Location::Pci(ours) = service.device.location else { return false };
+        // A device that was given up is held by us, so it can come only after it went.
+        let is_replaced = matches!(service.state, State::Quarantined(_))
+            && matches!(event, Hotplug::Added(address) if *address == ours);
+        if is_replaced && service.device.bind {
+            return true;
+        }
         let State::Down(why) = &service.state else { return false };
         // One that was not there yet, or not ours, has never been: it comes in the same way.
         let is_awaited =

@@ -1,20 +1,28 @@
 //! The life of a service. The numbers are those of the picture at [`State`].
 
 use std::mem;
+use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use iohost_control::host::{Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, ToHost};
+use iohost_control::crash;
+use iohost_control::host::{
+    Confinement, Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, StartDescriptors, ToHost,
+};
 use iohost_control::varlink::{Bound, Unbound};
 use iohost_doctor::Code;
 use iohost_event::PacketError;
 use iohost_interface::Description;
+use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::{Order, Persist};
+use iohost_sandbox::call_name;
 use log::{debug, error, info, warn};
+use nix::sys::signal::Signal;
+use nix::unistd::Uid;
 
-use super::{Actor, HOSTS, given_back, ids, protocol, why};
+use super::{Actor, given_back, ids, protocol, why};
 use crate::bindings::{Done, from_pci};
-use crate::config::{DeviceConfig, Location};
+use crate::config::{DeviceConfig, Location, SandboxMode};
 use crate::driver_process::DriverProcess;
 use crate::needs;
 use crate::plugins::Plugin;
@@ -22,6 +30,15 @@ use crate::request::stopping;
 use crate::restart::Decision;
 use crate::service::{Cause, Ending, Host, LastWords, Next, State, Then};
 use crate::upgrade::Upgrade;
+
+/// Users of driver hosts, one after the other, and again from the start when they are used up, but
+/// for those of the last driver host of each service.
+///
+/// Source: systemd, `docs/UIDS-GIDS.md`: nobody gives these to anything else.
+pub(super) const DRIVER_USERS: RangeInclusive<u32> = 0x7000_0000..=0x7000_ffff;
+
+/// Descriptors of a driver host beside those of its sessions: vectors, queues, memory.
+const DESCRIPTORS: u64 = 2048;
 
 impl Actor {
     /// What earlier daemons left: persistent devices are services, and what nobody wants goes back.
@@ -133,16 +150,21 @@ impl Actor {
         let service = &mut self.services[at];
         service.quiesced = None;
         service.was_taken_over = false;
+        service.refused_calls.clear();
+        let confinement = plugin.and_then(|_| self.confinement(at));
+        let service = &self.services[at];
         let number = self.next_host;
         self.next_host += 1;
         let (listener, files) = self.records.add(number).map_err(crate::no_resources)?;
         let spawned = DriverProcess::spawn(&self.options.driver_host, &service.device.name, files);
         let process = spawned.inspect_err(|_| self.records.files(number).remove())?;
-        self.poller.watch(process.messages(), HOSTS + 2 * number).map_err(crate::no_resources)?;
-        self.poller.watch(process.end(), HOSTS + 2 * number + 1).map_err(crate::no_resources)?;
+        self.watch_host(&process, number).map_err(crate::no_resources)?;
+        let recorder = Recorder::create().map_err(crate::no_resources)?;
+        self.watch_recorder(&recorder, number).map_err(crate::no_resources)?;
         let start = Start {
             device: service.device.for_host(),
             interrupts: service.device.interrupts.clone(),
+            confinement,
             plugin: plugin.map(|plugin| plugin.file.to_string_lossy().into_owned()),
             incarnation: service.incarnation,
             // Room for 2^32 entries of each driver host.
@@ -151,13 +173,21 @@ impl Actor {
         };
         process.files().note(service, &start, process.pid()).map_err(crate::no_resources)?;
         let state = service.upgrade.as_ref().and_then(Upgrade::state);
-        let fds: Vec<_> =
-            [listener.as_fd()].into_iter().chain(state.map(|(_, file)| file.as_fd())).collect();
+        let beside = StartDescriptors {
+            listener: listener.as_fd(),
+            memory: recorder.memory(),
+            bell: recorder.bell(),
+            state: state.map(|(_, file)| file.as_fd()),
+        };
         // A process that is gone already is noticed by its end.
-        let _ = process.send(&ToHost::Start(start), &fds);
+        let _ = process.send(&ToHost::Start(start), &beside.in_order());
         Ok(Host {
             number,
             process,
+            recorder: Some(recorder),
+            watch: None,
+            device_before: None,
+            device_after: None,
             deadline: Some(Instant::now() + self.options.patience.start),
             last_words: None,
             was_ready: false,
@@ -173,6 +203,49 @@ impl Actor {
             is_busy: false,
             is_registered: false,
         })
+    }
+
+    /// What a driver host for this service is to give up; `None` for nothing.
+    fn confinement(&mut self, at: usize) -> Option<Confinement> {
+        let device = &self.services[at].device;
+        let mode = device.sandbox.unwrap_or(self.config.sandbox);
+        if mode == SandboxMode::Off {
+            warn!(
+                device = device.name;
+                "the sandbox is off: this driver has all the rights of the daemon"
+            );
+            return None;
+        }
+        let (user, memory) = (device.user, device.memory);
+        let sessions = self.config.limits.sessions_per_service as u64;
+        let identity = user.or_else(|| self.next_user());
+        self.services[at].driver_user = identity.map(|(uid, _)| uid);
+        Some(Confinement {
+            identity,
+            is_alone: user.is_none() && identity.is_some(),
+            memory,
+            // Each twice: the driver's, and duplicates for the next daemon.
+            descriptors: DESCRIPTORS + 2 * sessions * MOST_DESCRIPTORS as u64,
+            kills: mode == SandboxMode::Strict,
+            required: matches!(mode, SandboxMode::Required | SandboxMode::Strict),
+        })
+    }
+
+    /// A user that no driver host has, with the group of the same number; `None` where the daemon
+    /// may not give any.
+    fn next_user(&mut self) -> Option<(u32, u32)> {
+        if !Uid::effective().is_root() {
+            return None;
+        }
+        loop {
+            let uid = self.next_user;
+            let is_last = uid == *DRIVER_USERS.end();
+            self.next_user = if is_last { *DRIVER_USERS.start() } else { uid + 1 };
+            // There are more of them than services.
+            if !self.services.iter().any(|service| service.driver_user == Some(uid)) {
+                return Some((uid, uid));
+            }
+        }
     }
 
     /// The best plugin for a device that has not failed on it, and why it is that one, in words.
@@ -341,6 +414,7 @@ impl Actor {
         );
         service.driver = Some(ready.driver.clone());
         service.reset = Some(ready.reset.clone());
+        service.sandbox = Some(ready.sandbox.clone().unwrap_or_else(|| "off".to_owned()));
         for answer in service.binds.drain(..) {
             let service = service.device.name.clone();
             answer.give(Ok(Bound { service, driver: ready.driver.clone() }));
@@ -351,6 +425,7 @@ impl Actor {
         }
         self.keep_sessions_that_fit(at);
         self.version_runs(at);
+        self.watch_for_hangs(at);
     }
 
     /// 6: asks a driver host to stop; a service without one is stopped already.
@@ -483,8 +558,16 @@ impl Actor {
         let Some(at) = self.with_host(number) else { return };
         let service = &mut self.services[at];
         let Some(host) = service.host_mut() else { return };
-        let Some(how) = host.process.ended() else { return };
+        let Some(mut exit) = host.process.ended() else { return };
         let pid = host.process.pid();
+        if host.process.was_killed_by(Signal::SIGSYS) {
+            exit.words += &match service.refused_calls.last() {
+                Some(call) => format!(": seccomp: system call {call} ({})", call_name(*call)),
+                None => ": seccomp: a system call of a thread that had blocked SIGSYS".to_owned(),
+            };
+        }
+        let how = exit.words.clone();
+        let Some(host) = service.host_mut() else { return };
         let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
         let ending = host.ending.take();
         if let Some(upgrade) = &mut service.upgrade {
@@ -501,11 +584,16 @@ impl Actor {
                 "read the log for what it said last; `iohost status` shows when it starts again",
             )
         };
+        self.keep_evidence(at, exit);
         if let Some(ending) = ending {
+            if let (Ending::Isolated(why), false) = (&ending, self.services[at].quiescing) {
+                self.report(at, why, crash::Decision::Quarantine);
+            }
             let in_order = matches!(last_words, Some(LastWords::Stopped));
             return self.ended(at, ending, in_order);
         }
         if let Some(unfit) = self.is_unfit(at) {
+            self.report(at, &unfit, crash::Decision::Quarantine);
             return self.quarantine(at, unfit);
         }
         let service = &mut self.services[at];
@@ -522,6 +610,7 @@ impl Actor {
                     _ => unexpected(),
                 };
                 warn!(device = service.device.name; "driver not stopped in order: {}", why.message);
+                self.report(at, &why, crash::Decision::Stop);
                 self.trouble.get_or_insert(why);
                 // It was to make its device safe, and has not: another one does.
                 self.quiesce_then(at, Ending::Stopped);
@@ -555,12 +644,21 @@ impl Actor {
     /// 4: decides whether and when the next driver host starts.
     pub(super) fn died(&mut self, at: usize, why: Failure) {
         let now = Instant::now();
+        let policy = self.policy(at);
+        let decision = self.services[at].deaths.add(now, &policy);
+        let shown = match decision {
+            Decision::RestartAfter(pause) => {
+                crash::Decision::Restart { pause_ms: pause.as_millis() as u64 }
+            }
+            Decision::Quarantine => crash::Decision::Quarantine,
+        };
+        self.report(at, &why, shown);
         let service = &mut self.services[at];
         service.refuse_binds(&why);
         service.last_death = Some(why.clone());
         // It is matched anew.
         service.failed.clear();
-        match service.deaths.add(now, &self.options.restart) {
+        match decision {
             Decision::RestartAfter(pause) => {
                 warn!(
                     device = service.device.name, pause_ms = pause.as_millis() as u64,
@@ -603,6 +701,7 @@ impl Actor {
         // From behind: a service that is done can leave the list.
         for at in (0..self.services.len()).rev() {
             self.end_late_openings(at, now);
+            self.look_for_hang(at, now);
             let service = &mut self.services[at];
             if let State::Restarting { at: due, .. } = service.state {
                 if due <= now && !self.stopping {

@@ -6,6 +6,7 @@ use std::time::Instant;
 use iohost_control::host::{DeviceEvent, Failure, FromHost, PowerState, RunningService, ToHost};
 use iohost_control::varlink::{Powered, Properties};
 use iohost_event::PacketError;
+use iohost_sandbox::call_name;
 use log::{debug, info, warn};
 
 use super::{Actor, protocol};
@@ -31,7 +32,9 @@ impl Actor {
                     self.session_handed_over(at, &session, fds);
                 }
                 Heard::Message(FromHost::Saved(size), fds) => self.saved(at, size, fds),
-                Heard::Message(FromHost::HandedOver(handed), _) => self.handed_over(at, handed),
+                Heard::Message(FromHost::HandedOver(handed), fds) => {
+                    self.handed_over(at, handed, fds);
+                }
                 Heard::Message(message, _) => self.hear(at, message),
                 Heard::Nothing => return,
                 Heard::Closed => {
@@ -100,6 +103,8 @@ impl Actor {
                     )));
                 }
             }
+            // Said before it handed over, and not handed over.
+            (State::Starting(host), FromHost::SessionClosed { .. }) if host.is_taken_over => {}
             (State::Starting(host) | State::Running { host, .. }, FromHost::WatchServices)
                 if host.told.is_none() =>
             {
@@ -126,6 +131,10 @@ impl Actor {
                     answer.give(Ok(Properties { entries: text.clone() }));
                 }
             }
+            (
+                State::Starting(_) | State::Running { .. } | State::Stopping(_),
+                FromHost::CallRefused { number },
+            ) => self.call_refused(at, number),
             // Sent before it read that it has to stop.
             (
                 State::Stopping(_),
@@ -148,6 +157,23 @@ impl Actor {
                 let said = format!("an unexpected message: {message:?}");
                 self.condemn(at, protocol(&said));
             }
+        }
+    }
+}
+
+impl Actor {
+    /// The sandbox refused a driver host a system call. It is told of once for each, unless the
+    /// process lies; then it is remembered as often as there are calls, and no more.
+    fn call_refused(&mut self, at: usize, number: u32) {
+        const MOST: usize = 512;
+        let service = &mut self.services[at];
+        let is_new = !service.refused_calls.contains(&number);
+        if is_new && service.refused_calls.len() < MOST {
+            service.refused_calls.push(number);
+            warn!(
+                device = service.device.name, call = call_name(number), number;
+                "seccomp: the sandbox refused the driver a system call"
+            );
         }
     }
 }

@@ -8,14 +8,16 @@ use iohost_control::varlink::{
     BindOptions, Bound, Description as Described, Device, DeviceList, Opened, Powered, Properties,
     Queue, Status, Unbound,
 };
-use iohost_event::{PacketError, Packets};
+use iohost_event::{PacketError, Packets, Peer};
 use iohost_pci::PciAddress;
+use log::warn;
 
 use super::{Actor, ids, not_running, word};
 use crate::bindings::from_pci;
-use crate::config::{DeviceConfig, ErrorPolicy, Location};
+use crate::config::{DeviceConfig, ErrorPolicy, Limits, Location};
 use crate::plugins::Plugins;
 use crate::request::{Answer, Request, stopping};
+use crate::restart::RestartChoices;
 use crate::service::{Cause, Opening, Service, Session, Stage, State, Visitor};
 use crate::session::SessionMemory;
 
@@ -30,18 +32,43 @@ impl Actor {
             match request {
                 Request::Devices(answer) => answer.give(self.devices()),
                 Request::Status(answer) => answer.give(Ok(self.status())),
-                Request::Upgrade { service, plugin, answer } => {
-                    self.upgrade(&service, &plugin, answer);
+                Request::Upgrade { service, plugin, client, answer } => {
+                    match self.config.admins.check_admin(&client, "Upgrade") {
+                        Ok(()) => self.upgrade(&service, &plugin, answer),
+                        Err(failure) => answer.give(Err(failure)),
+                    }
                 }
                 Request::Statistics { service, answer } => self.statistics(&service, answer),
                 Request::Describe { service, answer } => answer.give(self.describe(&service)),
-                Request::Bind { device, options, answer } => self.bind(&device, options, answer),
-                Request::Unbind { device, answer } => self.unbind(&device, answer),
-                Request::Reload(answer) => answer.give(self.reload()),
+                Request::Bind { device, options, client, answer } => {
+                    match self.config.admins.check_admin(&client, "Bind") {
+                        Ok(()) => self.bind(&device, options, answer),
+                        Err(failure) => answer.give(Err(failure)),
+                    }
+                }
+                Request::Unbind { device, client, answer } => {
+                    match self.config.admins.check_admin(&client, "Unbind") {
+                        Ok(()) => self.unbind(&device, answer),
+                        Err(failure) => answer.give(Err(failure)),
+                    }
+                }
+                Request::Reload { client, answer } => {
+                    match self.config.admins.check_admin(&client, "Reload") {
+                        Ok(()) => answer.give(self.reload()),
+                        Err(failure) => answer.give(Err(failure)),
+                    }
+                }
                 Request::Watch(answer) => answer.give(Ok(self.watchers.add())),
                 Request::Properties { service, answer } => self.properties(&service, answer),
-                Request::Power { service, state, answer } => self.power(&service, state, answer),
-                Request::Open { service, wanted, answer } => self.open(&service, wanted, answer),
+                Request::Power { service, state, client, answer } => {
+                    match self.config.admins.check_admin(&client, "Power") {
+                        Ok(()) => self.power(&service, state, answer),
+                        Err(failure) => answer.give(Err(failure)),
+                    }
+                }
+                Request::Open { service, wanted, client, answer } => {
+                    self.open(&service, wanted, client, answer);
+                }
             }
         }
     }
@@ -231,6 +258,7 @@ impl Actor {
         &mut self,
         word: &str,
         wanted: (Option<Vec<u32>>, u64),
+        client: Peer,
         answer: Answer<(Opened, Vec<std::os::fd::OwnedFd>)>,
     ) {
         let at = match self.find(word) {
@@ -239,10 +267,15 @@ impl Actor {
         };
         let deadline = Instant::now() + self.options.patience.session;
         let service = &mut self.services[at];
-        if service.runs_again_by(deadline) {
-            return service.visitors.push(Visitor { deadline, wanted, answer });
+        if let Some(allowed) = &service.device.clients
+            && let Err(failure) = allowed.check_open(&client, &service.device.name)
+        {
+            return answer.give(Err(failure));
         }
-        self.open_now(at, deadline, wanted, answer);
+        if service.runs_again_by(deadline) {
+            return service.visitors.push(Visitor { deadline, wanted, client, answer });
+        }
+        self.open_now(at, deadline, wanted, client, answer);
     }
 
     pub(super) fn open_now(
@@ -250,15 +283,17 @@ impl Actor {
         at: usize,
         deadline: Instant,
         wanted: (Option<Vec<u32>>, u64),
+        client: Peer,
         answer: Answer<(Opened, Vec<std::os::fd::OwnedFd>)>,
     ) {
         let number = self.next_session;
         self.next_session += 1;
-        match self.open_session(at, number, wanted) {
+        match self.open_session(at, number, wanted, &client) {
             Err(failure) => answer.give(Err(failure)),
             Ok((memory, socket, token, opened, fds)) => {
                 let opening = Some(Opening { deadline, opened, fds, answer });
                 let session = Session {
+                    client: Some(client),
                     memory,
                     socket,
                     token,
@@ -278,6 +313,7 @@ impl Actor {
         at: usize,
         number: u64,
         (queue_bytes, client_type): (Option<Vec<u32>>, u64),
+        client: &Peer,
     ) -> Result<(SessionMemory, Packets, u64, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
         let service = &self.services[at];
         let State::Running { host, ready, interfaces } = &service.state else {
@@ -326,6 +362,7 @@ impl Actor {
                 "ask for less, or raise `largest_queue_bytes` in the configuration",
             ));
         }
+        self.check_share(client, bytes.iter().map(|bytes| u64::from(*bytes)).sum())?;
         let queues: Vec<QueueSize> =
             bytes.iter().map(|bytes| QueueSize { bytes: *bytes }).collect();
         let memory =
@@ -360,6 +397,36 @@ impl Actor {
         };
         let fds = memory.for_client(theirs).map_err(crate::no_resources)?;
         Ok((memory, drivers, token, opened, fds))
+    }
+
+    /// A client may have one more session, of so many bytes, or is told why not. Sessions that were
+    /// taken over are nobody's.
+    fn check_share(&self, client: &Peer, bytes: u64) -> Result<(), Failure> {
+        let Limits { sessions_per_client, memory_per_client, .. } = self.config.limits;
+        let is_same = |one: &Peer, other: &Peer| (one.uid, one.pid) == (other.uid, other.pid);
+        let of_client = self.services.iter().flat_map(|service| service.sessions.values());
+        let of_client: Vec<&Session> = of_client
+            .filter(|it| it.client.as_ref().is_some_and(|it| is_same(it, client)))
+            .collect();
+        let (uid, pid, count) = (client.uid, client.pid, of_client.len());
+        let refused = |code: &str, message: String, key: &str| {
+            warn!(uid, pid, code; "a client was refused: {message}");
+            let next = format!("close sessions, or raise `{key}` in the configuration");
+            Err(Failure::new(code, message, next))
+        };
+        if count >= sessions_per_client {
+            let message = format!("process {pid} has {count} sessions already");
+            return refused("client-sessions", message, "sessions_per_client");
+        }
+        let has: u64 = of_client.iter().map(|session| session.memory.bytes()).sum();
+        if has + bytes > memory_per_client {
+            let message = format!(
+                "process {pid} has queues of {has} bytes and asks for {bytes} more; the most is \
+                 {memory_per_client}"
+            );
+            return refused("client-memory", message, "memory_per_client");
+        }
+        Ok(())
     }
 
     /// The service that a word means: a name, a location, or a driver that only one service runs.
@@ -426,6 +493,11 @@ impl Actor {
             on_error: ErrorPolicy::default(),
             category: String::new(),
             is_disabled: false,
+            restart: RestartChoices::default(),
+            clients: None,
+            sandbox: None,
+            user: None,
+            memory: iohost_sandbox::MEMORY,
             line: 0,
         };
         self.services.push(Service::new(device, true));

@@ -15,7 +15,7 @@ use iohost_interface::packet::encode_away;
 use log::{debug, warn};
 
 use super::{Actor, SESSIONS, not_running, word};
-use crate::service::{Opening, Service, Session, Stage, State};
+use crate::service::{Opening, Service, Session, Stage, State, Visitor};
 
 impl Actor {
     /// The client of a session has left. A driver host that has the session notices, and says so once
@@ -47,7 +47,7 @@ impl Actor {
         };
         if !earlier.iter().enumerate().all(continues) {
             let why = Failure::new(
-                "session-refused",
+                "other-interface",
                 format!("the driver of {:?} serves another interface now", word(service)),
                 "open a new session",
             );
@@ -76,7 +76,8 @@ impl Actor {
             if is_running {
                 self.is_behind |= !service.hand_over_sessions();
                 for visitor in mem::take(&mut service.visitors) {
-                    self.open_now(at, visitor.deadline, visitor.wanted, visitor.answer);
+                    let Visitor { deadline, wanted, client, answer } = visitor;
+                    self.open_now(at, deadline, wanted, client, answer);
                 }
             }
         }

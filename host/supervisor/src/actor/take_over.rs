@@ -17,11 +17,12 @@ use std::time::Instant;
 
 use iohost_control::host::{DeviceLocation, HandedOver, OpenSession, PowerState, ToHost};
 use iohost_event::Packets;
+use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::PciAddress;
 use log::{debug, info, warn};
 use nix::sys::signal::Signal;
 
-use super::{Actor, HOSTS, protocol};
+use super::{Actor, protocol};
 use crate::config::Location;
 use crate::driver_process::DriverProcess;
 use crate::host_records::{Found, HostRecord};
@@ -55,6 +56,8 @@ impl Actor {
         let service = &mut self.services[at];
         service.group |= record.group;
         service.incarnation = service.incarnation.max(record.start.incarnation);
+        let identity = record.start.confinement.as_ref().and_then(|it| it.identity);
+        service.driver_user = identity.map(|(uid, _)| uid);
         let device = service.device.name.clone();
         let Some(handle) = process else {
             warn!(device, pid = record.pid(); "the driver host ended while there was no daemon");
@@ -74,11 +77,7 @@ impl Actor {
         };
         let process =
             DriverProcess::earlier(record.pid(), handle, socket, self.records.files(number));
-        let watched = self
-            .poller
-            .watch(process.messages(), HOSTS + 2 * number)
-            .and_then(|()| self.poller.watch(process.end(), HOSTS + 2 * number + 1));
-        if let Err(err) = watched {
+        if let Err(err) = self.watch_host(&process, number) {
             // Dropped, it is killed: nobody would hear of it.
             return warn!(device, err:%; "a driver host cannot be watched");
         }
@@ -94,6 +93,11 @@ impl Actor {
         let host = Host {
             number,
             process,
+            // It has it.
+            recorder: None,
+            watch: None,
+            device_before: None,
+            device_after: None,
             // It may be starting its driver.
             deadline: Some(Instant::now() + patience.start + patience.stop),
             last_words: None,
@@ -163,17 +167,39 @@ impl Actor {
     }
 
     /// The first answer of a driver host that is asked to hand over.
-    pub(super) fn handed_over(&mut self, at: usize, handed: HandedOver) {
+    /// Beside it are the memory and the bell of its flight recorder.
+    pub(super) fn handed_over(&mut self, at: usize, handed: HandedOver, fds: Vec<OwnedFd>) {
         let service = &mut self.services[at];
         match &mut service.state {
-            State::Starting(host) if host.is_taken_over && service.quiesced.is_none() => {
+            State::Starting(host) if host.is_taken_over && host.recorder.is_none() => {
+                let number = host.number;
                 host.told = handed.told;
+                host.device_before = handed.quiesced.clone();
                 service.quiesced = handed.quiesced;
+                match self.take_up_recorder(number, fds) {
+                    Ok(recorder) => {
+                        if let Some(host) = self.services[at].host_mut() {
+                            host.recorder = Some(recorder);
+                        }
+                    }
+                    Err(words) => {
+                        let said = format!("its flight recorder is handed over as {words}");
+                        self.condemn(at, protocol(&said));
+                    }
+                }
             }
             // Asked before it was told to stop.
             State::Stopping(_) => {}
             _ => self.condemn(at, protocol("it hands over, and was not asked to")),
         }
+    }
+
+    fn take_up_recorder(&self, number: u64, fds: Vec<OwnedFd>) -> Result<Recorder, String> {
+        let [memory, bell] =
+            <[OwnedFd; 2]>::try_from(fds).map_err(|fds| format!("{} descriptors", fds.len()))?;
+        let recorder = Recorder::attach(memory, bell).map_err(|err| err.to_string())?;
+        self.watch_recorder(&recorder, number).map_err(|err| format!("a bell: {err}"))?;
+        Ok(recorder)
     }
 
     /// A driver host that hands over has this session.
@@ -214,6 +240,7 @@ impl Actor {
         let (socket, memory) = SessionMemory::take_up(&open.queues, open.client_type, fds)?;
         let token = self.watch_client(&socket).map_err(|err| format!("a socket: {err}"))?;
         let session = Session {
+            client: None,
             memory,
             socket,
             token,

@@ -103,7 +103,7 @@ fn a_driver_host_that_died_while_there_was_no_daemon_is_replaced_and_its_session
 
 #[test]
 fn a_driver_host_that_lies_or_is_silent_is_killed_and_its_device_started_anew() {
-    for script in ["stay-lies", "stay-doubles", "stay-garbage", "stay-silent"] {
+    for script in ["stay-lies", "stay-doubles", "stay-blind", "stay-garbage", "stay-silent"] {
         let mut rig = Rig::start(&[script, "stay"]);
         for name in [script, "stay"] {
             rig.connect().bind(name).unwrap();

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use iohost_control::host::{
     DeviceEvent, Failure, FromHost, HandedOver, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession,
-    Outcome, Quiesced, Ready, ToHost,
+    Outcome, Quiesced, Ready, StartDescriptors, ToHost,
 };
 use iohost_control::plugin::{Needs, Personality, PluginInfo};
 use iohost_event::{PacketListener, Packets};
@@ -32,7 +32,9 @@ fn main() {
     let daemon = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
     let mut daemon = Arc::new(Packets::from(daemon));
     let Some((ToHost::Start(start), fds)) = receive(&daemon) else { panic!("no Start") };
-    let listener = PacketListener::from(fds.into_iter().next().unwrap());
+    let beside = StartDescriptors::from_order(fds).unwrap();
+    let listener = PacketListener::from(beside.listener);
+    let recorder = [beside.memory, beside.bell];
     let mut kept: Vec<(OpenSession, Vec<OwnedFd>)> = Vec::new();
     let Some(plugin) = start.plugin else {
         quiesced(&daemon, Outcome::Clean);
@@ -97,7 +99,13 @@ fn main() {
             }
             ToHost::HandOver => {
                 let (quiesced, told) = (None, None);
-                send(&daemon, &FromHost::HandedOver(HandedOver { quiesced, told }));
+                let message = FromHost::HandedOver(HandedOver { quiesced, told });
+                let mut fds = recorder.each_ref().map(AsFd::as_fd);
+                if script == "stay-blind" {
+                    fds.reverse();
+                }
+                // A daemon that has found a lie does not listen any more.
+                let _ = daemon.send(&serde_json::to_vec(&message).unwrap(), &fds);
                 for (open, fds) in &kept {
                     // Another file in the place of the last queue's memory, or one session twice.
                     let mut fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
@@ -109,7 +117,6 @@ fn main() {
                         let _ = daemon.send(message.as_ref().unwrap(), &fds);
                     }
                 }
-                // A daemon that has found a lie does not listen any more.
                 let text =
                     serde_json::to_vec(&FromHost::Ready(ready(&name, script, later))).unwrap();
                 let _ = daemon.send(&text, &[]);
@@ -158,6 +165,7 @@ fn ready(name: &str, script: &str, later: bool) -> Ready {
         interface,
         further_interfaces: Vec::new(),
         is_registered: script != "shy",
+        sandbox: None,
     }
 }
 

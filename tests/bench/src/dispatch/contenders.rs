@@ -2,12 +2,13 @@
 //!
 //! A contender is a process, so what is started here is never stopped: it ends with the process.
 
-use std::sync::{Condvar, Mutex, mpsc};
+use std::sync::{Arc, Condvar, Mutex, mpsc};
 use std::thread;
 
 use anyhow::Result;
 use iohost_dispatch::{Block, Engine, Queue};
 use iohost_driver::IODispatchQueue;
+use iohost_memory::flight_recorder::Recorder;
 
 use crate::driver::{self, Lender};
 
@@ -59,6 +60,38 @@ impl Synchronous for Queue {
 
     fn run_now(queue: &&'static Self, block: impl FnOnce() + Send + 'static) {
         queue.dispatch_sync(block).expect("nobody cancels the queue");
+    }
+}
+
+/// The same, with what it does recorded, as in a driver host.
+pub struct RecordedQueue(Queue);
+
+impl Contender for RecordedQueue {
+    const NAME: &'static str = "iohost_dispatch, recorded";
+
+    fn start() -> Result<&'static Self> {
+        let recorder = Recorder::create()?;
+        // As while the daemon looks.
+        recorder.watch();
+        let engine = Box::leak(Box::new(Engine::start_recorded(Arc::new(recorder))?));
+        Ok(Box::leak(Box::new(Self(Queue::create(engine, "bench", Default::default())?))))
+    }
+}
+
+impl Serial for RecordedQueue {
+    fn run_later(&self, block: impl FnOnce() + Send + 'static) {
+        self.0.dispatch_async(block);
+    }
+}
+
+impl Synchronous for RecordedQueue {
+    type Caller = &'static Self;
+    fn caller(&'static self) -> &'static Self {
+        self
+    }
+
+    fn run_now(queue: &&'static Self, block: impl FnOnce() + Send + 'static) {
+        queue.0.dispatch_sync(block).expect("nobody cancels the queue");
     }
 }
 

@@ -1,0 +1,71 @@
+//! Disks for programs, whatever their driver.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use iohost_block::BlockDevice;
+//! use iohost_client::Daemon;
+//!
+//! let mut daemon = Daemon::connect(iohost_client::DEFAULT_SOCKET)?;
+//! let mut disk = BlockDevice::open(daemon.open("nvme0")?, 1)?;
+//!
+//! let mut block = vec![0; disk.info().block as usize];
+//! disk.read(0, &mut block)?;
+//! disk.write(4096, &block)?;
+//! disk.flush()?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`BlockDevice`] reads and writes slices, in as many requests at a time as is good for speed; what
+//! blocks has a form for tasks beside it. Below it is [`Requests`]: single requests, with their bytes
+//! in memory that the device reaches in place, for who wants no copy or an order of its own. [`nbd`]
+//! serves a disk to programs that know nothing of us.
+
+#![forbid(unsafe_code)]
+
+mod device;
+pub mod nbd;
+mod requests;
+
+pub use block_api::{Completion, Disk, Failure, Health, Operation, Request, Status};
+pub use device::BlockDevice;
+pub use requests::Requests;
+
+use iohost_client::{ClientError, NoAccess, WaitError};
+use iohost_interface::IOReturn;
+
+/// Why a disk did not do what it should.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum BlockError {
+    /// The disk, or its driver, says no.
+    #[error(transparent)]
+    Failed(#[from] Failure),
+    /// There is no disk of that number.
+    #[error("there is no disk {disk}")]
+    NoSuchDisk {
+        /// The number.
+        disk: u32,
+    },
+    /// A call was not answered as it should.
+    #[error("asking for {what}: {status}")]
+    Call {
+        /// What was asked for.
+        what: &'static str,
+        /// What the driver said; `OFFLINE` when it has ended.
+        status: IOReturn,
+    },
+    /// The session cannot be used so.
+    #[error(transparent)]
+    Session(#[from] ClientError),
+    /// A data queue has ended, as its driver has.
+    #[error("the driver's queue: {0}")]
+    Queue(#[from] WaitError),
+    /// The memory does not allow it.
+    #[error("the session's memory: {0}")]
+    Memory(#[from] NoAccess),
+    /// The driver put something into its queue that is no completion, or one of a request that was
+    /// not sent.
+    #[error("the driver's queue has something that is no completion of ours")]
+    Malformed,
+}

@@ -1,0 +1,72 @@
+//! What can go wrong, and how often it does.
+
+use fastrand::Rng;
+use iohost_device_models::Fault as Lie;
+use nix::sys::signal::Signal;
+
+use crate::offence::Offence;
+
+/// Something that goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// The device does something wrong the next few times.
+    Device(Lie, u32),
+    /// The device interrupts without a cause.
+    Spurious(u32),
+    /// The driver host dies.
+    Driver(Death),
+    /// A client misbehaves.
+    Client(Offence),
+}
+
+/// How a driver host dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Death {
+    Killed,
+    Segfault,
+    Abort,
+    /// It stops where it is, with all its threads.
+    Hang,
+}
+
+impl Death {
+    const ALL: [Self; 4] = [Self::Killed, Self::Segfault, Self::Abort, Self::Hang];
+
+    /// What the kernel does to a process that dies like this.
+    pub(crate) fn signal(self) -> Signal {
+        match self {
+            Self::Killed => Signal::SIGKILL,
+            Self::Segfault => Signal::SIGSEGV,
+            Self::Abort => Signal::SIGABRT,
+            Self::Hang => Signal::SIGSTOP,
+        }
+    }
+}
+
+impl Fault {
+    /// The next one. What only costs the driver an access is frequent; a death, which costs a restart,
+    /// is one in a few hundred.
+    pub(crate) fn choose(random: &mut Rng) -> Self {
+        match random.u32(..1000) {
+            0..10 => Self::Driver(Death::ALL[random.usize(..Death::ALL.len())]),
+            10..40 => Self::Client(Offence::ALL[random.usize(..Offence::ALL.len())]),
+            40..100 => Self::Spurious(random.u32(1..64)),
+            _ => Self::lie(random),
+        }
+    }
+
+    fn lie(random: &mut Rng) -> Self {
+        let lie = match Lie::KINDS[random.usize(..Lie::KINDS.len())] {
+            Lie::ReadsInverted(_) => Lie::ReadsInverted(random.u8(..64)),
+            Lie::RepeatsInterrupt(_) => Lie::RepeatsInterrupt(random.u8(2..16)),
+            lie => lie,
+        };
+        let times = match lie {
+            // The driver waits out a whole tick of its timer each time.
+            Lie::LosesInterrupt | Lie::LosesWrite => random.u32(1..3),
+            Lie::ReadsOnes | Lie::ReadsStale | Lie::ReadsInverted(_) => random.u32(1..16),
+            _ => random.u32(1..64),
+        };
+        Self::Device(lie, times)
+    }
+}

@@ -1,0 +1,247 @@
+//! What a campaign is made on: a folder, a daemon with its driver hosts, and emulated devices.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use iohost_client::varlink::Service;
+use iohost_client::{ClientError, Daemon};
+use iohost_device_models::edu::{Edu, Timing};
+use iohost_device_models::{DeviceServer, Function, Stopper};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::{Campaign, CampaignError, PATIENCE};
+
+/// All that a campaign has started. Gone when it is dropped.
+pub(crate) struct Machine {
+    folder: TempDir,
+    daemon: Mutex<Child>,
+    devices: Vec<Device>,
+}
+
+/// An emulated device at a socket, in this process.
+pub(crate) struct Device {
+    pub(crate) function: Arc<Function<Edu>>,
+    stopper: Stopper,
+}
+
+/// The daemon did not live to the end.
+pub(crate) struct Gone;
+
+/// What processes have, to compare before and after.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Belongings {
+    pub(crate) daemon: Held,
+    /// Of all driver hosts.
+    pub(crate) hosts: Held,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Held {
+    pub(crate) descriptors: u64,
+    pub(crate) threads: u64,
+    pub(crate) resident_bytes: u64,
+}
+
+impl Machine {
+    pub(crate) fn start(campaign: &Campaign) -> Result<Self, CampaignError> {
+        let folder = tempfile::Builder::new().prefix("iohost-faults").tempdir();
+        let folder = folder.map_err(|err| setup("no folder for temporary files", err))?;
+        let devices = (0..campaign.devices)
+            .map(|number| Device::serve(&folder.path().join(service(number))))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(|err| setup("no emulated device", err))?;
+        let mut config = format!(
+            "runtime_directory = {:?}\nstate_directory = {:?}\ndriver_directory = {:?}\n\
+             restart = {{ most = 1000000000, pause_seconds = 0 }}\n\
+             limits = {{ requests_per_second = 1000000 }}\n",
+            folder.path().join("run"),
+            folder.path().join("state"),
+            campaign.driver_directory,
+        );
+        for number in 0..campaign.devices {
+            let name = service(number);
+            let (socket, driver) = (folder.path().join(&name), &campaign.driver);
+            config +=
+                &format!("[[device]]\nname = {name:?}\nsocket = {socket:?}\ndriver = {driver:?}\n");
+        }
+        let file = folder.path().join("iohost.toml");
+        fs::write(&file, config).map_err(|err| setup("no configuration", err))?;
+        let log = File::create(folder.path().join(LOG)).map_err(|err| setup("no log", err))?;
+        let daemon = Command::new(&campaign.iohost)
+            .args(["daemon", "--config"])
+            .arg(file)
+            .stderr(log)
+            .spawn()
+            .map_err(|err| setup("no daemon", err))?;
+        let machine = Self { folder, daemon: Mutex::new(daemon), devices };
+        machine.wait("the daemon", || UnixStream::connect(machine.control()).is_ok())?;
+        for number in 0..campaign.devices {
+            machine.wait_until_ready(&service(number))?;
+        }
+        Ok(machine)
+    }
+
+    pub(crate) fn device(&self, number: usize) -> Arc<Function<Edu>> {
+        self.devices[number].function.clone()
+    }
+
+    /// The daemon's control socket.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.folder.path().join("run/io.iohost")
+    }
+
+    pub(crate) fn connect(&self) -> Result<Daemon, CampaignError> {
+        Daemon::connect(self.control()).map_err(|err| daemon("connecting", err))
+    }
+
+    /// A service as `status` shows it.
+    pub(crate) fn service(&self, name: &str) -> Result<Service, CampaignError> {
+        let status =
+            self.connect()?.status().map_err(|err| daemon("asking for its status", err))?;
+        let found = status.services.into_iter().find(|service| service.name == name);
+        found.ok_or_else(|| self.silence(format!("service {name}, which is not there")))
+    }
+
+    fn wait_until_ready(&self, name: &str) -> Result<(), CampaignError> {
+        self.wait(&format!("the driver of {name}"), || {
+            self.connect()
+                .and_then(|mut daemon| {
+                    daemon.bind(name).map_err(|err| self::daemon("starting a driver", err))
+                })
+                .is_ok()
+        })
+    }
+
+    /// Waits until something is so.
+    pub(crate) fn wait(
+        &self,
+        what: &str,
+        mut is_so: impl FnMut() -> bool,
+    ) -> Result<(), CampaignError> {
+        let deadline = Instant::now() + PATIENCE;
+        while !is_so() {
+            if Instant::now() >= deadline {
+                return Err(self.silence(what.to_owned()));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Says that something did not come to pass, and keeps the log.
+    fn silence(&self, what: String) -> CampaignError {
+        let kept = std::env::temp_dir().join(format!("iohost-faults-{}.log", std::process::id()));
+        // Without it the error says less, and is one all the same.
+        let _ = fs::copy(self.folder.path().join(LOG), &kept);
+        CampaignError::Silence { what, log: kept }
+    }
+
+    /// What the daemon and the driver hosts have now.
+    pub(crate) fn belongings(&self) -> Result<Belongings, CampaignError> {
+        let pid = self.daemon.lock().expect(NO_PANIC).id();
+        let status =
+            self.connect()?.status().map_err(|err| daemon("asking for its status", err))?;
+        let mut hosts = Held::default();
+        for pid in status.services.iter().filter_map(|service| service.pid) {
+            let held = Held::of(pid).map_err(|err| setup("no account of a driver host", err))?;
+            hosts.descriptors += held.descriptors;
+            hosts.threads += held.threads;
+            hosts.resident_bytes += held.resident_bytes;
+        }
+        let daemon = Held::of(pid).map_err(|err| setup("no account of the daemon", err))?;
+        Ok(Belongings { daemon, hosts })
+    }
+
+    pub(crate) fn is_alive(&self) -> bool {
+        matches!(self.daemon.lock().expect(NO_PANIC).try_wait(), Ok(None))
+    }
+
+    /// Ends the daemon as an operator does.
+    pub(crate) fn stop(self) -> Result<(), Gone> {
+        let mut daemon = self.daemon.lock().expect(NO_PANIC);
+        if !matches!(daemon.try_wait(), Ok(None)) {
+            return Err(Gone);
+        }
+        terminate(&daemon);
+        match daemon.wait() {
+            Ok(status) if status.success() => Ok(()),
+            _ => Err(Gone),
+        }
+    }
+}
+
+/// The daemon's log, in the folder.
+const LOG: &str = "daemon.log";
+
+/// Why the lock is never poisoned.
+const NO_PANIC: &str = "nothing panics under this lock";
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        if let Ok(daemon) = self.daemon.get_mut()
+            && matches!(daemon.try_wait(), Ok(None))
+        {
+            terminate(daemon);
+            let _ = daemon.wait();
+        }
+    }
+}
+
+fn terminate(daemon: &Child) {
+    // It is ours and was not waited for, so the number is still its own.
+    let _ = kill(Pid::from_raw(daemon.id() as i32), Signal::SIGTERM);
+}
+
+/// The name of a device's service.
+pub(crate) fn service(number: usize) -> String {
+    format!("device{number}")
+}
+
+fn setup(what: &str, source: io::Error) -> CampaignError {
+    CampaignError::Setup { what: what.to_owned(), source }
+}
+
+pub(crate) fn daemon(when: &str, source: ClientError) -> CampaignError {
+    CampaignError::Daemon { when: when.to_owned(), source: Box::new(source) }
+}
+
+impl Device {
+    fn serve(socket: &Path) -> io::Result<Self> {
+        let server = DeviceServer::bind(socket).map_err(io::Error::other)?;
+        let stopper = server.stopper();
+        let function = Arc::new(Function::new(Edu::new(Timing::Real { dma: Duration::ZERO })));
+        let served = function.clone();
+        thread::Builder::new().name("device".to_owned()).spawn(move || server.run(&served))?;
+        Ok(Self { function, stopper })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.stopper.stop();
+    }
+}
+
+impl Held {
+    fn of(pid: u32) -> io::Result<Self> {
+        let process = PathBuf::from(format!("/proc/{pid}"));
+        let count =
+            |folder: &str| Ok::<u64, io::Error>(fs::read_dir(process.join(folder))?.count() as u64);
+        let status = fs::read_to_string(process.join("status"))?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = resident.and_then(|line| line.split_whitespace().next()?.parse().ok());
+        Ok(Self {
+            descriptors: count("fd")?,
+            threads: count("task")?,
+            resident_bytes: 1024 * kib.unwrap_or(0),
+        })
+    }
+}

@@ -1,0 +1,38 @@
+//! A campaign of faults on the real processes. More of them, and from a seed:
+//!
+//! ```sh
+//! iohost faults run --count 1000000 --devices 16 --seed N
+//! ```
+
+use iohost_tests::System;
+use serde_json::Value;
+
+#[test]
+fn a_campaign_of_faults_loses_nothing_and_leaves_nothing_behind() {
+    let system = System::new();
+    system.install_driver("edu");
+    let drivers = system.path("drivers");
+    let seed = fastrand::u64(..).to_string();
+    println!("again with: iohost faults run --count 3000 --devices 8 --seed {seed}");
+    let campaign =
+        ["--json", "faults", "run", "--count", "3000", "--devices", "8", "--seed", &seed];
+    let ended =
+        system.iohost(&[&campaign[..], &["--driver-dir", drivers.to_str().unwrap()]].concat());
+    assert_eq!(ended.code, Some(0), "{} {}", ended.stdout, ended.stderr);
+    let score: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let count = |key: &str| score[key].as_u64().unwrap_or_else(|| panic!("no {key}: {score}"));
+    assert!(count("faults") >= 3000 && count("device_faults") > 1000, "{score}");
+    assert!(count("entries") > 0 && count("damaged_entries") > 0, "{score}");
+    for nothing in ["host_deaths", "lost_entries", "doubled_entries", "corrupt_entries"] {
+        assert_eq!(count(nothing), 0, "{nothing}: {score}");
+    }
+    assert_eq!(count("unclean_devices"), 0, "{score}");
+    assert_eq!(score["leaks"].as_array().map(Vec::len), Some(0), "{score}");
+}
+
+#[test]
+fn a_campaign_against_a_driver_that_is_not_there_says_so() {
+    let ended = System::new().iohost(&["faults", "run", "--against", "nobody"]);
+    assert_eq!(ended.code, Some(2), "{}", ended.stderr);
+    assert!(ended.stderr.contains("libnobody.so"), "{}", ended.stderr);
+}
