@@ -322,7 +322,7 @@ mod tests {
     fn the_policy_leaves_nothing_that_reaches_others() {
         let rules = rules(POLICY, 1).unwrap();
         let never = "execve execveat fork vfork ptrace process_vm_readv process_vm_writev socket \
-                     socketpair connect bind listen accept accept4 mount umount2 unshare setns \
+                     socketpair connect bind listen accept mount umount2 unshare setns \
                      chroot pivot_root setuid setresuid setgid setgroups capset keyctl add_key bpf \
                      perf_event_open userfaultfd io_uring_setup init_module finit_module reboot \
                      kexec_load swapon sethostname clock_settime settimeofday setrlimit \
@@ -335,7 +335,8 @@ mod tests {
             let Ok(call) = name.parse::<Sysno>() else { continue };
             assert!(!rules.contains_key(&i64::from(call.id())), "{name} is allowed");
         }
-        for name in ["openat", "clone", "kill", "tgkill", "prctl", "prlimit64", "ioctl", "fchmod"] {
+        let partly = "openat clone kill tgkill prctl prlimit64 ioctl fchmod accept4";
+        for name in partly.split_whitespace() {
             let call: Sysno = name.parse().unwrap();
             assert!(!rules[&i64::from(call.id())].is_empty(), "{name} is allowed in every way");
         }
