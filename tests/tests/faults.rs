@@ -13,15 +13,15 @@ fn a_campaign_of_faults_loses_nothing_and_leaves_nothing_behind() {
     system.install_driver("edu");
     let drivers = system.path("drivers");
     let seed = fastrand::u64(..).to_string();
-    println!("again with: iohost faults run --count 3000 --devices 8 --seed {seed}");
+    println!("again with: iohost faults run --count 1000 --devices 8 --seed {seed}");
     let campaign =
-        ["--json", "faults", "run", "--count", "3000", "--devices", "8", "--seed", &seed];
+        ["--json", "faults", "run", "--count", "1000", "--devices", "8", "--seed", &seed];
     let ended =
         system.iohost(&[&campaign[..], &["--driver-dir", drivers.to_str().unwrap()]].concat());
     assert_eq!(ended.code, Some(0), "{} {}", ended.stdout, ended.stderr);
     let score: Value = serde_json::from_str(&ended.stdout).unwrap();
     let count = |key: &str| score[key].as_u64().unwrap_or_else(|| panic!("no {key}: {score}"));
-    assert!(count("faults") >= 3000 && count("device_faults") > 1000, "{score}");
+    assert!(count("faults") >= 1000 && count("device_faults") > 500, "{score}");
     assert!(count("entries") > 0 && count("damaged_entries") > 0, "{score}");
     for nothing in ["host_deaths", "lost_entries", "doubled_entries", "corrupt_entries"] {
         assert_eq!(count(nothing), 0, "{nothing}: {score}");

@@ -44,13 +44,13 @@ impl Death {
 }
 
 impl Fault {
-    /// The next one. What only costs the driver an access is frequent; a death, which costs a restart,
-    /// is one in a few hundred.
+    /// The next one. What only costs the driver an access is frequent, and makes ten faults at a time; a
+    /// death costs a restart.
     pub(crate) fn choose(random: &mut Rng) -> Self {
         match random.u32(..1000) {
-            0..10 => Self::Driver(Death::ALL[random.usize(..Death::ALL.len())]),
-            10..40 => Self::Client(Offence::ALL[random.usize(..Offence::ALL.len())]),
-            40..100 => Self::Spurious(random.u32(1..64)),
+            0..40 => Self::Driver(Death::ALL[random.usize(..Death::ALL.len())]),
+            40..100 => Self::Client(Offence::ALL[random.usize(..Offence::ALL.len())]),
+            100..150 => Self::Spurious(random.u32(1..64)),
             _ => Self::lie(random),
         }
     }

@@ -36,7 +36,7 @@ pub trait IOService: Sized + Send + 'static {
     const NEEDS: Needs = Needs::NOTHING;
 
     /// Whether the driver says itself when clients and other drivers may see it, with
-    /// [`ServiceEntry::register`]; said in `start`, that is when `start` has returned. Else they may
+    /// [`ServiceEntry::register`](crate::ServiceEntry::register); said in `start`, that is when `start` has returned. Else they may
     /// as soon as it has started: in DriverKit every driver calls `RegisterService`, and almost all
     /// do so in `Start`.
     const REGISTERS_ITSELF: bool = false;
