@@ -53,6 +53,8 @@ impl Actor {
         let patience = self.options.patience.stop;
         let service = &mut self.services[at];
         match (&mut service.state, message) {
+            // It was found out in a lie before: it never runs.
+            (State::Starting(host), FromHost::Ready(_)) if host.killed => {}
             (State::Starting(_), FromHost::Ready(ready)) => self.became_ready(at, ready),
             (
                 State::Starting(host) | State::Running { host, .. } | State::Stopping(host),
