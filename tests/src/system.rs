@@ -138,6 +138,24 @@ impl System {
         ended(self.daemon_command(config).output().expect("running the daemon"))
     }
 
+    /// Kills the daemon, and nothing else.
+    pub fn kill_daemon(&mut self) {
+        let mut daemon = self.daemon.take().expect("the daemon runs");
+        signal(&daemon, Signal::SIGKILL);
+        await_end(&mut daemon);
+    }
+
+    /// The driver hosts that daemons have noted, and not seen end.
+    pub fn noted_hosts(&self) -> Vec<u32> {
+        let Ok(entries) = fs::read_dir(self.path("run/hosts")) else { return Vec::new() };
+        let texts = entries.filter_map(|entry| fs::read_to_string(entry.ok()?.path()).ok());
+        let pid = |text: String| {
+            let digits = text.split("\"pid\":").nth(1)?.split(',').next()?;
+            digits.parse().ok()
+        };
+        texts.filter_map(pid).collect()
+    }
+
     fn daemon_command(&self, config: &str) -> Command {
         let (run, drivers) = (self.path("run"), self.path("drivers"));
         let path = self.path("iohost.toml");
@@ -215,7 +233,8 @@ impl System {
     }
 
     fn log(&self, name: &str) -> Stdio {
-        File::create(self.path(&format!("{name}.log"))).expect("a log file").into()
+        let log = self.path(&format!("{name}.log"));
+        File::options().append(true).create(true).open(log).expect("a log file").into()
     }
 }
 
@@ -233,6 +252,10 @@ impl Drop for System {
             if std::thread::panicking() {
                 eprintln!("the daemon's log:\n{}", self.daemon_log());
             }
+        }
+        // Those that wait for a daemon that does not come.
+        for pid in self.noted_hosts() {
+            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
         }
     }
 }

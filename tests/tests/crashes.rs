@@ -22,16 +22,21 @@ fn system_in(sandbox: &str, devices: &[&str], restart: &str) -> (System, Vec<Emu
     let mut system = System::new();
     let processes = devices.iter().map(|name| system.start_edu_device(name)).collect();
     system.install_driver("probe");
-    let state = system.path("state");
-    let mut config = format!("state_directory = {state:?}\n{sandbox}\n[restart]\n{restart}\n");
-    for name in devices {
-        config += &system.device_config(name, "probe");
-    }
+    let config = config(&system, sandbox, devices, restart);
     system.start(&config);
     for name in devices {
         system.await_ready(name);
     }
     (system, processes)
+}
+
+fn config(system: &System, sandbox: &str, devices: &[&str], restart: &str) -> String {
+    let state = system.path("state");
+    let mut config = format!("state_directory = {state:?}\n{sandbox}\n[restart]\n{restart}\n");
+    for name in devices {
+        config += &system.device_config(name, "probe");
+    }
+    config
 }
 
 const OFTEN: &str = "most = 1000\npause_seconds = 0";
@@ -163,6 +168,31 @@ fn a_driver_that_turns_in_a_circle_is_found_killed_and_started_again() {
     assert_eq!(text(&crash["ended"]), "was killed by signal 9 (SIGKILL)");
     system.await_ready("edu0");
     assert_eq!(system.iohost(&["call", "edu0", "aborted"]).code, Some(0));
+}
+
+#[test]
+fn a_driver_host_of_an_earlier_daemon_is_watched_and_its_death_is_told_like_any_others() {
+    let restart = format!("{OFTEN}\nhang_seconds = 0.4");
+    let (mut system, _devices) = system(&["edu0"], &restart);
+    let config = config(&system, "sandbox = \"on\"", &["edu0"], &restart);
+    let ways = [("spin", ["0", "0"].as_slice(), "hang"), ("die", ["0"].as_slice(), "exit")];
+    for (number, (method, arguments, reason)) in ways.into_iter().enumerate() {
+        let host = system.await_ready("edu0");
+        system.kill_daemon();
+        system.start(&config);
+        assert_eq!(system.await_ready("edu0"), host);
+        assert!(system.service("edu0").taken_over);
+        call(&system, "edu0", method, arguments);
+        let crash = await_crash(&system, number + 1);
+        assert_eq!((&crash["reason"], &crash["pid"]), (&reason.into(), &host.into()), "{crash:#}");
+        assert_eq!(text(&crash["ended"]), "ended; how is unknown, an earlier daemon started it");
+        assert_eq!(crash["device_before"]["outcome"], "reset");
+        let default = queue(&crash, "Default");
+        assert_eq!(events(default)[0], "the driver's start", "of before: {crash:#}");
+        let doing = format!("call {method} of session");
+        assert!(text(&default["doing"]).starts_with(&doing), "{crash:#}");
+        eventually("one of the new daemon's own", || !system.service("edu0").taken_over);
+    }
 }
 
 #[test]

@@ -268,6 +268,18 @@ fn a_process_that_opens_more_sessions_than_its_share_is_refused_and_another_is_n
 }
 
 #[test]
+fn sessions_that_a_daemon_took_over_are_nobodys_and_new_ones_are_counted() {
+    let (mut system, _device) = limited("sessions_per_client = 2");
+    let _before = [system.open_raw("edu0"), system.open_raw("edu0")];
+    system.kill_daemon();
+    system.start(&format!("[limits]\nsessions_per_client = 2\n{}", system.edu_config("edu0")));
+    system.await_ready("edu0");
+    let _after = [system.open_raw("edu0"), system.open_raw("edu0")];
+    assert_eq!(system.service("edu0").sessions, 4);
+    assert_eq!(system.connect().open("edu0").unwrap_err().failure().code, "client-sessions");
+}
+
+#[test]
 fn a_process_that_wants_more_memory_than_its_share_is_refused_and_another_is_not() {
     let (system, _device) = limited("memory_per_client = 3000000");
     let sessions = [system.open_raw("edu0")];

@@ -101,17 +101,6 @@ fn a_session_that_its_client_drops_is_forgotten_and_others_go_on() {
 }
 
 #[test]
-fn a_driver_host_whose_daemon_is_killed_stops_on_its_own() {
-    let (system, _device) = System::with_edu();
-    let host = system.await_ready("edu0");
-    let daemon = system.connect().status().unwrap().pid;
-    kill_process(daemon);
-    eventually("the driver host to end", || {
-        !std::path::Path::new(&format!("/proc/{host}")).exists()
-    });
-}
-
-#[test]
 fn two_devices_have_two_driver_hosts_and_the_death_of_one_leaves_the_other_alone() {
     let mut system = System::new();
     let _devices = [system.start_edu_device("edu0"), system.start_edu_device("edu1")];

@@ -13,13 +13,17 @@ fn hostile(sandbox: &str) -> (System, [Emulated; 2]) {
     let devices = [system.start_edu_device("hostile0"), system.start_edu_device("other0")];
     system.install_driver("hostile_plugin");
     system.install_edu_driver();
-    let config = format!(
+    let config = config(&system, sandbox);
+    system.start(&config);
+    (system, devices)
+}
+
+fn config(system: &System, sandbox: &str) -> String {
+    format!(
         "sandbox = {sandbox:?}\n{}{}",
         system.device_config("hostile0", "hostile_plugin"),
         system.edu_config("other0"),
-    );
-    system.start(&config);
-    (system, devices)
+    )
 }
 
 /// Each attempt's name and what became of it.
@@ -144,4 +148,28 @@ fn a_refused_call_is_the_end_of_a_strict_driver_host_and_is_named_as_its_reason(
     assert!(log.contains("was killed by signal 31 (SIGSYS)"), "{log}");
     assert!(log.contains(&reason), "{reason}: {log}");
     eventually("it runs again", || system.service("hostile0").state == State::Running);
+}
+
+#[test]
+fn the_next_daemon_knows_the_sandbox_and_hears_of_what_it_refuses() {
+    let (mut system, _devices) = hostile("on");
+    let host = system.await_ready("hostile0");
+    let session = system.connect().open("hostile0").unwrap();
+    let client = session.client::<api::Client>().unwrap();
+    // Told to the first daemon, and not to the next one before it is refused again.
+    client.misbehave().wait().unwrap();
+    eventually("the refusal", || system.service("hostile0").refused_calls == ["reboot"]);
+    let before = system.service("hostile0");
+    let config = config(&system, "on");
+    system.kill_daemon();
+    // To nobody.
+    client.misbehave().wait().unwrap();
+    system.start(&config);
+    assert_eq!(system.await_ready("hostile0"), host);
+    let now = system.service("hostile0");
+    assert_eq!((&now.sandbox, now.taken_over), (&before.sandbox, true));
+    assert_eq!(now.refused_calls, Vec::<String>::new(), "the handover itself needs none");
+    client.misbehave().wait().unwrap();
+    eventually("the refusal", || system.service("hostile0").refused_calls == ["reboot"]);
+    assert_eq!(system.await_ready("hostile0"), host);
 }

@@ -55,7 +55,20 @@ kill -9 "$daemon"
 wait "$daemon" || true
 expect_drivers vfio-pci vfio-pci 2
 start_daemon ""
-await "the group to go back" is_settled
+await "the driver" is_ready
+iohost call $edu factorial 5 | grep 120 || fail "the driver does not answer"
+expect_drivers vfio-pci vfio-pci 2
+iohost unbind $edu
+expect_drivers "" nvme 0
+
+echo "--- after a daemon that was killed with its driver"
+iohost bind --group $edu
+driver=$(status pid)
+kill -9 "$daemon" "$driver"
+wait "$daemon" || true
+start_daemon ""
+await "the driver" is_ready
+iohost unbind $edu
 expect_drivers "" nvme 0
 
 echo "--- persistent"

@@ -75,8 +75,9 @@ for pause in $(pauses "$daemons" 1); do
     round=$((round + 1))
     start_daemon ""
     await "the daemon to settle" is_settled
-    # What persists is taken again, whether or not its driver came up in time; else it is as before.
-    if grep -q '"persist": "function"' "$state/$edu.json" 2>/dev/null; then
+    # What persists is taken again, whether or not its driver came up in time; a driver that runs is
+    # taken over; else it is as before.
+    if grep -q '"persist": "function"' "$state/$edu.json" 2>/dev/null || is_ready; then
         kept=$((kept + 1))
         expect_binding vfio-pci vfio-pci 1
     else

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use iohost_driver::prelude::*;
 use iohost_driver::{
     ClientMemory, DeviceEvent, DeviceEventSource, IOMemoryDescriptor,
-    IOServiceNotificationDispatchSource, Properties, Results, ServiceMatching, ServiceNotification,
-    Stopping,
+    IOServiceNotificationDispatchSource, Properties, Results, SavedState, ServiceMatching,
+    ServiceNotification, Stopping,
 };
 use nix::sys::signal::{Signal, raise};
 use probe_api::registering;
@@ -33,6 +33,18 @@ mod regs {
 /// The command register of configuration space, and its bit that has the device decode memory.
 const COMMAND: u64 = 0x04;
 const MEMORY_SPACE: u16 = 0x0002;
+
+/// Stands in the plugin's file once.
+#[used]
+static HOW_IT_STARTS: [u8; 24] = probe_api::HOW_IT_STARTS;
+
+/// How this version starts; read from memory, since a test may have changed the file.
+fn how_it_starts() -> u8 {
+    std::hint::black_box(&HOW_IT_STARTS)[probe_api::HOW]
+}
+
+/// The form of what is saved.
+const SAVED: u32 = 1;
 
 /// The probe. Everything here runs on its default queue.
 pub struct Probe {
@@ -55,6 +67,7 @@ pub struct Probe {
     stop_timer: IOTimerDispatchSource,
     stop_after: u32,
     stopping: Option<Stopping>,
+    counted: u64,
     /// By type.
     memory: [IOBufferMemoryDescriptor; 2],
 }
@@ -63,6 +76,15 @@ impl IOService for Probe {
     const PERSONALITIES: &'static [Personality] = &[Personality::pci(0x1234, 0x11e8)];
 
     fn start(device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> Result<Self> {
+        match how_it_starts() {
+            b'e' => return Err(Error::new(IOReturn::NO_DEVICE, "this version does not start")),
+            b'p' => panic!("this version panics"),
+            b'x' => std::process::exit(9),
+            b'h' => loop {
+                std::thread::park();
+            },
+            _ => {}
+        }
         let note = |probe: &mut Self, event| probe.events.push(event);
         Ok(Self {
             queue: queue.clone(),
@@ -83,6 +105,7 @@ impl IOService for Probe {
             })?,
             stop_after: 0,
             stopping: None,
+            counted: 0,
             memory: [
                 IOBufferMemoryDescriptor::create(probe_api::MEMORY_BYTES)?,
                 IOBufferMemoryDescriptor::create(probe_api::MEMORY_BYTES)?,
@@ -102,6 +125,19 @@ impl IOService for Probe {
 
     fn client_crashed(&mut self, _session: SessionId) {
         self.crashed_clients += 1;
+    }
+
+    fn save(&mut self) -> Option<SavedState> {
+        Some(SavedState { version: SAVED, data: self.counted.to_ne_bytes().into() })
+    }
+
+    fn restore(&mut self, state: SavedState) -> Result<()> {
+        let unusable = || Error::new(IOReturn::UNSUPPORTED, "a state of another form");
+        if state.version != SAVED || how_it_starts() == b'r' {
+            return Err(unusable());
+        }
+        self.counted = u64::from_ne_bytes(state.data.try_into().map_err(|_| unusable())?);
+        Ok(())
     }
 
     fn copy_client_memory_for_type(
@@ -262,6 +298,15 @@ impl probe_api::Server for Probe {
                 reply.fail(IOReturn::NOT_FOUND);
             }
         }
+    }
+
+    fn count(&mut self, reply: Reply<u64>) {
+        self.counted += 1;
+        reply.complete(self.counted);
+    }
+
+    fn version(&mut self, reply: Reply<u32>) {
+        reply.complete(u32::from(how_it_starts()));
     }
 
     fn events(&mut self, reply: Reply<String>) {

@@ -68,6 +68,9 @@ fn main() -> ExitCode {
         Command::Bind(binding) => services::bind(&options, output, binding),
         Command::Unbind { device } => services::unbind(&options, output, device),
         Command::Reload => services::reload(&options, output),
+        Command::Upgrade { service, plugin } => {
+            services::upgrade(&options, output, service, plugin)
+        }
         Command::Status { service: None } => services::status(&options, output),
         Command::Status { service: Some(service) } => {
             services::statistics(&options, output, service)

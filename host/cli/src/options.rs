@@ -53,6 +53,8 @@ Examples:
   iohost --runtime-dir /tmp/iohost daemon --config test.toml --driver-dir target/release
 
 The daemon logs to standard error; IOHOST_LOG=debug shows more.
+SIGTERM stops every driver first. SIGUSR2 ends the daemon alone, as a crash does: drivers and their
+clients go on, and the next daemon in that runtime directory takes them over.
 A mistake in the configuration is exit code 2, and then nothing was touched.")]
     Daemon(DaemonOptions),
 
@@ -116,6 +118,24 @@ Devices that the configuration names anew are started, those that it has no more
 those of which it says something else are started again; no other one is disturbed. With a mistake
 in it, which is said with its line, nothing changes. SIGHUP does the same.")]
     Reload,
+
+    /// Put another version of its driver into a service that runs; its clients see a pause.
+    #[command(after_help = "\
+Examples:
+  iohost upgrade edu0 --plugin target/release/libedu.so
+  iohost upgrade edu --plugin /tmp/libedu.so    the driver's name, if one service runs it
+
+Calls that are under way are finished first, later ones wait. If the new version does not start,
+the one before it runs again, and this says why. The file is installed once the new version runs;
+other services with the driver run what they have until they start again.")]
+    Upgrade {
+        /// Name of a service, address of its device, or name of its driver.
+        service: String,
+
+        /// The plugin file.
+        #[arg(long, value_name = "FILE")]
+        plugin: PathBuf,
+    },
 
     /// Try a driver with faults of its device, its process and its clients.
     #[command(subcommand)]

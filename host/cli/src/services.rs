@@ -1,4 +1,6 @@
-//! `iohost status`, `bind`, `unbind`, `reload`, `properties` and `power`.
+//! `iohost status`, `bind`, `unbind`, `upgrade`, `reload`, `properties` and `power`.
+
+use std::path::Path;
 
 use iohost_control::host::{Outcome, PowerState, Quiesced};
 use iohost_control::varlink::{BindOptions, Reloaded, Service, State, Status};
@@ -91,6 +93,9 @@ fn describe(status: &Status) -> String {
         if let (Some(driver), Some(choice)) = (&service.driver, &service.choice) {
             text += &format!("\n{}: driver {driver}, because {choice}", service.name);
         }
+        if service.taken_over {
+            text += &format!("\n{}: an earlier daemon started its driver", service.name);
+        }
         if let Some(sandbox) = &service.sandbox {
             text += &format!("\n{}: sandbox: {sandbox}", service.name);
             if !service.refused_calls.is_empty() {
@@ -125,6 +130,21 @@ pub(crate) fn bind(
     let BindingOptions { ref device, group, persist, force } = *binding;
     let bound = options.connect()?.bind_with(device, BindOptions { group, force, persist })?;
     output.result(&bound, format_args!("{} runs driver {}", bound.service, bound.driver));
+    Ok(())
+}
+
+pub(crate) fn upgrade(
+    options: &Options,
+    output: Output,
+    service: &str,
+    plugin: &Path,
+) -> Result<(), CommandError> {
+    let upgraded = options.connect()?.upgrade(service, plugin)?;
+    let text = format!(
+        "{} runs the new version of driver {}, installed as {}",
+        upgraded.service, upgraded.driver, upgraded.plugin
+    );
+    output.result(&upgraded, text);
     Ok(())
 }
 

@@ -20,7 +20,7 @@ pub const EXTENSION: &str = "json";
 pub enum DeathReason {
     /// A signal that the daemon did not send, such as SIGSEGV.
     Signal,
-    /// It exited by itself.
+    /// It exited by itself; or in a way that is not known, where an earlier daemon started it.
     Exit,
     /// The driver panicked.
     Panic,

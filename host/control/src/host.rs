@@ -3,7 +3,10 @@
 //! One `SOCK_SEQPACKET` pair, made by the daemon; the driver host's end is its standard input,
 //! so that nothing but `std::process::Command` is needed to hand it over. Each packet is one
 //! message in JSON, with descriptors beside it where a message says so. The daemon speaks first,
-//! with `Start`. A driver host that sees its end close stops its driver and exits.
+//! with `Start`. A driver host that sees its end close goes on, and waits on the socket that came
+//! with `Start` for the next daemon, which connects and says `HandOver`.
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use zlink::introspect;
@@ -19,8 +22,11 @@ pub const MOST_DESCRIPTORS: usize = 64;
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum ToHost {
     /// Open the device, reset it, load the driver, start it. Answered by `Ready` or `Failed`.
-    /// Descriptors: the memory and the bell of a flight recorder (`iohost_memory`).
+    /// Descriptors: [`StartDescriptors`].
     Start(Start),
+    /// A new daemon takes the driver host over. Answered by `HandedOver`, a `HandedSession` for each
+    /// session, `Ready`, and what has happened to the device.
+    HandOver,
     /// A client opened a session, or has one that survived the driver host before this one.
     /// Descriptors: the session's socket, its ledger, then for each queue its memory, its
     /// data-available eventfd and its data-serviced eventfd.
@@ -48,6 +54,13 @@ pub enum ToHost {
         /// Its name.
         name: String,
     },
+    /// Another version of the driver is to follow: take no more calls, have those answered that are
+    /// under way, save what the driver has to say, stop as by `Stop`. Answered by `Saved`, if there is
+    /// something, and then as `Stop`; or by `NotDrained`, and then all is as before.
+    Drain {
+        /// How long calls that are under way may take, in milliseconds.
+        limit_ms: u64,
+    },
     /// Stop the driver, reset the device, exit. Answered by `Stopped`.
     Stop,
     /// The device goes away or is gone: stop the driver, close the device as it is, exit. Answered
@@ -74,6 +87,46 @@ pub struct Start {
     /// host's are higher still.
     #[serde(default)]
     pub registry: u64,
+    /// What the version of the driver before this one saved.
+    pub state: Option<StateSize>,
+}
+
+/// What is beside a [`Start`]. This order is the only one there is.
+#[derive(Debug)]
+pub struct StartDescriptors<Descriptor> {
+    /// A listening socket, on which the next daemon can be waited for.
+    pub listener: Descriptor,
+    /// The memory of a flight recorder (`iohost_memory`).
+    pub memory: Descriptor,
+    /// Its bell.
+    pub bell: Descriptor,
+    /// The file of the `state`, if there is one.
+    pub state: Option<Descriptor>,
+}
+
+impl<Descriptor> StartDescriptors<Descriptor> {
+    /// As they are sent.
+    pub fn in_order(self) -> Vec<Descriptor> {
+        [self.listener, self.memory, self.bell].into_iter().chain(self.state).collect()
+    }
+
+    /// From what was received; `None` when it is not as many as there are.
+    pub fn from_order(fds: Vec<Descriptor>) -> Option<Self> {
+        let mut fds = fds.into_iter();
+        let (listener, memory, bell) = (fds.next()?, fds.next()?, fds.next()?);
+        let state = fds.next();
+        fds.next().is_none().then_some(Self { listener, memory, bell, state })
+    }
+}
+
+/// What a driver has saved for its next version. The file is beside the message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StateSize {
+    /// Of its form, as the driver counts them.
+    pub version: u32,
+    /// How much of the file it is.
+    pub bytes: u64,
 }
 
 /// What a driver host gives up, beside what every one does (`iohost_sandbox`).
@@ -186,6 +239,17 @@ pub enum FromHost {
     Ready(Ready),
     /// The driver host cannot run; it exits after this.
     Failed(Failure),
+    /// What the driver leaves to its next version. Descriptor: its file.
+    Saved(StateSize),
+    /// Calls are under way that were not answered in time; the driver goes on.
+    NotDrained {
+        /// How many.
+        waiting: u64,
+    },
+    /// The first answer to `HandOver`. Descriptors: the memory and the bell of the flight recorder.
+    HandedOver(HandedOver),
+    /// A session that the driver has. The descriptors are those of `OpenSession`.
+    HandedSession(OpenSession),
     /// The driver knows the session; calls on its socket are answered from now on.
     SessionOpened {
         /// The session's number.
@@ -248,6 +312,17 @@ pub enum PowerState {
     Low,
     /// As it began.
     On,
+}
+
+/// What a new daemon has to know of a driver host besides its sessions.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandedOver {
+    /// What became of making the device safe before the start.
+    pub quiesced: Option<Quiesced>,
+    /// The services that the driver was told to run, with their incarnations; `None` if it has not
+    /// asked.
+    pub told: Option<BTreeMap<String, u64>>,
 }
 
 /// What happens to a device that its driver did not cause.

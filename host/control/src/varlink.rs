@@ -97,6 +97,8 @@ pub struct Service {
     pub pid: Option<u32>,
     /// How many driver hosts the device has had.
     pub incarnation: u64,
+    /// Whether an earlier daemon started the driver host that runs, and this one took it over.
+    pub taken_over: bool,
     /// How the device is reached (`vfio-cdev`, `vfio-user`, ...); once it is running.
     pub backend: Option<String>,
     /// Whether it is configured to be reached in an UNSAFE way: nothing but the driver keeps the
@@ -205,6 +207,19 @@ pub struct Properties {
 pub struct Powered {
     /// The state that the driver has acknowledged.
     pub state: PowerState,
+}
+
+/// The reply to `Upgrade`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, introspect::Type)]
+pub struct Upgraded {
+    /// The service.
+    pub service: String,
+    /// Its driver.
+    pub driver: String,
+    /// Where the plugin is installed.
+    pub plugin: String,
+    /// How many driver hosts the device has had, the new one included.
+    pub incarnation: u64,
 }
 
 /// The reply to `Describe`.
@@ -327,6 +342,16 @@ pub trait Daemon {
     /// Reads the configuration and the plugins again, and does what has changed. With a mistake in
     /// them nothing changes.
     async fn reload(&mut self) -> zlink::Result<Result<Reloaded, Error>>;
+
+    /// Puts another version of its driver into a service that runs: the plugin in a file that the
+    /// daemon can read. Sessions go on. Answered once the new version runs, and is installed in the
+    /// place of the one before it; or refused, with that one running as before. For the daemon's own
+    /// user and for root alone.
+    async fn upgrade(
+        &mut self,
+        service: &str,
+        plugin: &str,
+    ) -> zlink::Result<Result<Upgraded, Error>>;
 
     /// What a service's driver host counts: its sessions and its dispatch queues.
     async fn statistics(&mut self, service: &str) -> zlink::Result<Result<Statistics, Error>>;

@@ -571,6 +571,30 @@ catalogue! {
         check: "the daemon's log; IOHOST_LOG=debug shows more",
         fix: "Find out what it waits for; it is started again.",
     }
+    DriverBusy = "driver-busy", None, {
+        means: "The driver is not upgraded: it had calls under way that it did not answer in time.",
+        why: "A driver is replaced between calls, so that no client sees an error.",
+        check: "iohost status SERVICE",
+        fix: "Try again when its clients do less; the driver goes on as before.",
+    }
+    UpgradeFailed = "upgrade-failed", None, {
+        means: "The new version of a driver does not run, and the one before it runs again.",
+        why: "It did not start, ended, took too long, or serves another interface than its clients use; the message says which.",
+        check: "the daemon's log",
+        fix: "Correct the new version and upgrade again; the plugin that is installed is the old one.",
+    }
+    UpgradeMismatch = "upgrade-mismatch", None, {
+        means: "The plugin file is not another version of the driver that runs.",
+        why: "A service is upgraded to its own driver, for its own device.",
+        check: "iohost status",
+        fix: "Give a plugin of that driver; another driver is installed, and bound with iohost unbind and iohost bind.",
+    }
+    PluginInstall = "plugin-install", None, {
+        means: "A plugin file could not be put into the driver directory.",
+        why: "The daemon may not write there, or there is no room.",
+        check: "ls -ld of the directory; df",
+        fix: "See to it that the daemon may write there, and that there is room.",
+    }
     DriverUnkillable = "driver-unkillable", None, {
         means: "The driver's process does not end even by SIGKILL.",
         why: "It hangs inside the kernel, with its device; nothing of that device is touched again.",

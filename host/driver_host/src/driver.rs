@@ -144,6 +144,26 @@ impl Driver {
         Ok(driver)
     }
 
+    /// What the next version of the driver has to know.
+    pub fn save(&self) -> Option<(u32, Vec<u8>)> {
+        let saved = self.queue.dispatch_sync(|| {
+            let instance = self.instance.lock().expect(NO_PANIC);
+            instance.as_ref().and_then(Instance::save)
+        });
+        saved.ok().flatten()
+    }
+
+    /// Gives the driver what the version before it has saved.
+    pub fn restore(&self, version: u32, data: &[u8]) -> Result<(), StartError> {
+        let restored = self.queue.dispatch_sync(|| {
+            let instance = self.instance.lock().expect(NO_PANIC);
+            let instance = instance.as_ref().ok_or(IOReturn::NOT_READY)?;
+            instance.restore(version, data)
+        });
+        let failed = |status| StartError { status, message: self.failure.get() };
+        restored.flatten().map_err(failed)
+    }
+
     /// The plugin's name.
     pub fn name(&self) -> String {
         self.plugin.name()
@@ -234,7 +254,8 @@ impl Driver {
         }
     }
 
-    fn client_type(&self, session: u64) -> u64 {
+    /// What kind of client a session is for.
+    pub(crate) fn client_type(&self, session: u64) -> u64 {
         self.client_types.lock().expect(NO_PANIC).get(&session).copied().unwrap_or(0)
     }
 

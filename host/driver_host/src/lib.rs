@@ -6,8 +6,9 @@
 //! with its queue; `registry.rs` and `power.rs` have what it says of itself, `services.rs` what it may
 //! know of others; `session.rs` carries the
 //! calls of clients to it, and actions both ways (`session_actions.rs`); [`process`] is the
-//! conversation with the daemon, and `confinement.rs` what this process gives up before the plugin is
-//! loaded. [`plugin_file`] reads a plugin's descriptor from its file,
+//! conversation with the daemon, or with one daemon after the other (`daemon.rs`), and
+//! `confinement.rs` what this process gives up before the plugin is loaded. [`plugin_file`] reads a
+//! plugin's descriptor from its file,
 //! without running it.
 //!
 //! The testkit uses the same [`Driver`], with a device that is a Rust value.
@@ -15,6 +16,7 @@
 #![deny(unsafe_code)]
 
 mod confinement;
+mod daemon;
 mod device;
 mod device_events;
 mod driver;
@@ -23,6 +25,7 @@ pub mod plugin_file;
 mod power;
 pub mod process;
 mod registry;
+mod saved_state;
 mod services;
 mod session;
 mod session_actions;

@@ -4,12 +4,13 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use iohost_control::host::{
-    DeviceEvent as Heard, DeviceLocation, Failure, FromHost, InterruptChoice, LONGEST_MESSAGE,
-    MOST_DESCRIPTORS, OpenSession, Outcome, PciBackend, PowerState as Power, QueueStatistics,
-    Quiesced, Ready, Start, Statistics, ToHost,
+    DeviceEvent as Heard, DeviceLocation, Failure, FromHost, HandedOver, InterruptChoice,
+    LONGEST_MESSAGE, OpenSession, Outcome, PciBackend, PowerState as Power, QueueStatistics,
+    Quiesced, Ready, Start, StartDescriptors, StateSize, Statistics, ToHost,
 };
 use iohost_device_backend::{
     Access, DeviceBackend, DeviceError, DeviceEvent, InterruptKind, UioBackend, UioError,
@@ -17,18 +18,20 @@ use iohost_device_backend::{
 };
 use iohost_dispatch::Engine;
 use iohost_doctor::{Code, refusal};
-use iohost_event::{PacketError, Packets};
+use iohost_event::{PacketListener, Packets};
 use iohost_interface::{IOReturn, with_sources};
 use iohost_memory::flight_recorder::{Kind, Recorder};
 use iohost_pci::{PciError, Sysfs};
-use log::{debug, error, info, warn};
+use log::{error, info};
 
 use crate::confinement::confine;
+use crate::daemon::{Daemon, Teller};
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
 use crate::plugin_file::PluginFile;
 use crate::session::Sessions;
 use crate::{
     Device, Driver, EventWatch, PowerNews, PowerState, Registry, Services, StartError, Told,
+    saved_state,
 };
 
 /// The most kinds of clients that a driver can have.
@@ -36,34 +39,38 @@ const MOST_CLIENT_TYPES: u64 = 16;
 
 /// Runs a driver host: what `iohost-driver-host` does. `daemon` is the socket it was given.
 pub fn run(daemon: Packets) -> Result<()> {
-    let daemon = Arc::new(daemon);
-    let conversation = Conversation { daemon: daemon.clone() };
-    let (message, fds) = conversation.receive()?.context("the daemon left before the start")?;
+    let daemon = Arc::new(Daemon::new(daemon));
+    let (message, fds) = daemon.receive()?.context("the daemon left before the start")?;
     let ToHost::Start(start) = message else {
         bail!("expected `start`, the daemon sent {message:?}")
     };
-    let started = recorder(fds).and_then(|recorder| Running::start(start, &daemon, recorder));
+    let count = fds.len();
+    let Some(beside) = StartDescriptors::from_order(fds) else {
+        bail!("the daemon sent {count} descriptors beside `start`")
+    };
+    let conversation =
+        Conversation { daemon: daemon.clone(), listener: PacketListener::from(beside.listener) };
+    let state = start.state.zip(beside.state);
+    let started = recorder(beside.memory, beside.bell)
+        .and_then(|recorder| Running::start(start, state, &daemon, recorder));
     let running = match started {
         Ok(running) => running,
         Err(failure) => {
-            conversation.send(&FromHost::Failed(failure.clone()))?;
+            daemon.send(&FromHost::Failed(failure.clone()))?;
             return Err(failure.into());
         }
     };
-    conversation.send(&FromHost::Ready(running.ready.clone()))?;
-    // Without the daemon there is nobody to be a driver for.
+    daemon.send(&FromHost::Ready(running.ready.clone()))?;
     let told = conversation.serve(&running);
     match told {
         Ok(End::LetGo) => running.let_go(),
-        Ok(End::Stop | End::Alone) | Err(_) => {
+        Ok(End::Stop) | Err(_) => {
             let quiesced = running.stop();
-            conversation.send(&FromHost::Quiesced(quiesced))?;
+            daemon.send(&FromHost::Quiesced(quiesced))?;
         }
     }
-    if told? != End::Alone {
-        conversation.send(&FromHost::Stopped)?;
-    }
-    Ok(())
+    told?;
+    daemon.send(&FromHost::Stopped)
 }
 
 /// Why the conversation ends.
@@ -73,20 +80,24 @@ enum End {
     Stop,
     /// It said `let_go`.
     LetGo,
-    /// It is gone.
-    Alone,
 }
 
-/// The daemon's socket, with messages for packets.
+/// The conversation with one daemon after the other.
 struct Conversation {
-    daemon: Arc<Packets>,
+    daemon: Arc<Daemon>,
+    listener: PacketListener,
 }
 
 impl Conversation {
-    /// Answers the daemon until it says that this is the end, or goes.
+    /// Answers the daemon until it says that this is the end.
     fn serve(&self, running: &Running) -> Result<End> {
-        while let Some((message, fds)) = self.receive()? {
+        loop {
+            let (message, fds) = match self.daemon.receive()? {
+                Some(said) => said,
+                None => self.daemon.await_next(&self.listener)?,
+            };
             match message {
+                ToHost::HandOver => self.daemon.hand_over(|tell| running.hand_over(tell))?,
                 ToHost::Start(_) => bail!("the daemon sent a second `start`"),
                 ToHost::OpenSession(open) => self.open_session(running, open, fds)?,
                 ToHost::CloseSession { session } => {
@@ -106,7 +117,7 @@ impl Conversation {
                 }
                 ToHost::QueryProperties => {
                     let text = running.properties();
-                    self.send(&FromHost::Properties { text })?;
+                    self.daemon.send(&FromHost::Properties { text })?;
                 }
                 ToHost::SetPower { state } => {
                     if let Some(driver) = &running.driver {
@@ -117,13 +128,34 @@ impl Conversation {
                         });
                     }
                 }
-                ToHost::Query => self.send(&FromHost::Statistics(running.statistics()))?,
+                ToHost::Query => {
+                    self.daemon.send(&FromHost::Statistics(running.statistics()))?;
+                }
+                ToHost::Drain { limit_ms } => {
+                    match running.drain(Duration::from_millis(limit_ms)) {
+                        Ok(saved) => {
+                            if let Some((version, data)) = saved {
+                                self.send_state(version, &data)?;
+                            }
+                            return Ok(End::Stop);
+                        }
+                        Err(waiting) => {
+                            let waiting = waiting as u64;
+                            self.daemon.send(&FromHost::NotDrained { waiting })?;
+                        }
+                    }
+                }
                 ToHost::Stop => return Ok(End::Stop),
                 ToHost::LetGo => return Ok(End::LetGo),
             }
         }
-        warn!("the daemon is gone, stopping");
-        Ok(End::Alone)
+    }
+
+    fn send_state(&self, version: u32, data: &[u8]) -> Result<()> {
+        let (size, file) =
+            saved_state::write(version, data).context("saving the driver's state")?;
+        let message = FromHost::Saved(size);
+        self.daemon.hand_over(|tell| tell(&message, &[file.as_fd()]))
     }
 
     fn open_session(&self, running: &Running, open: OpenSession, fds: Vec<OwnedFd>) -> Result<()> {
@@ -140,61 +172,31 @@ impl Conversation {
             }
             None => Err("there is no driver".to_owned()),
         };
-        self.send(&match opened {
+        self.daemon.send(&match opened {
             Ok(()) => FromHost::SessionOpened { session },
             Err(reason) => FromHost::SessionClosed { session, reason },
         })
     }
-
-    fn send(&self, message: &FromHost) -> Result<()> {
-        send(&self.daemon, message)
-    }
-
-    /// The next message with its descriptors; `None` once the daemon is gone.
-    fn receive(&self) -> Result<Option<(ToHost, Vec<OwnedFd>)>> {
-        let mut buffer = vec![0; LONGEST_MESSAGE];
-        let packet = match self.daemon.receive(&mut buffer, MOST_DESCRIPTORS) {
-            Ok(packet) => packet,
-            Err(PacketError::Closed) => return Ok(None),
-            Err(err) => return Err(err).context("reading from the daemon"),
-        };
-        let message =
-            serde_json::from_slice(&buffer[..packet.len]).context("understanding the daemon")?;
-        debug!("the daemon says {message:?}");
-        Ok(Some((message, packet.fds)))
-    }
 }
 
-fn send(daemon: &Packets, message: &FromHost) -> Result<()> {
-    let text = serde_json::to_vec(message).context("a message has a text form")?;
-    match daemon.send(&text, &[]) {
-        // Noticed, and acted on, by the next receive.
-        Ok(()) | Err(PacketError::Closed) => Ok(()),
-        Err(err) => Err(err).context("writing to the daemon"),
-    }
-}
-
-/// The flight recorder that the daemon gives at the start; `None` of one that has none.
-fn recorder(fds: Vec<OwnedFd>) -> Result<Option<Arc<Recorder>>, Failure> {
-    let mut fds = fds.into_iter();
-    let (Some(memory), Some(bell)) = (fds.next(), fds.next()) else { return Ok(None) };
-    match Recorder::attach(memory, bell) {
-        Ok(recorder) => Ok(Some(Arc::new(recorder))),
-        Err(err) => Err(internal(format!("the flight recorder: {}", with_sources(&err)))),
-    }
+fn recorder(memory: OwnedFd, bell: OwnedFd) -> Result<Arc<Recorder>, Failure> {
+    let attached = Recorder::attach(memory, bell);
+    attached
+        .map(Arc::new)
+        .map_err(|err| internal(format!("the flight recorder: {}", with_sources(&err))))
 }
 
 /// Tells the daemon of a driver that panicked, and ends the process: what the driver's state is
 /// worth, nobody knows. The device is made safe by whoever has it next.
-fn end_for(daemon: &Packets, driver: &str, recorder: Option<&Recorder>, reason: &str) -> ! {
+fn end_for(daemon: &Daemon, driver: &str, recorder: &Recorder, reason: &str) -> ! {
     error!(reason; "the driver has failed");
-    recorder.into_iter().for_each(|recorder| recorder.panicked(reason));
+    recorder.panicked(reason);
     let failure = Failure::new(
         "driver-panicked",
         format!("driver {driver:?} {reason}"),
         "report it to the driver's author, with `iohost crashes show`",
     );
-    let _ = send(daemon, &FromHost::Failed(failure));
+    let _ = daemon.send(&FromHost::Failed(failure));
     // As a program of Rust ends by a panic.
     std::process::exit(101)
 }
@@ -228,6 +230,9 @@ struct Running {
     driver: Option<Arc<Driver>>,
     device: Arc<Device>,
     engine: Engine,
+    /// What the queues do, which every daemon watches.
+    recorder: Arc<Recorder>,
+    quiesced: Quiesced,
     ready: Ready,
     /// The end is near: what fails from here on changes nothing.
     ends: Arc<AtomicBool>,
@@ -236,8 +241,9 @@ struct Running {
 impl Running {
     fn start(
         start: Start,
-        daemon: &Arc<Packets>,
-        recorder: Option<Arc<Recorder>>,
+        state: Option<(StateSize, OwnedFd)>,
+        daemon: &Arc<Daemon>,
+        recorder: Arc<Recorder>,
     ) -> Result<Self, Failure> {
         let backend = open_device(&start.device)?;
         let taken = Device::take_over(backend, allowed(&start.interrupts));
@@ -245,7 +251,7 @@ impl Running {
             if let DeviceError::Quarantined(how) = &err {
                 let outcome = Outcome::Quarantined;
                 // The daemon gone: nobody to hear of it.
-                let _ = send(daemon, &FromHost::Quiesced(Quiesced { outcome, how: how.clone() }));
+                let _ = daemon.send(&FromHost::Quiesced(Quiesced { outcome, how: how.clone() }));
             }
             device_failure(&start.device, &err)
         })?;
@@ -254,22 +260,18 @@ impl Running {
             Outcome::Reset => "done".to_owned(),
             Outcome::Clean | Outcome::Quarantined => quiesced.how.clone(),
         };
-        let _ = send(daemon, &FromHost::Quiesced(quiesced));
+        let _ = daemon.send(&FromHost::Quiesced(quiesced.clone()));
         let plugin = start.plugin.map(|path| PluginFile::open(Path::new(&path))).transpose()?;
         // Here this process stops being trusted. It is one thread so far, since half of a sandbox
         // is a thread's own; every thread from here on, and the plugin, are born inside.
         let sandbox = match (&start.confinement, &plugin) {
-            (Some(wanted), Some(plugin)) => Some(confine(wanted, plugin, daemon)?),
+            (Some(wanted), Some(plugin)) => Some(confine(wanted, plugin, &daemon.connection())?),
             _ => None,
         };
-        let engine = match recorder.clone() {
-            Some(recorder) => Engine::start_recorded(recorder),
-            None => Engine::start(),
-        };
-        let engine =
-            engine.map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
+        let engine = Engine::start_recorded(recorder.clone())
+            .map_err(|err| internal(format!("the dispatch engine does not start: {err}")))?;
         let listener = daemon.clone();
-        let lane = Mutex::new(recorder.as_ref().and_then(|recorder| recorder.lane("(device)")));
+        let lane = Mutex::new(recorder.lane("(device)"));
         let events = EventWatch::start(&device, move |event| {
             let (event, number) = match event {
                 DeviceEvent::Error => (Heard::Error, 1),
@@ -279,7 +281,7 @@ impl Running {
             if let Some(lane) = &*lane.lock().expect("nothing under this lock can fail") {
                 lane.note(Kind::Device, number, 0);
             }
-            let _ = send(&listener, &FromHost::DeviceEvent(event));
+            listener.tell_of_device(event);
         });
         let events = events
             .map_err(|err| internal(format!("nobody would hear of the device's events: {err}")))?;
@@ -294,7 +296,18 @@ impl Running {
         };
         let ends = Arc::new(AtomicBool::new(false));
         let Some(plugin) = plugin else {
-            return Ok(Self { events, sessions: None, driver: None, device, engine, ready, ends });
+            let (sessions, driver) = (None, None);
+            return Ok(Self {
+                events,
+                sessions,
+                driver,
+                device,
+                engine,
+                recorder,
+                quiesced,
+                ready,
+                ends,
+            });
         };
         let plugin = LoadedPlugin::load(&plugin).map_err(|err| Failure {
             code: "plugin-load".to_owned(),
@@ -309,8 +322,8 @@ impl Running {
         })?;
         let asker = daemon.clone();
         let services = Services::new(move || {
-            // The daemon gone: nobody to hear of services from.
-            let _ = send(&asker, &FromHost::WatchServices);
+            // The daemon gone: the next one is told when it takes this driver host over.
+            let _ = asker.send(&FromHost::WatchServices);
         });
         let teller = daemon.clone();
         let registry = Registry::starting_at(start.registry).telling(move |told| {
@@ -319,7 +332,7 @@ impl Running {
                 Told::Busy(is_busy) => FromHost::Busy { is_busy },
                 Told::Terminate => FromHost::Terminate,
             };
-            let _ = send(&teller, &message);
+            let _ = teller.send(&message);
         });
         let teller = daemon.clone();
         let services = services.with_registry(registry).telling_power(move |news| {
@@ -332,10 +345,15 @@ impl Running {
                 PowerState::Low => Power::Low,
                 PowerState::On => Power::On,
             };
-            let _ = send(&teller, &FromHost::Power { state, is_late });
+            let _ = teller.send(&FromHost::Power { state, is_late });
         });
         let started = Driver::start(&engine, plugin, device.clone(), Arc::new(services));
         let driver = started.map_err(|err| start_failure(&err, device.last_dma_refusal()))?;
+        if let Some((size, file)) = state {
+            let data = saved_state::read(size, file)
+                .map_err(|err| internal(format!("what the driver before it saved: {err}")))?;
+            driver.restore(size.version, &data).map_err(|err| start_failure(&err, None))?;
+        }
         ready.driver = driver.name();
         ready.interface = driver.description();
         ready.further_interfaces =
@@ -343,22 +361,50 @@ impl Running {
         ready.is_registered = driver.services().registry().is_registered();
         let driver = Arc::new(driver);
         let (told, name, ending) = (daemon.clone(), driver.name(), ends.clone());
+        let failed = recorder.clone();
         driver.on_failure(move |reason| {
             if !ending.load(SeqCst) {
-                end_for(&told, &name, recorder.as_deref(), reason);
+                end_for(&told, &name, &failed, reason);
             }
         });
         let teller = daemon.clone();
         let sessions = Sessions::new(driver.clone(), move |session, reason| {
             let reason = reason.to_owned();
-            // The daemon gone: its side of the session went with it.
-            let _ = send(&teller, &FromHost::SessionClosed { session, reason });
+            // The daemon gone: the next one never hears of the session.
+            let _ = teller.send(&FromHost::SessionClosed { session, reason });
         });
         let sessions =
             sessions.map_err(|status| internal(format!("no session queue: {status}")))?;
         info!(incarnation = start.incarnation, driver = ready.driver.as_str(); "driver started");
         let (sessions, driver) = (Some(sessions), Some(driver));
-        Ok(Self { events, sessions, driver, device, engine, ready, ends })
+        Ok(Self { events, sessions, driver, device, engine, recorder, quiesced, ready, ends })
+    }
+
+    /// Has everything answered that is under way, and asks the driver what the next version has to
+    /// know.
+    fn drain(&self, limit: Duration) -> Result<Option<(u32, Vec<u8>)>, usize> {
+        if let Some(sessions) = &self.sessions {
+            sessions.drain(limit)?;
+        }
+        Ok(self.driver.as_ref().and_then(|driver| driver.save()))
+    }
+
+    /// Tells a new daemon everything, `Ready` last.
+    fn hand_over(&self, tell: Teller<'_>) -> Result<()> {
+        let quiesced = Some(self.quiesced.clone());
+        let told = self.driver.as_ref().and_then(|driver| driver.services().known());
+        let recorder = [self.recorder.memory(), self.recorder.bell()];
+        tell(&FromHost::HandedOver(HandedOver { quiesced, told }), &recorder)?;
+        if let Some(sessions) = &self.sessions {
+            sessions.hand_over(tell)?;
+        }
+        let mut ready = self.ready.clone();
+        if let Some(driver) = &self.driver {
+            let registry = driver.services().registry();
+            ready.is_registered = registry.is_registered();
+            tell(&FromHost::Busy { is_busy: registry.is_busy() }, &[])?;
+        }
+        tell(&FromHost::Ready(ready), &[])
     }
 
     /// The registry as JSON; without the entries that the driver made where they are too many for a

@@ -94,6 +94,15 @@ impl Services {
         watchers.iter().for_each(|watcher| watcher.ended(&old));
     }
 
+    /// The services known to run, by name with their incarnations; `None` if the daemon was not asked.
+    pub(crate) fn known(&self) -> Option<BTreeMap<String, u64>> {
+        let known = self.known.lock().expect(NO_PANIC);
+        let running = || known.running.values();
+        let told =
+            || running().map(|service| (service.name.clone(), service.incarnation)).collect();
+        known.subscribe.is_none().then(told)
+    }
+
     /// Tells a watcher of what runs now, then of every change until it is dropped.
     pub(crate) fn watch(&self, watcher: Arc<dyn Watcher>) {
         let _telling = self.telling.lock().expect(NO_PANIC);

@@ -11,12 +11,17 @@
 //! dropped: nothing is done twice, and nothing is lost.
 
 use std::collections::HashMap;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{
     AtomicBool, AtomicUsize, Ordering::AcqRel, Ordering::Acquire, Ordering::Relaxed,
+    Ordering::Release,
 };
 use std::sync::{Arc, Mutex, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use iohost_control::host::{FromHost, OpenSession, QueueSize};
 use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket, encode_resumed};
@@ -27,6 +32,7 @@ use iohost_memory::ring::{Bell, Ledger, Ring};
 use log::warn;
 
 use crate::Driver;
+use crate::daemon::Teller;
 use crate::plugin::{NewSession, SessionQueue};
 use crate::session_actions::SessionActions;
 
@@ -52,6 +58,8 @@ pub(crate) struct Sessions {
     open: Mutex<HashMap<u64, Arc<Session>>>,
     /// Told when a session ends, with its number and the reason in words.
     on_end: OnEnd,
+    /// Nothing is read: what clients send waits in their sockets.
+    is_paused: AtomicBool,
     this: Weak<Sessions>,
 }
 
@@ -67,6 +75,8 @@ struct Session {
     is_stale: AtomicBool,
     /// Where it is noted which call was begun.
     ledger: Ledger,
+    /// Its queues, for a daemon that takes the driver host over; the driver has duplicates.
+    queues: Vec<SessionQueue>,
     /// Calls that wait for their answer, and invocations that wait for their end.
     waiting: AtomicUsize,
     actions: SessionActions,
@@ -92,6 +102,7 @@ impl Sessions {
             queue,
             open: Mutex::default(),
             on_end: Box::new(on_end),
+            is_paused: AtomicBool::new(false),
             this: this.clone(),
         }))
     }
@@ -112,6 +123,8 @@ impl Sessions {
         if generation > 1 {
             recover(&ledger, &offered.queues)?;
         }
+        let queues = offered.queues.iter().map(SessionQueue::try_clone);
+        let queues = queues.collect::<io::Result<_>>().map_err(|err| err.to_string())?;
         let opened = self.driver.session_opened(offered);
         opened.map_err(|status| format!("the driver: {status}"))?;
         if generation > 1
@@ -128,6 +141,7 @@ impl Sessions {
             generation,
             is_stale: AtomicBool::new(generation > 1),
             ledger,
+            queues,
             waiting: AtomicUsize::new(0),
             actions: SessionActions::new(),
             offers: Mutex::new(Some(HashMap::new())),
@@ -151,6 +165,52 @@ impl Sessions {
         }
     }
 
+    /// Reads no more, and waits until everything that was read is answered; what is still under way
+    /// after `limit` is the error, as a number of calls and invocations, and reading goes on.
+    pub(crate) fn drain(&self, limit: Duration) -> Result<(), usize> {
+        self.is_paused.store(true, Release);
+        // A reading that has begun before is over.
+        let _ = self.queue.dispatch_sync(|| ());
+        let deadline = Instant::now() + limit;
+        loop {
+            let open: Vec<_> = self.open.lock().expect(NO_PANIC).values().cloned().collect();
+            let waiting = open.iter().map(|session| session.waiting.load(Acquire)).sum();
+            if waiting == 0 {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                self.is_paused.store(false, Release);
+                for session in open {
+                    if let Some(source) = &*session.source.lock().expect(NO_PANIC) {
+                        source.nudge();
+                    }
+                }
+                return Err(waiting);
+            }
+            // Once in the life of a driver, for as long as a call takes.
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Tells a new daemon of every session.
+    pub(crate) fn hand_over(&self, tell: Teller<'_>) -> anyhow::Result<()> {
+        let open: Vec<_> = self.open.lock().expect(NO_PANIC).values().cloned().collect();
+        for session in open {
+            let queues = session.queues.iter().map(|queue| QueueSize { bytes: queue.bytes });
+            let (number, generation) = (session.id, session.generation);
+            let client_type = self.driver.client_type(number);
+            let queues = queues.collect();
+            let message = OpenSession { session: number, generation, client_type, queues };
+            let own = [session.socket.as_fd(), session.ledger.as_fd()];
+            let of_queues = session.queues.iter().flat_map(|queue| {
+                [queue.memory.as_fd(), queue.available.as_fd(), queue.serviced.as_fd()]
+            });
+            let fds: Vec<_> = own.into_iter().chain(of_queues).collect();
+            tell(&FromHost::HandedSession(message), &fds)?;
+        }
+        Ok(())
+    }
+
     /// Ends a session, if it is still there.
     pub(crate) fn close(&self, id: u64) {
         self.end(id, "closed by the daemon");
@@ -160,6 +220,9 @@ impl Sessions {
     fn read(&self, session: &Arc<Session>) {
         let mut buffer = [0; packet::LONGEST];
         for _ in 0..PACKETS_PER_TURN {
+            if self.is_paused.load(Acquire) {
+                return;
+            }
             if session.waiting.load(Acquire) >= MOST_CALLS {
                 // Goes on when there is one less.
                 return;

@@ -1,6 +1,8 @@
 //! The connection to the daemon.
 
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,9 +10,10 @@ use iohost_control::host::{PowerState, Statistics};
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{
     BindOptions, Bound, Daemon as _, Description, Device, Error, Powered, Properties, Reloaded,
-    Status, Unbound,
+    Status, Unbound, Upgraded,
 };
-use smol::{Timer, block_on, future};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use smol::{Async, Timer, block_on, future};
 use zlink::Connection;
 
 use crate::watch::{AsyncServiceWatch, ServiceWatch};
@@ -24,6 +27,10 @@ pub const DEFAULT_SOCKET: &str = "/run/iohost/io.iohost";
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A connection to the daemon. Every method blocks until it is answered, 60 s at the most.
+///
+/// A daemon that was started anew is connected to again by the next method that is called. One that
+/// ends while it is asked something is `Broken`: whether that was done, `status` shows. Sessions do not
+/// notice either.
 #[derive(Debug)]
 pub struct Daemon(AsyncDaemon);
 
@@ -33,7 +40,14 @@ pub struct Daemon(AsyncDaemon);
 #[derive(Debug)]
 pub struct AsyncDaemon {
     socket: PathBuf,
+    line: Line,
+}
+
+/// A connection, and the same socket once more: to see whether the daemon has left.
+#[derive(Debug)]
+struct Line {
     connection: Connection<GuardedSocket>,
+    end: UnixStream,
 }
 
 impl Daemon {
@@ -76,6 +90,20 @@ impl Daemon {
     /// Errors: `Refused` with the code `config` and the line of a mistake; then nothing changes.
     pub fn reload(&mut self) -> Result<Reloaded, ClientError> {
         block_on(self.0.reload())
+    }
+
+    /// Puts another version of its driver into a service that runs, from a plugin file that the daemon
+    /// can read, and waits until it runs. Sessions go on, after a pause.
+    ///
+    /// Errors: `Refused`, and the version before it runs on, or again: `upgrade-failed` with why the new
+    /// one did not start, `upgrade-mismatch` for another driver's plugin, `driver-busy` when calls were
+    /// under way for too long, and those of a plugin file that is not usable.
+    pub fn upgrade(
+        &mut self,
+        service: &str,
+        plugin: impl AsRef<Path>,
+    ) -> Result<Upgraded, ClientError> {
+        block_on(self.0.upgrade(service, plugin))
     }
 
     /// What a service's driver host counts: its sessions and its dispatch queues.
@@ -158,21 +186,26 @@ impl AsyncDaemon {
     /// As [`Daemon::connect`].
     pub async fn connect(socket: impl AsRef<Path>) -> Result<Self, ClientError> {
         let socket = socket.as_ref().to_owned();
-        match GuardedSocket::connect(&socket, Limits::CLIENT).await {
-            Ok(guarded) => Ok(Self { socket, connection: Connection::new(guarded) }),
-            Err(zlink::Error::Io(source)) => Err(explain(socket, source)),
-            Err(err) => Err(ClientError::Broken(err.to_string())),
+        let line = Line::to(&socket).await?;
+        Ok(Self { socket, line })
+    }
+
+    /// The connection, to the daemon that there is now.
+    async fn line(&mut self) -> Result<&mut Connection<GuardedSocket>, ClientError> {
+        if self.line.has_ended() {
+            self.line = Line::to(&self.socket).await?;
         }
+        Ok(&mut self.line.connection)
     }
 
     /// As [`Daemon::devices`].
     pub async fn devices(&mut self) -> Result<Vec<Device>, ClientError> {
-        Ok(answer(self.connection.devices()).await?.devices)
+        Ok(answer(self.line().await?.devices()).await?.devices)
     }
 
     /// As [`Daemon::status`].
     pub async fn status(&mut self) -> Result<Status, ClientError> {
-        answer(self.connection.status()).await
+        answer(self.line().await?.status()).await
     }
 
     /// As [`Daemon::bind`].
@@ -188,27 +221,39 @@ impl AsyncDaemon {
     ) -> Result<Bound, ClientError> {
         let BindOptions { group, force, persist } = options;
         let [group, force, persist] = [group, force, persist].map(|is_set| is_set.then_some(true));
-        answer(self.connection.bind(device, group, force, persist)).await
+        answer(self.line().await?.bind(device, group, force, persist)).await
     }
 
     /// As [`Daemon::unbind`].
     pub async fn unbind(&mut self, device: &str) -> Result<Unbound, ClientError> {
-        answer(self.connection.unbind(device)).await
+        answer(self.line().await?.unbind(device)).await
+    }
+
+    /// As [`Daemon::upgrade`].
+    pub async fn upgrade(
+        &mut self,
+        service: &str,
+        plugin: impl AsRef<Path>,
+    ) -> Result<Upgraded, ClientError> {
+        let plugin = std::path::absolute(plugin.as_ref())
+            .map_err(|err| ClientError::Broken(format!("the plugin's path: {err}")))?;
+        let plugin = plugin.to_string_lossy().into_owned();
+        answer(self.line().await?.upgrade(service, &plugin)).await
     }
 
     /// As [`Daemon::reload`].
     pub async fn reload(&mut self) -> Result<Reloaded, ClientError> {
-        answer(self.connection.reload()).await
+        answer(self.line().await?.reload()).await
     }
 
     /// As [`Daemon::statistics`].
     pub async fn statistics(&mut self, service: &str) -> Result<Statistics, ClientError> {
-        answer(self.connection.statistics(service)).await
+        answer(self.line().await?.statistics(service)).await
     }
 
     /// As [`Daemon::describe`].
     pub async fn describe(&mut self, service: &str) -> Result<Description, ClientError> {
-        answer(self.connection.describe(service)).await
+        answer(self.line().await?.describe(service)).await
     }
 
     /// As [`Daemon::find`].
@@ -257,7 +302,7 @@ impl AsyncDaemon {
 
     /// As [`Daemon::properties`].
     pub async fn properties(&mut self, service: &str) -> Result<Properties, ClientError> {
-        answer(self.connection.properties(service)).await
+        answer(self.line().await?.properties(service)).await
     }
 
     /// As [`Daemon::set_power_state`].
@@ -266,7 +311,7 @@ impl AsyncDaemon {
         service: &str,
         state: PowerState,
     ) -> Result<Powered, ClientError> {
-        answer(self.connection.power(service, state)).await
+        answer(self.line().await?.power(service, state)).await
     }
 
     /// As [`Daemon::open_matching`].
@@ -283,7 +328,7 @@ impl AsyncDaemon {
     /// As [`Daemon::watch`].
     pub async fn watch(&self) -> Result<AsyncServiceWatch, ClientError> {
         let other = Self::connect(&self.socket).await?;
-        AsyncServiceWatch::begin(other.connection).await
+        AsyncServiceWatch::begin(other.line.connection, self.socket.clone()).await
     }
 
     async fn open_sized(
@@ -292,9 +337,26 @@ impl AsyncDaemon {
         queue_bytes: Option<Vec<u32>>,
         client_type: Option<u64>,
     ) -> Result<Session, ClientError> {
-        let open = self.connection.open(service, queue_bytes, client_type);
+        let open = self.line().await?.open(service, queue_bytes, client_type);
         let (opened, fds) = in_time(open).await?;
         Session::new(opened.map_err(refused)?, fds)
+    }
+}
+
+impl Line {
+    async fn to(socket: &Path) -> Result<Self, ClientError> {
+        let explained = |source| explain(socket.to_owned(), source);
+        let stream = Async::<UnixStream>::connect(socket).await.map_err(explained)?;
+        let stream = stream.into_inner().map_err(explained)?;
+        let end = stream.try_clone().map_err(explained)?;
+        let guarded = GuardedSocket::new(stream, Limits::CLIENT).map_err(broken)?;
+        Ok(Self { connection: Connection::new(guarded), end })
+    }
+
+    fn has_ended(&self) -> bool {
+        let mut polled = [PollFd::new(self.end.as_fd(), PollFlags::empty())];
+        // A descriptor of ours, polled without a wait: there is nothing to fail.
+        matches!(poll(&mut polled, PollTimeout::ZERO), Ok(1..))
     }
 }
 

@@ -126,6 +126,7 @@ mod tests {
             choice: None,
             pid: None,
             incarnation: 1,
+            taken_over: false,
             backend: None,
             is_unsafe: false,
             reset: None,

@@ -1,5 +1,6 @@
 //! News of services: a driver that ended, and why, and one that is there again.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use iohost_control::socket::GuardedSocket;
@@ -7,8 +8,8 @@ use iohost_control::varlink::{ServiceEvent, begin_watch, next_event};
 use smol::{Timer, block_on, future};
 use zlink::Connection;
 
-use crate::ClientError;
 use crate::daemon::{broken, refused};
+use crate::{AsyncDaemon, ClientError};
 
 /// News of services, in order: first those that run already, as `Began`, then each one that begins
 /// or ends. One that restarts ends, with the reason, and begins with a higher incarnation.
@@ -17,6 +18,7 @@ use crate::daemon::{broken, refused};
 /// over, has no reason to tell (`OFFLINE`); it is here.
 ///
 /// Not read for a long time (1024 events), it ends with `Broken`, as it does when the daemon ends.
+/// [`resume`](Self::resume) goes on then.
 #[derive(Debug)]
 pub struct ServiceWatch(AsyncServiceWatch);
 
@@ -24,6 +26,7 @@ pub struct ServiceWatch(AsyncServiceWatch);
 #[derive(Debug)]
 pub struct AsyncServiceWatch {
     connection: Connection<GuardedSocket>,
+    socket: PathBuf,
 }
 
 impl ServiceWatch {
@@ -32,6 +35,15 @@ impl ServiceWatch {
     /// Errors: `Broken` when the daemon ended, `Refused` when it is about to.
     pub fn next_event(&mut self) -> Result<ServiceEvent, ClientError> {
         block_on(self.0.next_event())
+    }
+
+    /// Watches again, once the daemon that was watched has ended and another one runs: from the
+    /// beginning, with what runs then. A service that an earlier daemon started has the incarnation
+    /// that it had.
+    ///
+    /// Errors: as [`Daemon::connect`](crate::Daemon::connect).
+    pub fn resume(&mut self) -> Result<(), ClientError> {
+        block_on(self.0.resume())
     }
 
     /// As [`next_event`](Self::next_event), but `None` when nothing happened within `timeout`; nothing is lost
@@ -57,9 +69,16 @@ impl From<AsyncServiceWatch> for ServiceWatch {
 impl AsyncServiceWatch {
     pub(crate) async fn begin(
         mut connection: Connection<GuardedSocket>,
+        socket: PathBuf,
     ) -> Result<Self, ClientError> {
         begin_watch(&mut connection).await.map_err(broken)?;
-        Ok(Self { connection })
+        Ok(Self { connection, socket })
+    }
+
+    /// As [`ServiceWatch::resume`].
+    pub async fn resume(&mut self) -> Result<(), ClientError> {
+        *self = AsyncDaemon::connect(&self.socket).await?.watch().await?;
+        Ok(())
     }
 
     /// The next event. A future that is dropped before it is ready has taken none. Errors: as

@@ -67,7 +67,9 @@ pub use pci::{
     ResetType,
 };
 pub use raw_queue::IORawDispatchQueue;
-pub use service::{Exported, IOService, Needs, Personality, QueueEnd, Session, SessionId};
+pub use service::{
+    Exported, IOService, Needs, Personality, QueueEnd, SavedState, Session, SessionId,
+};
 pub use service_entry::{PowerAcknowledgement, PowerState, Properties, ServiceEntry, Stopping};
 pub use timer::{IOTimerClock, IOTimerDispatchSource};
 

@@ -75,6 +75,24 @@ pub trait IOService: Sized + Send + 'static {
         let _ = session;
     }
 
+    /// Another version of the driver is to take this one's place (`iohost upgrade`): what it has to
+    /// know. Called before [`stop`](Self::stop), when every call was answered; clients wait meanwhile.
+    ///
+    /// Also without it nothing of a session is lost but what the driver itself knows of it.
+    fn save(&mut self) -> Option<SavedState> {
+        None
+    }
+
+    /// What the version before this one saved; right after [`start`](Self::start), before the sessions
+    /// come. Its version may be any: one that this driver does not know it can do without.
+    ///
+    /// With an error the driver has not started, and the version before it is started again, with the
+    /// same.
+    fn restore(&mut self, state: SavedState) -> Result<()> {
+        drop(state);
+        Ok(())
+    }
+
     /// A client opened a session; its data queues are in `session`. An error refuses it.
     ///
     /// Called too, right after the start, for each session that survived the driver before this one:
@@ -103,6 +121,15 @@ pub trait IOService: Sized + Send + 'static {
     fn session_closed(&mut self, session: SessionId) {
         let _ = session;
     }
+}
+
+/// What one version of a driver leaves to the next: 16 MiB at the most.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SavedState {
+    /// Of the data's form, as the driver counts them.
+    pub version: u32,
+    /// In a form that only versions of the driver know.
+    pub data: Vec<u8>,
 }
 
 /// Devices a driver is for. What it names has all to agree; alternatives are personalities of
@@ -390,6 +417,19 @@ impl<D: Exported> Instance<D> {
         // Dropped here, on the queue and outside of the state's lock: sources end, replies that
         // are still owed say `ABORTED`.
         drop(self.queue.replace_state(None));
+    }
+
+    pub(crate) fn save(&self) -> Option<SavedState> {
+        self.queue.enter(IOService::save).ok().flatten()
+    }
+
+    pub(crate) fn restore(&self, state: SavedState) -> i32 {
+        let restored = self.queue.enter(|driver| driver.restore(state));
+        let restored = restored.map_err(Error::from).flatten();
+        if let Err(err) = &restored {
+            self.queue().failed(&err.to_string());
+        }
+        IOReturn::code(&restored.map_err(|err| err.code()))
     }
 
     pub(crate) fn call(

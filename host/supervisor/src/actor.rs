@@ -11,26 +11,35 @@ mod life;
 mod news;
 mod requests;
 mod sessions;
+mod take_over;
+mod upgrades;
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::io::{self, Read};
 use std::mem;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use iohost_control::host::Failure;
 use iohost_control::plugin::PciIds;
 use iohost_event::{Poller, Ready as Found, TickScale};
+use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::{HotplugSocket, PciFunction};
 use log::{info, warn};
-use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+use signal_hook::flag;
 use signal_hook::low_level::pipe;
 
 use crate::Options;
 use crate::bindings::Bindings;
 use crate::config::Config;
 use crate::crashes::Crashes;
+use crate::driver_process::DriverProcess;
 use crate::hooks::Hooks;
+use crate::host_records::HostRecords;
 use crate::memory_events::MemoryEvents;
 use crate::plugins::Plugins;
 use crate::request::Inbox;
@@ -68,6 +77,7 @@ pub(crate) struct Actor {
     children: UnixStream,
     poller: Poller,
     bindings: Bindings,
+    records: HostRecords,
     /// Devices that come; `None` where the kernel does not say.
     hotplug: Option<HotplugSocket>,
     /// A driver host has not read what it was told of services, so that it has to be told later.
@@ -84,6 +94,11 @@ pub(crate) struct Actor {
     started: Instant,
     next_host: u64,
     next_session: u64,
+    /// Numbers what of sessions the actor watches: their own numbers are, after a takeover, what
+    /// driver hosts say.
+    next_token: Cell<u64>,
+    /// SIGUSR2 came: the daemon ends, and its driver hosts wait for the next one.
+    leaves_drivers: Arc<AtomicBool>,
     /// The user of the next driver host.
     next_user: u32,
     /// Whether the daemon is on its way out, and what went wrong on that way.
@@ -100,11 +115,16 @@ impl Actor {
         config: Config,
         plugins: Plugins,
         inbox: Inbox,
+        records: HostRecords,
     ) -> io::Result<Self> {
         let (signals, raised) = UnixStream::pair()?;
         signals.set_nonblocking(true)?;
-        pipe::register(SIGTERM, raised.try_clone()?)?;
-        pipe::register(SIGINT, raised)?;
+        let leaves_drivers = Arc::new(AtomicBool::new(false));
+        // In this order: the flag is set by the time the pipe says that there is a signal.
+        flag::register(SIGUSR2, leaves_drivers.clone())?;
+        for signal in [SIGTERM, SIGINT, SIGUSR2] {
+            pipe::register(signal, raised.try_clone()?)?;
+        }
         let (reload, hung_up) = UnixStream::pair()?;
         reload.set_nonblocking(true)?;
         pipe::register(SIGHUP, hung_up)?;
@@ -141,6 +161,7 @@ impl Actor {
             children,
             poller,
             bindings,
+            records,
             hotplug,
             is_behind: false,
             watchers: Watchers::default(),
@@ -148,6 +169,8 @@ impl Actor {
             started: Instant::now(),
             next_host: 0,
             next_session: 1,
+            next_token: Cell::new(0),
+            leaves_drivers,
             next_user: *life::DRIVER_USERS.start(),
             stopping: false,
             is_hasty: false,
@@ -155,11 +178,13 @@ impl Actor {
         })
     }
 
-    /// Starts every service, then deals with events until all have stopped after a signal.
+    /// Takes over what runs, starts every other service, then deals with events until all have stopped
+    /// after a signal.
     pub(crate) fn run(&mut self) -> Result<(), Failure> {
+        self.take_over_hosts();
         self.take_up_what_was_left();
         for at in 0..self.services.len() {
-            if !self.services[at].is_between() {
+            if !self.services[at].is_between() && self.services[at].host().is_none() {
                 self.start(at, Cause::Asked);
             }
         }
@@ -178,7 +203,7 @@ impl Actor {
                     RELOAD => self.take_reload_signal(),
                     BINDINGS => self.hear_of_bindings(),
                     HOTPLUG => self.hear_hotplug(),
-                    SESSIONS.. => self.client_left(token - SESSIONS),
+                    SESSIONS.. => self.client_left(token),
                     CHILDREN => self.look_at_children(),
                     _ => {
                         let number = (token - HOSTS) / TOKENS_OF_A_HOST;
@@ -192,12 +217,31 @@ impl Actor {
             }
             self.check_deadlines(Instant::now());
             self.tell_of_services();
+            self.settle_upgrades();
             self.settle_sessions();
+        }
+        if self.leaves_drivers.load(Relaxed) {
+            self.leave_hosts();
         }
         self.trouble.take().map_or(Ok(()), Err)
     }
 
+    /// Watches a driver host's process.
+    fn watch_host(&self, process: &DriverProcess, number: u64) -> io::Result<()> {
+        let token = HOSTS + TOKENS_OF_A_HOST * number;
+        self.poller.watch(process.messages(), token)?;
+        self.poller.watch(process.end(), token + 1)
+    }
+
+    /// Watches what a driver host's queues do.
+    fn watch_recorder(&self, recorder: &Recorder, number: u64) -> io::Result<()> {
+        self.poller.watch(recorder.bell(), HOSTS + TOKENS_OF_A_HOST * number + 2)
+    }
+
     fn is_finished(&self) -> bool {
+        if self.leaves_drivers.load(Relaxed) {
+            return true;
+        }
         let hosts_are_gone = self.services.iter().all(|service| service.host().is_none());
         self.stopping && hosts_are_gone && (self.is_hasty || self.bindings.are_idle())
     }
@@ -215,6 +259,9 @@ impl Actor {
     fn take_signals(&mut self) {
         let mut bytes = [0; 64];
         while matches!(self.signals.read(&mut bytes), Ok(1..)) {}
+        if self.leaves_drivers.load(Relaxed) {
+            return;
+        }
         if self.stopping {
             let hosts_are_gone = self.services.iter().all(|service| service.host().is_none());
             if hosts_are_gone && !self.bindings.are_idle() {

@@ -6,7 +6,7 @@
 //! state_directory = "/var/lib/iohost"  # how to give back what was taken; one for all daemons
 //! sandbox = "on"                  # of driver hosts: "off"; "on"; "required" (all of it, or the driver is
 //!                                 # not started); "strict" (and a refused system call is its end)
-//! admin_users = ["root"]          # who may bind and unbind, beside root and the daemon's user
+//! admin_users = ["root"]          # who may bind, unbind and upgrade, beside root and the daemon's user
 //! admin_groups = []
 //!
 //! [limits]
@@ -106,7 +106,7 @@ pub struct Config {
     pub restart: RestartChoices,
     /// What driver hosts give up, where their device does not say.
     pub sandbox: SandboxMode,
-    /// Who may bind and unbind, beside root and the daemon's user.
+    /// Who may bind, unbind and upgrade, beside root and the daemon's user.
     pub admins: Allowed,
     /// The devices, in the order of the file; names and locations are unique.
     pub devices: Vec<DeviceConfig>,
@@ -252,11 +252,11 @@ impl std::fmt::Display for Location {
 }
 
 impl DeviceConfig {
-    /// A PCI function of which nothing is said but that iohost may take it.
-    pub(crate) fn function(address: PciAddress) -> Self {
+    /// A device of which nothing is said but that iohost may take it.
+    pub(crate) fn unconfigured(name: String, location: Location) -> Self {
         Self {
-            name: address.to_string(),
-            location: Location::Pci(address),
+            name,
+            location,
             driver: None,
             interrupts: Vec::new(),
             bind: true,
@@ -641,7 +641,8 @@ impl Source<'_> {
                 "say which PCI functions may be taken, such as primary = \"0x11e81234\"",
             ));
         }
-        let any = DeviceConfig::function("0000:00:00.0".parse().expect("an address"));
+        let address = "0000:00:00.0".parse().expect("an address");
+        let any = DeviceConfig::unconfigured(String::new(), Location::Pci(address));
         if let Some(backend) = &rule.backend {
             self.check_backend(backend, &any.location, rule.allow_unsafe)?;
         }

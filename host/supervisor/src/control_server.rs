@@ -14,7 +14,7 @@ use iohost_control::host::{Failure, PowerState, QueueStatistics, Statistics};
 use iohost_control::socket::{GuardedSocket, Limits};
 use iohost_control::varlink::{
     BindOptions, Bound, Description, Device, DeviceList, Error, EventKind, Opened, Powered,
-    Properties, Queue, Reason, Reloaded, Service, ServiceEvent, State, Status, Unbound,
+    Properties, Queue, Reason, Reloaded, Service, ServiceEvent, State, Status, Unbound, Upgraded,
 };
 use iohost_event::Peer;
 use log::{debug, warn};
@@ -201,6 +201,15 @@ impl Control {
     async fn reload(&self) -> Result<Reloaded, Error> {
         let client = self.client();
         Ok(self.ask(|answer| Request::Reload { client, answer }).await?)
+    }
+
+    /// Puts another version of its driver into a service that runs: the plugin in a file that the
+    /// daemon can read. Sessions go on. Answered once the new version runs and is installed; or
+    /// refused, with the version before it running as before. For the daemon's own user and for root
+    /// alone, since the file becomes code that the daemon starts.
+    async fn upgrade(&self, service: String, plugin: String) -> Result<Upgraded, Error> {
+        let (plugin, client) = (plugin.into(), self.client());
+        Ok(self.ask(|answer| Request::Upgrade { service, plugin, client, answer }).await?)
     }
 
     /// What a service's driver host counts: its sessions and its dispatch queues.

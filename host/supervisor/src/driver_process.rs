@@ -9,18 +9,33 @@ use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
-use iohost_control::host::{Failure, FromHost, LONGEST_MESSAGE, ToHost};
+use iohost_control::host::{Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, ToHost};
 use iohost_event::{PacketError, Packets, ProcessHandle};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
+use crate::host_records::Files;
+
 /// A driver host that has been started. Dropped, it is killed.
 #[derive(Debug)]
 pub(crate) struct DriverProcess {
-    child: Child,
+    origin: Origin,
     handle: ProcessHandle,
     socket: Packets,
+    files: Files,
+}
+
+/// Who started it.
+#[derive(Debug)]
+enum Origin {
+    Ours(Child),
+    /// An earlier daemon. How it ended is told to its parent alone, which is the machine's first
+    /// process by now, or a reaper of orphans: waitid(2) on the pidfd says ECHILD, and to be a reaper
+    /// helps only for processes that descend from us.
+    Earlier {
+        pid: u32,
+    },
 }
 
 /// How a driver host ended.
@@ -41,8 +56,8 @@ impl Exit {
 /// What a driver host says next.
 #[derive(Debug)]
 pub(crate) enum Heard {
-    /// A message.
-    Message(FromHost),
+    /// A message, with its descriptors.
+    Message(FromHost, Vec<OwnedFd>),
     /// Nothing for now.
     Nothing,
     /// It closed its end: it is about to end, or has ended.
@@ -53,7 +68,7 @@ pub(crate) enum Heard {
 
 impl DriverProcess {
     /// Starts the program. `name` is the service's, for its log lines and the list of processes.
-    pub(crate) fn spawn(program: &Path, name: &str) -> Result<Self, Failure> {
+    pub(crate) fn spawn(program: &Path, name: &str, files: Files) -> Result<Self, Failure> {
         let refused = |err: io::Error| {
             Failure::new(
                 "driver-host",
@@ -76,11 +91,24 @@ impl DriverProcess {
             let _ = child.wait();
             refused(err)
         })?;
-        Ok(Self { child, handle, socket: ours })
+        Ok(Self { origin: Origin::Ours(child), handle, socket: ours, files })
+    }
+
+    /// One that an earlier daemon started.
+    pub(crate) fn earlier(pid: u32, handle: ProcessHandle, socket: Packets, files: Files) -> Self {
+        Self { origin: Origin::Earlier { pid }, handle, socket, files }
     }
 
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        match &self.origin {
+            Origin::Ours(child) => child.id(),
+            Origin::Earlier { pid } => *pid,
+        }
+    }
+
+    /// Its files in the runtime directory.
+    pub(crate) fn files(&self) -> &Files {
+        &self.files
     }
 
     /// Readable when there is a message.
@@ -102,15 +130,22 @@ impl DriverProcess {
     /// The next message, if there is one.
     pub(crate) fn receive(&self) -> Heard {
         let mut buffer = vec![0; LONGEST_MESSAGE];
-        // No message from a driver host carries descriptors.
-        let packet = match self.socket.receive(&mut buffer, 0) {
+        let packet = match self.socket.receive(&mut buffer, MOST_DESCRIPTORS) {
             Ok(packet) => packet,
             Err(PacketError::WouldBlock) => return Heard::Nothing,
             Err(PacketError::Closed) => return Heard::Closed,
             Err(err) => return Heard::Garbage(err.to_string()),
         };
         match serde_json::from_slice(&buffer[..packet.len]) {
-            Ok(message) => Heard::Message(message),
+            Ok(
+                message @ (FromHost::HandedOver(_)
+                | FromHost::HandedSession(_)
+                | FromHost::Saved(_)),
+            ) => Heard::Message(message, packet.fds),
+            Ok(_) if !packet.fds.is_empty() => {
+                Heard::Garbage("descriptors that nobody asked for".to_owned())
+            }
+            Ok(message) => Heard::Message(message, Vec::new()),
             Err(err) => Heard::Garbage(format!("a message that makes no sense: {err}")),
         }
     }
@@ -123,27 +158,44 @@ impl DriverProcess {
 
     /// How the process ended; `None` while it runs.
     pub(crate) fn ended(&mut self) -> Option<Exit> {
-        match self.child.try_wait() {
-            Ok(None) => None,
-            Ok(Some(status)) => Some(Exit { signal: status.signal(), words: in_words(status) }),
-            Err(err) => {
-                Some(Exit { signal: None, words: format!("ended, but how is unknown: {err}") })
-            }
-        }
+        let exit = match &mut self.origin {
+            Origin::Ours(child) => match child.try_wait() {
+                Ok(None) => return None,
+                Ok(Some(status)) => Exit { signal: status.signal(), words: in_words(status) },
+                Err(err) => {
+                    Exit { signal: None, words: format!("ended, but how is unknown: {err}") }
+                }
+            },
+            Origin::Earlier { .. } if self.handle.has_ended() => Exit {
+                signal: None,
+                words: "ended; how is unknown, an earlier daemon started it".to_owned(),
+            },
+            Origin::Earlier { .. } => return None,
+        };
+        self.files.remove();
+        Some(exit)
     }
 
-    /// Whether a signal has stopped the process, and none has it go on yet.
+    /// Lets it run on without this daemon.
+    pub(crate) fn keep(self) {
+        std::mem::forget(self);
+    }
+
+    /// Whether a signal has stopped the process, and none has it go on yet. Nobody tells us of one that
+    /// an earlier daemon started: it hangs as soon as it is in the middle of something.
     pub(crate) fn is_stopped(&self) -> bool {
-        let id = Id::Pid(Pid::from_raw(self.child.id() as i32));
+        let Origin::Ours(child) = &self.origin else { return false };
+        let id = Id::Pid(Pid::from_raw(child.id() as i32));
         let flags = WaitPidFlag::WSTOPPED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
         matches!(waitid(id, flags), Ok(WaitStatus::Stopped(..)))
     }
 }
 
 impl DriverProcess {
-    /// Whether the process has ended, and by this signal.
+    /// Whether the process is known to have ended, and by this signal.
     pub(crate) fn was_killed_by(&mut self, signal: Signal) -> bool {
-        let status = self.child.try_wait().ok().flatten();
+        let Origin::Ours(child) = &mut self.origin else { return false };
+        let status = child.try_wait().ok().flatten();
         status.and_then(|status| status.signal()) == Some(signal as i32)
     }
 }

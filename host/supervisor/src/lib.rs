@@ -21,6 +21,7 @@ mod crashes;
 mod driver_process;
 mod hang;
 mod hooks;
+mod host_records;
 mod memory_events;
 mod needs;
 mod plugins;
@@ -29,6 +30,7 @@ mod restart;
 mod runtime_directory;
 mod service;
 mod session;
+mod upgrade;
 mod watchers;
 
 use std::os::unix::fs::MetadataExt;
@@ -51,6 +53,7 @@ pub use restart::{Decision, RestartChoices, RestartPolicy};
 
 use crate::actor::Actor;
 use crate::config::MatchRule;
+use crate::host_records::HostRecords;
 use crate::plugins::Plugins;
 use crate::runtime_directory::RuntimeDirectory;
 
@@ -86,6 +89,8 @@ pub struct Patience {
     pub removal: Duration,
     /// Until the driver knows a session.
     pub session: Duration,
+    /// For calls that are under way when the driver is upgraded; then it is not.
+    pub drain: Duration,
 }
 
 impl Default for Patience {
@@ -95,6 +100,7 @@ impl Default for Patience {
             stop: Duration::from_secs(5),
             removal: Duration::from_secs(1),
             session: Duration::from_secs(5),
+            drain: Duration::from_secs(2),
         }
     }
 }
@@ -127,20 +133,23 @@ impl From<Failure> for DaemonError {
     }
 }
 
-/// Runs the daemon until SIGTERM or SIGINT, on the calling thread.
+/// Runs the daemon until SIGTERM or SIGINT, on the calling thread. Driver hosts of an earlier daemon
+/// that was killed are taken over first.
 ///
 /// Returns `Ok` when every driver stopped, its device was reset, and everything that was bound
-/// was given back. A second signal meanwhile kills what has not stopped yet.
+/// was given back. A second signal meanwhile kills what has not stopped yet. SIGUSR2 ends the daemon
+/// alone: drivers and their clients go on, and the next daemon takes them over.
 pub fn run(options: &Options) -> Result<(), DaemonError> {
     let (config, file) = read_config(options)?;
     let plugins = check_plugins(options, &config, &file)?;
     check_hooks(&config, &file)?;
     let directory = RuntimeDirectory::hold(&config.runtime_directory)?;
+    let records = HostRecords::open(&config.runtime_directory)?;
     let listener = directory.listen()?;
 
     let (asker, inbox) = request::pair().map_err(no_resources)?;
     let limits = config.limits;
-    let mut actor = Actor::new(options, config, plugins, inbox).map_err(no_resources)?;
+    let mut actor = Actor::new(options, config, plugins, inbox, records).map_err(no_resources)?;
     let (stop, stopped) = channel::bounded::<()>(1);
     let control = thread::Builder::new()
         .name("control".into())

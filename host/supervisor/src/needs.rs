@@ -48,16 +48,14 @@ mod tests {
     use iohost_control::plugin::Needs;
 
     use super::*;
+    use crate::config::Location;
 
     const DMA: Needs = Needs { dma_bytes: 1 << 20, messages: false };
     const MESSAGES: Needs = Needs { dma_bytes: 0, messages: true };
 
     fn device(backend: Option<PciBackend>) -> DeviceConfig {
-        DeviceConfig {
-            name: "disk0".into(),
-            backend,
-            ..DeviceConfig::function("0000:01:00.0".parse().unwrap())
-        }
+        let location = Location::Pci("0000:01:00.0".parse().unwrap());
+        DeviceConfig { backend, ..DeviceConfig::unconfigured("disk0".into(), location) }
     }
 
     fn refusal(

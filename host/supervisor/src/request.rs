@@ -1,13 +1,14 @@
 //! What the control interface asks of the actor.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc;
 
 use iohost_control::host::{Failure, PowerState, Statistics};
 use iohost_control::varlink::{
     BindOptions, Bound, Description, DeviceList, Opened, Powered, Properties, Reloaded,
-    ServiceEvent, Status, Unbound,
+    ServiceEvent, Status, Unbound, Upgraded,
 };
 use iohost_event::{Peer, Signal};
 use smol::channel;
@@ -49,6 +50,13 @@ pub(crate) enum Request {
     Reload {
         client: Peer,
         answer: Answer<Reloaded>,
+    },
+    /// The plugin is a file.
+    Upgrade {
+        service: String,
+        plugin: PathBuf,
+        client: Peer,
+        answer: Answer<Upgraded>,
     },
     Watch(Answer<channel::Receiver<ServiceEvent>>),
     /// Wanted are the bytes of each queue, and the kind of client.

@@ -23,6 +23,7 @@ use crate::hang::HangWatch;
 use crate::request::Answer;
 use crate::restart::Deaths;
 use crate::session::SessionMemory;
+use crate::upgrade::Upgrade;
 
 /// A device and everything the daemon holds for it.
 #[derive(Debug)]
@@ -56,7 +57,11 @@ pub(crate) struct Service {
     /// The device was taken away, and is waited for.
     pub(crate) is_removed: bool,
     pub(crate) incarnation: u64,
+    /// Whether its driver host was started by an earlier daemon.
+    pub(crate) was_taken_over: bool,
     pub(crate) deaths: Deaths,
+    /// While another version of the driver is put in.
+    pub(crate) upgrade: Option<Upgrade>,
     /// Why the last driver host died, if one has.
     pub(crate) last_death: Option<Failure>,
     /// What is left of the driver host that ended last, until that is reported.
@@ -182,6 +187,8 @@ pub(crate) struct Host {
     pub(crate) killed: bool,
     /// What happened to its device, for which it was told to end.
     pub(crate) ending: Option<Ending>,
+    /// Whether an earlier daemon started it, and it has not handed over yet.
+    pub(crate) is_taken_over: bool,
     /// The services it was told to run, with their incarnations; `None` while it has not asked.
     pub(crate) told: Option<BTreeMap<String, u64>>,
     /// Who waits for its numbers. Dropped with it, which tells them.
@@ -206,6 +213,8 @@ pub(crate) enum Ending {
     Stopped,
     /// The device is taken away: it starts again when it comes back.
     Removed(Failure),
+    /// Another driver host is started at once.
+    Replaced,
     /// As if the driver host had died of it.
     Died(Failure),
     /// Nothing but a request starts it again.
@@ -217,7 +226,7 @@ pub(crate) enum Ending {
 impl Ending {
     pub(crate) fn why(&self) -> Option<&Failure> {
         match self {
-            Ending::Stopped => None,
+            Ending::Stopped | Ending::Replaced => None,
             Ending::Removed(why)
             | Ending::Died(why)
             | Ending::Isolated(why)
@@ -240,11 +249,14 @@ pub(crate) enum LastWords {
 /// A session of a service.
 #[derive(Debug)]
 pub(crate) struct Session {
-    /// Who opened it, for the limits of one client.
-    pub(crate) client: Peer,
+    /// Who opened it, for the limits of one client; `None` once it was taken over. An earlier daemon
+    /// made its socket, so that the kernel does not say, and the driver host would not be believed.
+    pub(crate) client: Option<Peer>,
     pub(crate) memory: SessionMemory,
     /// The driver's end.
     pub(crate) socket: Packets,
+    /// What the actor knows the end of its client by.
+    pub(crate) token: u64,
     /// Which driver host has it, or had it last; from 1.
     pub(crate) generation: u64,
     pub(crate) stage: Stage,
@@ -287,6 +299,13 @@ pub(crate) struct Opening {
     pub(crate) answer: Answer<(Opened, Vec<OwnedFd>)>,
 }
 
+impl Host {
+    /// No other driver host follows this one after all.
+    pub(crate) fn is_not_replaced(&mut self) {
+        self.ending.take_if(|ending| matches!(ending, Ending::Replaced));
+    }
+}
+
 impl Service {
     pub(crate) fn new(device: DeviceConfig, on_request: bool) -> Self {
         let not_yet = Failure::new("not-started", "the device was not started yet", "wait");
@@ -307,7 +326,9 @@ impl Service {
             quiescing: false,
             is_removed: false,
             incarnation: 0,
+            was_taken_over: false,
             deaths: Deaths::default(),
+            upgrade: None,
             last_death: None,
             evidence: None,
             unfinished_report: None,
@@ -417,7 +438,9 @@ impl Service {
             State::Starting(_)
             | State::Restarting { .. }
             | State::Taking { is_unwanted: false, .. } => true,
-            State::Stopping(host) => matches!(host.ending, Some(Ending::Died(_))),
+            State::Stopping(host) => {
+                matches!(host.ending, Some(Ending::Died(_) | Ending::Replaced))
+            }
             State::Taking { is_unwanted: true, .. }
             | State::Down(_)
             | State::Running { .. }
@@ -430,9 +453,9 @@ impl Service {
     pub(crate) fn runs_again_by(&self, limit: Instant) -> bool {
         match &self.state {
             State::Restarting { at, .. } => *at < limit,
-            State::Starting(host) => host.is_retry,
+            State::Starting(host) => host.is_retry || host.is_taken_over || self.upgrade.is_some(),
             State::Taking { cause: Cause::Death, is_unwanted: false } => true,
-            _ => false,
+            _ => self.upgrade.is_some() && self.comes_back(),
         }
     }
 
@@ -459,6 +482,7 @@ impl Service {
             pid: self.host().map(|host| host.process.pid()),
             choice: self.choice.clone(),
             incarnation: self.incarnation,
+            taken_over: self.was_taken_over,
             backend,
             is_unsafe: self.device.is_unsafe(),
             reset: self.reset.clone(),

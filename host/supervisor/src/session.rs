@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use iohost_control::host::{Failure, OpenSession, QueueSize};
 use iohost_event::Packets;
+use iohost_interface::Description;
 use iohost_memory::ring::{Bell, Ledger, Ring, RingError};
 
 /// What a session's two sides share.
@@ -73,6 +74,37 @@ impl SessionMemory {
     /// Bytes of the queues.
     pub(crate) fn bytes(&self) -> u64 {
         self.queues.iter().map(|queue| u64::from(queue.bytes)).sum()
+    }
+
+    /// Takes up what a driver host hands over. Nothing of it is believed: the kernel says what each
+    /// descriptor is, but for the bells, which this process only passes on.
+    pub(crate) fn take_up(
+        sizes: &[QueueSize],
+        client_type: u64,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(Packets, Self), String> {
+        if fds.len() != 2 + 3 * sizes.len() {
+            return Err(format!("{} descriptors for {} queues", fds.len(), sizes.len()));
+        }
+        let mut fds = fds.into_iter();
+        let mut next = || fds.next().expect("counted above");
+        let socket = Packets::from(next());
+        let ledger = Ledger::attach(next()).map_err(|err| format!("a ledger: {err}"))?;
+        let queue = |size: &QueueSize| {
+            let ring = Ring::attach(next(), u64::from(size.bytes));
+            let ring = ring.map_err(|err| format!("a queue of {} bytes: {err}", size.bytes))?;
+            let (data_available, data_serviced) = (next().into(), next().into());
+            Ok(QueueMemory { bytes: size.bytes, ring, data_available, data_serviced })
+        };
+        let queues = sizes.iter().map(queue).collect::<Result<_, String>>()?;
+        Ok((socket, Self { client_type, ledger, queues }))
+    }
+
+    /// Whether its queues are those of the interface for its kind of client.
+    pub(crate) fn fits(&self, interfaces: &[Description]) -> bool {
+        let kind = usize::try_from(self.client_type).ok();
+        let interface = kind.and_then(|kind| interfaces.get(kind));
+        interface.is_some_and(|interface| interface.queues.len() == self.queues.len())
     }
 
     /// What a driver host is told of the session.

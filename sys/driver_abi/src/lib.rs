@@ -197,6 +197,22 @@ pub struct LifeCycleEntry {
     /// low, 2 on.
     pub set_power_state:
         unsafe extern "C" fn(instance: *mut c_void, state: u32, owed: *mut HostAcknowledgement),
+    /// The driver is about to be stopped and followed by another version of it: what that one has to
+    /// know goes to `sink`, once, and its version is written. `NOT_FOUND` when there is nothing.
+    pub save: unsafe extern "C" fn(
+        instance: *mut c_void,
+        version: *mut u32,
+        sink: unsafe extern "C" fn(context: *mut c_void, data: *const u8, len: usize),
+        context: *mut c_void,
+    ) -> i32,
+    /// What the driver before it saved; right after `start`, before the sessions. An error is one of
+    /// the start.
+    pub restore: unsafe extern "C" fn(
+        instance: *mut c_void,
+        version: u32,
+        data: *const u8,
+        len: usize,
+    ) -> i32,
 }
 
 /// Memory for a client. The descriptor is given away with it.

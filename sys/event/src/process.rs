@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal as Number;
 
 /// A process of ours that cannot be mistaken for another one that got its number later.
@@ -18,8 +19,35 @@ pub struct ProcessHandle {
 impl ProcessHandle {
     /// Opens a handle to a child that has not been waited for: its number is its own until then.
     pub fn of_child(child: &std::process::Child) -> io::Result<Self> {
+        Self::open(child.id())
+    }
+
+    /// Opens a handle to a process that is no child, or is one no more; `None` once it has ended.
+    /// `started` is what [`process_start`] said of it.
+    pub fn of(pid: u32, started: u64) -> io::Result<Option<Self>> {
+        let handle = match Self::open(pid) {
+            Ok(handle) => handle,
+            Err(err) if err.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            Err(err) => return Err(err),
+        };
+        // Asked once the handle is there: whoever has the number now is whom the handle means, or
+        // has ended, which the handle says as well.
+        Ok(match process_start(pid) {
+            Ok(found) if found == started => Some(handle),
+            _ => None,
+        })
+    }
+
+    /// Whether the process has ended.
+    pub fn has_ended(&self) -> bool {
+        let mut polled = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+        // A descriptor of ours, polled without a wait: there is nothing to fail.
+        matches!(poll(&mut polled, PollTimeout::ZERO), Ok(1..))
+    }
+
+    fn open(pid: u32) -> io::Result<Self> {
         // SAFETY: the call takes two integers and touches no memory of ours.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, child.id(), 0) };
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
@@ -48,5 +76,36 @@ impl ProcessHandle {
 impl AsFd for ProcessHandle {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// When a process started, in clock ticks since the boot: with its number it means that process and no
+/// later one (`starttime`, proc_pid_stat(5)).
+pub fn process_start(pid: u32) -> io::Result<u64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The second field is a name in parentheses, with anything in it.
+    let behind_name = stat.rsplit_once(')').map(|(_, rest)| rest);
+    let field = behind_name.and_then(|rest| rest.split_ascii_whitespace().nth(19));
+    let ticks = field.and_then(|word| word.parse().ok());
+    ticks.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a process without a start"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn a_process_is_meant_by_number_and_start_together() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let (pid, started) = (child.id(), process_start(child.id()).unwrap());
+        assert!(ProcessHandle::of(pid, started + 1).unwrap().is_none());
+        let handle = ProcessHandle::of(pid, started).unwrap().unwrap();
+        assert!(!handle.has_ended());
+        handle.signal(Number::SIGKILL).unwrap();
+        child.wait().unwrap();
+        assert!(handle.has_ended());
+        assert!(ProcessHandle::of(pid, started).unwrap().is_none());
     }
 }

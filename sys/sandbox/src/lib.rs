@@ -28,7 +28,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 
 pub use identity::Identity;
 pub use limits::MEMORY;
-pub use system_calls::{PolicyError, call_name};
+pub use system_calls::{PolicyError, call_name, report_to};
 
 /// What is to be left of a process's rights.
 #[derive(Debug)]
@@ -63,7 +63,7 @@ pub enum OnRefusal {
 /// time.
 #[derive(Debug)]
 pub struct Report {
-    /// The socket, which is kept for the life of the process.
+    /// The socket, until [`report_to`] names another one.
     pub to: OwnedFd,
     /// What stands before the number.
     pub before: &'static str,

@@ -87,10 +87,24 @@ iohost_interface::interface! {
 
         /// Writes a byte all over the memory of its process's flight recorder, then dies by SIGSEGV.
         24 => fn scribble(byte: u32);
+
+        /// Adds one to what is counted, by every version of the driver, and gives the sum.
+        25 => fn count() -> u64;
+
+        /// The byte of [`HOW_IT_STARTS`] that says how this version starts.
+        26 => fn version() -> u32;
     }
 
     queues {}
 }
+
+/// What stands in the plugin's file for tests to change in a copy, which is another version then. By
+/// one byte the driver starts (`0` to `9`), or its start fails (`e`), panics (`p`), ends the
+/// process (`x`), never returns (`h`), or it cannot use what the version before it saved (`r`).
+pub const HOW_IT_STARTS: [u8; 24] = *b"how-the-probe-starts: 0!";
+
+/// The place of the byte in it that says so.
+pub const HOW: usize = 22;
 
 /// Memory that clients may write.
 pub const SHARED: u64 = 0;

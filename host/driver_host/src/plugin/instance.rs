@@ -1,7 +1,9 @@
 //! A started driver: what the host calls in it.
 
 use std::ffi::c_void;
+use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::slice;
 
 use iohost_driver_abi::{ClientMemory, DriverEntry, LifeCycleEntry, SessionInfo};
 use iohost_interface::{Arguments, IOReturn, ReplySink};
@@ -47,6 +49,17 @@ pub struct SessionQueue {
     pub serviced: OwnedFd,
 }
 
+impl SessionQueue {
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            bytes: self.bytes,
+            memory: self.memory.try_clone()?,
+            available: self.available.try_clone()?,
+            serviced: self.serviced.try_clone()?,
+        })
+    }
+}
+
 impl Instance {
     /// Has the driver stop; it has when it acknowledges, which may be before this returns. Then
     /// `stop` has to be called.
@@ -77,6 +90,34 @@ impl Instance {
     pub(crate) fn stop(&self) {
         // SAFETY: contract 1, with the instance that `start` made and that is not released.
         unsafe { (self.entry.stop)(self.instance) }
+    }
+
+    /// What the next version has to know, with the version of its form.
+    pub(crate) fn save(&self) -> Option<(u32, Vec<u8>)> {
+        unsafe extern "C" fn sink(context: *mut c_void, data: *const u8, len: usize) {
+            // SAFETY: the context is the vector below, which waits for this call.
+            let into = unsafe { &mut *context.cast::<Vec<u8>>() };
+            if len > 0 {
+                // SAFETY: contract 4; not empty, so the pointer is one.
+                into.extend_from_slice(unsafe { slice::from_raw_parts(data, len) });
+            }
+        }
+        let functions = self.life_cycle?;
+        let (mut version, mut data) = (0, Vec::<u8>::new());
+        let context = (&raw mut data).cast();
+        // SAFETY: as in `stop`; the place is ours for the call, the sink gets the context it takes.
+        let status = unsafe { (functions.save)(self.instance, &raw mut version, sink, context) };
+        IOReturn(status).result().ok().map(|()| (version, data))
+    }
+
+    /// Gives the driver what the version before it has saved.
+    pub(crate) fn restore(&self, version: u32, data: &[u8]) -> Result<(), IOReturn> {
+        // One of before there was a state can do without.
+        let Some(functions) = self.life_cycle else { return Ok(()) };
+        // SAFETY: as in `stop`; the data lives for the call.
+        let status =
+            unsafe { (functions.restore)(self.instance, version, data.as_ptr(), data.len()) };
+        IOReturn(status).result()
     }
 
     pub(crate) fn call(

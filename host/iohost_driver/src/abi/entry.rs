@@ -17,7 +17,7 @@ use super::device::Device;
 use super::queue::Queue;
 use super::service::Acknowledgement;
 use super::session::{HostSink, copied};
-use crate::service::{ANY_DEVICE, Exported, Instance, OfferedSession, SessionEnds};
+use crate::service::{ANY_DEVICE, Exported, Instance, OfferedSession, SavedState, SessionEnds};
 
 /// The descriptor of a driver, for `export_driver!`.
 pub const fn descriptor<D: Exported>(
@@ -68,6 +68,8 @@ pub const fn descriptor<D: Exported>(
             describe_type: describe_type::<D>,
             client_crashed: client_crashed::<D>,
             set_power_state: set_power_state::<D>,
+            save: save::<D>,
+            restore: restore::<D>,
         },
     }
 }
@@ -280,6 +282,42 @@ pub(super) unsafe extern "C" fn copy_client_memory<D: Exported>(
         }
         Err(status) => status.0,
     }
+}
+
+pub(super) unsafe extern "C" fn save<D: Exported>(
+    instance: *mut c_void,
+    version: *mut u32,
+    sink: unsafe extern "C" fn(context: *mut c_void, data: *const u8, len: usize),
+    context: *mut c_void,
+) -> i32 {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    let mut saved = None;
+    instance.guarded(|| saved = instance.save());
+    let Some(state) = saved else { return IOReturn::NOT_FOUND.0 };
+    // SAFETY: the host's out-parameter, valid for the call.
+    unsafe { version.write(state.version) };
+    // SAFETY: the data lives for the call, and the sink is the host's with its context.
+    unsafe { sink(context, state.data.as_ptr(), state.data.len()) };
+    0
+}
+
+pub(super) unsafe extern "C" fn restore<D: Exported>(
+    instance: *mut c_void,
+    version: u32,
+    data: *const u8,
+    len: usize,
+) -> i32 {
+    // SAFETY: contract 4.
+    let instance = unsafe { Instance::<D>::of(instance) };
+    let data = match len {
+        0 => Vec::new(),
+        // SAFETY: contract 5: bytes of the host's, valid for the call; not empty, so the pointer is one.
+        len => unsafe { slice::from_raw_parts(data, len) }.to_vec(),
+    };
+    let mut status = IOReturn::INTERNAL_ERROR.0;
+    instance.guarded(|| status = instance.restore(SavedState { version, data }));
+    status
 }
 
 impl<D: Exported> Instance<D> {

@@ -153,12 +153,19 @@ impl Actor {
         if self.stopping || self.has(&Location::Pci(address)) {
             return;
         }
-        let Some(device) = self.by_rule(address) else { return };
+        if let Some(at) = self.add_by_rule(address) {
+            self.start(at, Cause::Asked);
+        }
+    }
+
+    /// A service for a function that a rule is for, if one is.
+    pub(super) fn add_by_rule(&mut self, address: PciAddress) -> Option<usize> {
+        let device = self.by_rule(address)?;
         info!(device = device.name, line = device.line; "a device that a rule is for");
         let mut service = Service::new(device, false);
         service.by_rule = true;
         self.services.push(service);
-        self.start(self.services.len() - 1, Cause::Asked);
+        Some(self.services.len() - 1)
     }
 
     /// How a rule has the function at an address driven; `None` for one that nobody allowed us to

@@ -129,6 +129,12 @@ impl Actor {
         let was_safe = in_order || self.services[at].quiescing;
         self.services[at].quiescing = false;
         match ending {
+            Ending::Replaced if self.stopping => self.stopped(at),
+            Ending::Replaced if self.services[at].upgrade.is_some() => {
+                self.next_version(at, in_order)
+            }
+            // The next driver host begins with making the device safe.
+            Ending::Replaced => self.start(at, Cause::Asked),
             Ending::Removed(_) => unreachable!("dealt with above"),
             Ending::Stopped => self.stopped(at),
             Ending::Terminated(_) if self.stopping => self.stopped(at),

@@ -2,11 +2,12 @@
 
 use std::mem;
 use std::ops::RangeInclusive;
+use std::os::fd::AsFd;
 use std::time::Instant;
 
 use iohost_control::crash;
 use iohost_control::host::{
-    Confinement, Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, ToHost,
+    Confinement, Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, StartDescriptors, ToHost,
 };
 use iohost_control::varlink::{Bound, Unbound};
 use iohost_doctor::Code;
@@ -19,7 +20,7 @@ use log::{debug, error, info, warn};
 use nix::sys::signal::Signal;
 use nix::unistd::Uid;
 
-use super::{Actor, HOSTS, TOKENS_OF_A_HOST, given_back, ids, protocol, why};
+use super::{Actor, given_back, ids, protocol, why};
 use crate::bindings::{Done, from_pci};
 use crate::config::{DeviceConfig, Location, SandboxMode};
 use crate::driver_process::DriverProcess;
@@ -28,6 +29,7 @@ use crate::plugins::Plugin;
 use crate::request::stopping;
 use crate::restart::Decision;
 use crate::service::{Cause, Ending, Host, LastWords, Next, State, Then};
+use crate::upgrade::Upgrade;
 
 /// Users of driver hosts, one after the other, and again from the start when they are used up, but
 /// for those of the last driver host of each service.
@@ -48,12 +50,21 @@ impl Actor {
                 None => (self.add(left.address), true),
             };
             let service = &mut self.services[at];
-            if service.device.is_disabled {
-                self.stop(at);
-            } else if let Some(persist) = left.persist {
+            let runs = service.host().is_some();
+            if let Some(persist) = left.persist.filter(|_| !service.device.is_disabled) {
                 service.device.bind = true;
                 service.persists = true;
                 service.group = persist == Persist::Group;
+            }
+            if runs {
+                // A driver host of an earlier daemon has it: it is ours from now on, as it is.
+                if let Some(order) = service.next_order() {
+                    self.bindings.take(order);
+                }
+            } else if service.device.is_disabled {
+                self.stop(at);
+            } else if service.persists {
+                // It is started.
             } else if is_new {
                 self.stop(at);
             } else if !service.device.bind {
@@ -100,8 +111,14 @@ impl Actor {
     }
 
     pub(super) fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
-        let (plugin, choice) = self.choose_plugin(at)?;
-        let plugin = plugin.clone();
+        let (plugin, choice) = match self.services[at].upgrade.as_ref().and_then(Upgrade::candidate)
+        {
+            Some(candidate) => (candidate.clone(), "it is upgraded".to_owned()),
+            None => {
+                let (plugin, choice) = self.choose_plugin(at)?;
+                (plugin.clone(), choice)
+            }
+        };
         needs::check(&plugin.info, &self.services[at].device, iohost_doctor::may_lock())?;
         let service = &mut self.services[at];
         service.driver = Some(plugin.info.name.clone());
@@ -132,18 +149,19 @@ impl Actor {
     ) -> Result<Host, Failure> {
         let service = &mut self.services[at];
         service.quiesced = None;
+        service.was_taken_over = false;
         service.refused_calls.clear();
         let confinement = plugin.and_then(|_| self.confinement(at));
         let service = &self.services[at];
-        let process = DriverProcess::spawn(&self.options.driver_host, &service.device.name)?;
         let number = self.next_host;
         self.next_host += 1;
-        let token = HOSTS + TOKENS_OF_A_HOST * number;
-        self.poller.watch(process.messages(), token).map_err(crate::no_resources)?;
-        self.poller.watch(process.end(), token + 1).map_err(crate::no_resources)?;
+        let (listener, files) = self.records.add(number).map_err(crate::no_resources)?;
+        let spawned = DriverProcess::spawn(&self.options.driver_host, &service.device.name, files);
+        let process = spawned.inspect_err(|_| self.records.files(number).remove())?;
+        self.watch_host(&process, number).map_err(crate::no_resources)?;
         let recorder = Recorder::create().map_err(crate::no_resources)?;
-        self.poller.watch(recorder.bell(), token + 2).map_err(crate::no_resources)?;
-        let start = ToHost::Start(Start {
+        self.watch_recorder(&recorder, number).map_err(crate::no_resources)?;
+        let start = Start {
             device: service.device.for_host(),
             interrupts: service.device.interrupts.clone(),
             confinement,
@@ -151,9 +169,18 @@ impl Actor {
             incarnation: service.incarnation,
             // Room for 2^32 entries of each driver host.
             registry: (number + 1) << 32,
-        });
+            state: service.upgrade.as_ref().and_then(Upgrade::state).map(|(size, _)| size),
+        };
+        process.files().note(service, &start, process.pid()).map_err(crate::no_resources)?;
+        let state = service.upgrade.as_ref().and_then(Upgrade::state);
+        let beside = StartDescriptors {
+            listener: listener.as_fd(),
+            memory: recorder.memory(),
+            bell: recorder.bell(),
+            state: state.map(|(_, file)| file.as_fd()),
+        };
         // A process that is gone already is noticed by its end.
-        let _ = process.send(&start, &[recorder.memory(), recorder.bell()]);
+        let _ = process.send(&ToHost::Start(start), &beside.in_order());
         Ok(Host {
             number,
             process,
@@ -166,7 +193,8 @@ impl Actor {
             was_ready: false,
             is_retry: cause == Cause::Death,
             killed: false,
-            ending: None,
+            ending: service.upgrade.as_ref().and_then(Upgrade::ending),
+            is_taken_over: false,
             told: None,
             asked: Vec::new(),
             asked_properties: Vec::new(),
@@ -196,7 +224,8 @@ impl Actor {
             identity,
             is_alone: user.is_none() && identity.is_some(),
             memory,
-            descriptors: DESCRIPTORS + sessions * MOST_DESCRIPTORS as u64,
+            // Each twice: the driver's, and duplicates for the next daemon.
+            descriptors: DESCRIPTORS + 2 * sessions * MOST_DESCRIPTORS as u64,
             kills: mode == SandboxMode::Strict,
             required: matches!(mode, SandboxMode::Required | SandboxMode::Strict),
         })
@@ -365,6 +394,9 @@ impl Actor {
             Ok(interfaces) => interfaces,
             Err(words) => return self.condemn(at, protocol(&words)),
         };
+        if let Some(failure) = self.unfit_version(at, &interfaces) {
+            return self.condemn(at, failure);
+        }
         let service = &mut self.services[at];
         let old = mem::replace(&mut service.state, State::Down(stopping()));
         let State::Starting(mut host) = old else {
@@ -373,6 +405,9 @@ impl Actor {
         host.deadline = None;
         host.was_ready = true;
         ready.is_registered |= host.is_registered;
+        let is_taken_over = mem::take(&mut host.is_taken_over);
+        service.was_taken_over |= is_taken_over;
+        host.is_not_replaced();
         info!(
             device = service.device.name, driver = ready.driver, backend = ready.backend,
             reset = ready.reset, incarnation = service.incarnation; "driver running"
@@ -385,7 +420,11 @@ impl Actor {
             answer.give(Ok(Bound { service, driver: ready.driver.clone() }));
         }
         service.state = State::Running { host, ready, interfaces };
+        if is_taken_over && !self.sessions_fit(at) {
+            return self.condemn(at, protocol("sessions with other queues than its interface has"));
+        }
         self.keep_sessions_that_fit(at);
+        self.version_runs(at);
         self.watch_for_hangs(at);
     }
 
@@ -395,7 +434,8 @@ impl Actor {
         let old = mem::replace(&mut service.state, State::Down(stopping()));
         let mut host = match old {
             State::Starting(host) | State::Running { host, .. } => host,
-            State::Stopping(host) => {
+            State::Stopping(mut host) => {
+                host.is_not_replaced();
                 service.state = State::Stopping(host);
                 return;
             }
@@ -412,6 +452,7 @@ impl Actor {
                 return self.stopped(at);
             }
         };
+        host.is_not_replaced();
         let sent = host.process.send(&ToHost::Stop, &[]);
         if !host.killed {
             host.deadline = Some(Instant::now() + self.options.patience.stop);
@@ -529,6 +570,9 @@ impl Actor {
         let Some(host) = service.host_mut() else { return };
         let (last_words, is_retry) = (host.last_words.clone(), host.is_retry);
         let ending = host.ending.take();
+        if let Some(upgrade) = &mut service.upgrade {
+            upgrade.host_ended(last_words.clone(), &how);
+        }
         debug!(device = service.device.name, pid, how = how; "driver host ended");
         service.orphan_sessions();
 

@@ -28,7 +28,14 @@ impl Actor {
             let Some(at) = self.with_host(number) else { return };
             let Some(host) = self.services[at].host_mut() else { return };
             match host.process.receive() {
-                Heard::Message(message) => self.hear(at, message),
+                Heard::Message(FromHost::HandedSession(session), fds) => {
+                    self.session_handed_over(at, &session, fds);
+                }
+                Heard::Message(FromHost::Saved(size), fds) => self.saved(at, size, fds),
+                Heard::Message(FromHost::HandedOver(handed), fds) => {
+                    self.handed_over(at, handed, fds);
+                }
+                Heard::Message(message, _) => self.hear(at, message),
                 Heard::Nothing => return,
                 Heard::Closed => {
                     // It ends now, or it is killed.
@@ -46,6 +53,8 @@ impl Actor {
         let patience = self.options.patience.stop;
         let service = &mut self.services[at];
         match (&mut service.state, message) {
+            // It was found out in a lie before: it never runs.
+            (State::Starting(host), FromHost::Ready(_)) if host.killed => {}
             (State::Starting(_), FromHost::Ready(ready)) => self.became_ready(at, ready),
             (
                 State::Starting(host) | State::Running { host, .. } | State::Stopping(host),
@@ -75,7 +84,8 @@ impl Actor {
                     host.deadline = Some(Instant::now() + patience);
                 }
             }
-            (State::Running { .. }, FromHost::SessionOpened { session }) => {
+            (State::Stopping(_), FromHost::NotDrained { waiting }) => self.not_drained(at, waiting),
+            (State::Running { .. } | State::Stopping(_), FromHost::SessionOpened { session }) => {
                 let known = service.sessions.get_mut(&session);
                 let opening = known.and_then(|session| session.opening.take());
                 if let Some(Opening { opened, fds, answer, .. }) = opening {
@@ -95,6 +105,8 @@ impl Actor {
                     )));
                 }
             }
+            // Said before it handed over, and not handed over.
+            (State::Starting(host), FromHost::SessionClosed { .. }) if host.is_taken_over => {}
             (State::Starting(host) | State::Running { host, .. }, FromHost::WatchServices)
                 if host.told.is_none() =>
             {
@@ -129,7 +141,6 @@ impl Actor {
             (
                 State::Stopping(_),
                 FromHost::Ready(_)
-                | FromHost::SessionOpened { .. }
                 | FromHost::SessionClosed { .. }
                 | FromHost::Statistics(_)
                 | FromHost::Properties { .. }
@@ -176,6 +187,11 @@ impl Actor {
     pub(super) fn tell_of_services(&mut self) {
         self.watchers.tell(&self.services);
         self.is_behind = false;
+        // A driver host that was told of a service does not hear that it ended while it only has not
+        // been taken over yet.
+        if self.is_taking_over() {
+            return;
+        }
         if !self.services.iter().any(|service| service.host().is_some_and(|h| h.told.is_some())) {
             return;
         }

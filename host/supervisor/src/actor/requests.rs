@@ -12,7 +12,7 @@ use iohost_event::{PacketError, Packets, Peer};
 use iohost_pci::PciAddress;
 use log::warn;
 
-use super::{Actor, SESSIONS, ids, not_running, word};
+use super::{Actor, ids, not_running, word};
 use crate::bindings::from_pci;
 use crate::config::{DeviceConfig, Limits, Location};
 use crate::plugins::Plugins;
@@ -31,6 +31,11 @@ impl Actor {
             match request {
                 Request::Devices(answer) => answer.give(self.devices()),
                 Request::Status(answer) => answer.give(Ok(self.status())),
+                Request::Upgrade { service, plugin, client, answer } => {
+                    if let Some(answer) = self.for_admin(&client, "Upgrade", answer) {
+                        self.upgrade(&service, &plugin, answer);
+                    }
+                }
                 Request::Statistics { service, answer } => self.statistics(&service, answer),
                 Request::Describe { service, answer } => answer.give(self.describe(&service)),
                 Request::Bind { device, options, client, answer } => {
@@ -290,12 +295,13 @@ impl Actor {
         self.next_session += 1;
         match self.open_session(at, number, wanted, &client) {
             Err(failure) => answer.give(Err(failure)),
-            Ok((memory, socket, opened, fds)) => {
+            Ok((memory, socket, token, opened, fds)) => {
                 let opening = Some(Opening { deadline, opened, fds, answer });
                 let session = Session {
-                    client,
+                    client: Some(client),
                     memory,
                     socket,
+                    token,
                     generation: 1,
                     stage: Stage::Known,
                     client_is_gone: false,
@@ -313,7 +319,7 @@ impl Actor {
         number: u64,
         (queue_bytes, client_type): (Option<Vec<u32>>, u64),
         client: &Peer,
-    ) -> Result<(SessionMemory, Packets, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
+    ) -> Result<(SessionMemory, Packets, u64, Opened, Vec<std::os::fd::OwnedFd>), Failure> {
         let service = &self.services[at];
         let State::Running { host, ready, interfaces } = &service.state else {
             return Err(not_running(service));
@@ -367,7 +373,7 @@ impl Actor {
         let memory =
             SessionMemory::create(&queues, client_type).map_err(|err| err.into_failure())?;
         let (theirs, drivers) = Packets::pair().map_err(crate::no_resources)?;
-        self.poller.watch_for_end_once(&drivers, SESSIONS + number).map_err(crate::no_resources)?;
+        let token = self.watch_client(&drivers).map_err(crate::no_resources)?;
         let message = ToHost::OpenSession(memory.for_host(number, 1));
         host.process.send(&message, &memory.beside(&drivers)).map_err(|err| {
             let why = match err {
@@ -395,15 +401,17 @@ impl Actor {
                 .collect(),
         };
         let fds = memory.for_client(theirs).map_err(crate::no_resources)?;
-        Ok((memory, drivers, opened, fds))
+        Ok((memory, drivers, token, opened, fds))
     }
 
-    /// A client may have one more session, of so many bytes, or is told why not.
+    /// A client may have one more session, of so many bytes, or is told why not. Sessions that were
+    /// taken over are nobody's.
     fn check_share(&self, client: &Peer, bytes: u64) -> Result<(), Failure> {
         let Limits { sessions_per_client, memory_per_client, .. } = self.config.limits;
+        let is_same = |one: &Peer, other: &Peer| (one.uid, one.pid) == (other.uid, other.pid);
         let of_client = self.services.iter().flat_map(|service| service.sessions.values());
         let of_client: Vec<&Session> = of_client
-            .filter(|it| (it.client.uid, it.client.pid) == (client.uid, client.pid))
+            .filter(|it| it.client.as_ref().is_some_and(|it| is_same(it, client)))
             .collect();
         let (uid, pid, count) = (client.uid, client.pid, of_client.len());
         let refused = |code: &str, message: String, key: &str| {
@@ -475,7 +483,12 @@ impl Actor {
 
     /// A service for a function that the configuration does not have.
     pub(super) fn add(&mut self, address: PciAddress) -> usize {
-        let device = DeviceConfig::function(address);
+        self.add_called(address.to_string(), Location::Pci(address))
+    }
+
+    /// A service that the configuration does not have.
+    pub(super) fn add_called(&mut self, name: String, location: Location) -> usize {
+        let device = DeviceConfig::unconfigured(name, location);
         self.services.push(Service::new(device, true));
         self.services.len() - 1
     }

@@ -4,27 +4,36 @@
 //! service takes there. So nothing here follows from single steps of a service's life: after each turn
 //! it is looked at what state each service is in, and what its sessions are due.
 
+use std::io;
 use std::mem;
 use std::time::Instant;
 
 use iohost_control::host::{Failure, ToHost};
-use iohost_event::{PacketError, Poller};
+use iohost_event::{PacketError, Packets, Poller};
 use iohost_interface::Description;
 use iohost_interface::packet::encode_away;
 use log::{debug, warn};
 
-use super::{Actor, not_running, word};
+use super::{Actor, SESSIONS, not_running, word};
 use crate::service::{Opening, Service, Session, Stage, State, Visitor};
 
 impl Actor {
     /// The client of a session has left. A driver host that has the session notices, and says so once
     /// it has read everything that the client sent.
-    pub(super) fn client_left(&mut self, number: u64) {
-        for service in &mut self.services {
-            if let Some(session) = service.sessions.get_mut(&number) {
-                session.client_is_gone = true;
-            }
+    pub(super) fn client_left(&mut self, token: u64) {
+        let sessions = self.services.iter_mut().flat_map(|service| service.sessions.values_mut());
+        for session in sessions.filter(|session| session.token == token) {
+            session.client_is_gone = true;
         }
+    }
+
+    /// Watches the driver's end of a session's socket for its client's end, under the token that this
+    /// returns.
+    pub(super) fn watch_client(&self, socket: &Packets) -> io::Result<u64> {
+        let token = SESSIONS + self.next_token.get();
+        self.next_token.set(self.next_token.get() + 1);
+        self.poller.watch_for_end_once(socket, token)?;
+        Ok(token)
     }
 
     /// The driver that runs now may serve another interface than the one before it.

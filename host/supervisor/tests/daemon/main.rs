@@ -3,6 +3,7 @@
 mod configured;
 mod device_events;
 mod matching;
+mod restart;
 mod rig;
 
 use std::io::{BufRead, BufReader, Write};

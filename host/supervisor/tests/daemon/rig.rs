@@ -62,6 +62,31 @@ impl Rig {
         Self { directory: None, path: self.path.clone(), daemon, lines }
     }
 
+    /// Kills the daemon, and everything that `also` does to what it leaves; then starts another one.
+    pub(crate) fn replace_daemon(&mut self, also: impl FnOnce(&Self)) {
+        self.daemon.kill().unwrap();
+        self.daemon.wait().unwrap();
+        also(self);
+        self.start_daemon();
+    }
+
+    /// Starts another daemon in the place of one that has ended.
+    pub(crate) fn start_daemon(&mut self) {
+        (self.daemon, self.lines) = spawn(&self.path);
+        self.wait_for("daemon started");
+    }
+
+    /// The driver hosts that daemons have noted, and not seen end.
+    pub(crate) fn noted_hosts(&self) -> Vec<u32> {
+        let Ok(entries) = std::fs::read_dir(self.path("run/hosts")) else { return Vec::new() };
+        let records = entries.filter_map(|entry| std::fs::read(entry.ok()?.path()).ok());
+        let pid = |text: Vec<u8>| {
+            let record: serde_json::Value = serde_json::from_slice(&text).ok()?;
+            record["pid"].as_u64()?.try_into().ok()
+        };
+        records.filter_map(pid).collect()
+    }
+
     fn run(directory: TempDir) -> Self {
         let path = directory.path().to_owned();
         let (daemon, lines) = spawn(&path);
@@ -189,6 +214,12 @@ impl Drop for Rig {
     fn drop(&mut self) {
         let _ = self.daemon.kill();
         let _ = self.daemon.wait();
+        if self.directory.is_some() {
+            // Those that wait for the next daemon.
+            for pid in self.noted_hosts() {
+                let _ = nix::sys::signal::kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
+            }
+        }
         drop(self.directory.take());
     }
 }

@@ -3,16 +3,16 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use iohost_control::host::{
-    DeviceEvent, Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession, Outcome,
-    Quiesced, Ready, ToHost,
+    DeviceEvent, Failure, FromHost, HandedOver, LONGEST_MESSAGE, MOST_DESCRIPTORS, OpenSession,
+    Outcome, Quiesced, Ready, StartDescriptors, ToHost,
 };
 use iohost_control::plugin::{Needs, Personality, PluginInfo};
-use iohost_event::Packets;
+use iohost_event::{PacketListener, Packets};
 use iohost_interface::packet::{self, FromClient, ReplyPacket, encode_resumed};
 use iohost_memory::ring::{Bell, Consumer, Doorway, Ledger, Peer, Producer, Ring};
 use iohost_pci::Sysfs;
@@ -21,14 +21,21 @@ use iohost_supervisor::{DaemonError, Options, Patience, RestartPolicy};
 const INTERFACE: &str = "interface scripted\nmethod 0 echo(u32) -> (u32)\nmethod 1 exit() -> ()\n\
                          queue 0 upload ToDriver\nqueue 1 download ToClient\n";
 
+/// The daemon that took the driver host over last.
+static NOW: Mutex<Option<Arc<Packets>>> = Mutex::new(None);
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments[0] == "daemon" {
         return daemon(PathBuf::from(&arguments[1]));
     }
     let daemon = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
-    let daemon = Arc::new(Packets::from(daemon));
-    let Some((ToHost::Start(start), _)) = receive(&daemon) else { panic!("no Start") };
+    let mut daemon = Arc::new(Packets::from(daemon));
+    let Some((ToHost::Start(start), fds)) = receive(&daemon) else { panic!("no Start") };
+    let beside = StartDescriptors::from_order(fds).unwrap();
+    let listener = PacketListener::from(beside.listener);
+    let recorder = [beside.memory, beside.bell];
+    let mut kept: Vec<(OpenSession, Vec<OwnedFd>)> = Vec::new();
     let Some(plugin) = start.plugin else {
         quiesced(&daemon, Outcome::Clean);
         while let Some((message, _)) = receive(&daemon) {
@@ -68,27 +75,51 @@ fn main() {
         _ => {}
     }
     quiesced(&daemon, Outcome::Reset);
-    send(
-        &daemon,
-        &FromHost::Ready(Ready {
-            driver: name.clone(),
-            backend: "scripted".into(),
-            reset: "done".into(),
-            interface: match script {
-                "changes" if later => INTERFACE.replace("method 1", "method 9"),
-                _ => INTERFACE.into(),
-            },
-            further_interfaces: Vec::new(),
-            is_registered: script != "shy",
-            sandbox: None,
-        }),
-    );
-    while let Some((message, fds)) = receive(&daemon) {
+    send(&daemon, &FromHost::Ready(ready(&name, script, later)));
+    loop {
+        let Some((message, fds)) = receive(&daemon) else {
+            match script {
+                "stay-silent" => sleep(),
+                _ if script.starts_with("stay") => {
+                    daemon = Arc::new(listener.accept().unwrap());
+                    *NOW.lock().unwrap() = Some(daemon.clone());
+                }
+                _ => return,
+            }
+            continue;
+        };
         match message {
             // Asked for its properties, the shy one shows itself.
             ToHost::QueryProperties => {
                 send(&daemon, &FromHost::Registered);
                 send(&daemon, &FromHost::Properties { text: "[]".into() });
+            }
+            ToHost::HandOver if script == "stay-garbage" => {
+                let _ = daemon.send(b"{", &[]);
+            }
+            ToHost::HandOver => {
+                let (quiesced, told) = (None, None);
+                let message = FromHost::HandedOver(HandedOver { quiesced, told });
+                let mut fds = recorder.each_ref().map(AsFd::as_fd);
+                if script == "stay-blind" {
+                    fds.reverse();
+                }
+                // A daemon that has found a lie does not listen any more.
+                let _ = daemon.send(&serde_json::to_vec(&message).unwrap(), &fds);
+                for (open, fds) in &kept {
+                    // Another file in the place of the last queue's memory, or one session twice.
+                    let mut fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                    if script == "stay-lies" {
+                        fds[5] = fds[1];
+                    }
+                    let message = serde_json::to_vec(&FromHost::HandedSession(open.clone()));
+                    for _ in 0..if script == "stay-doubles" { 2 } else { 1 } {
+                        let _ = daemon.send(message.as_ref().unwrap(), &fds);
+                    }
+                }
+                let text =
+                    serde_json::to_vec(&FromHost::Ready(ready(&name, script, later))).unwrap();
+                let _ = daemon.send(&text, &[]);
             }
             ToHost::OpenSession(_) if script == "deaf" => {}
             ToHost::OpenSession(OpenSession { session, generation: 2.., .. })
@@ -98,11 +129,15 @@ fn main() {
                 send(&daemon, &FromHost::SessionClosed { session, reason });
             }
             ToHost::OpenSession(open) => {
+                let copies = fds.iter().map(|fd| fd.try_clone().unwrap());
+                kept.push((open.clone(), copies.collect()));
                 let daemon = daemon.clone();
                 thread::spawn(move || serve(&daemon, &open, fds));
             }
-            ToHost::Stop | ToHost::LetGo if script.ends_with("stubborn") => sleep(),
-            ToHost::Stop => {
+            ToHost::Stop | ToHost::LetGo | ToHost::Drain { .. } if script.ends_with("stubborn") => {
+                sleep()
+            }
+            ToHost::Stop | ToHost::Drain { .. } => {
                 let broken = script.ends_with("breaks");
                 quiesced(&daemon, if broken { Outcome::Quarantined } else { Outcome::Reset });
                 return send(&daemon, &FromHost::Stopped);
@@ -115,6 +150,22 @@ fn main() {
             | ToHost::Query
             | ToHost::SetPower { .. } => {}
         }
+    }
+}
+
+fn ready(name: &str, script: &str, later: bool) -> Ready {
+    let interface = match script {
+        "changes" if later => INTERFACE.replace("method 1", "method 9"),
+        _ => INTERFACE.into(),
+    };
+    Ready {
+        driver: name.to_owned(),
+        backend: "scripted".into(),
+        reset: "done".into(),
+        interface,
+        further_interfaces: Vec::new(),
+        is_registered: script != "shy",
+        sandbox: None,
     }
 }
 
@@ -133,7 +184,13 @@ fn daemon(config: PathBuf) {
             pause: Duration::from_millis(1),
             ..RestartPolicy::default()
         },
-        patience: Patience { start: moment, stop: moment, removal: moment, session: moment },
+        patience: Patience {
+            start: moment,
+            stop: moment,
+            removal: moment,
+            session: moment,
+            drain: moment,
+        },
     };
     if let Err(err) = iohost_supervisor::run(&options) {
         let Failure { code, message, next } = err.failure();
@@ -210,7 +267,11 @@ fn serve(daemon: &Packets, open: &OpenSession, fds: Vec<OwnedFd>) {
         let reply = ReplyPacket { id: call.id, answer: Ok(call.arguments) };
         socket.send(&reply.encode(), &[]).unwrap();
     }
-    send(daemon, &FromHost::SessionClosed { session: open.session, reason: String::new() });
+    let closed = FromHost::SessionClosed { session: open.session, reason: String::new() };
+    let now = NOW.lock().unwrap();
+    let now = now.as_deref().unwrap_or(daemon);
+    // It may be gone.
+    let _ = now.send(&serde_json::to_vec(&closed).unwrap(), &[]);
 }
 
 fn echo(rings: Vec<(Ring, Bell, Bell)>, hang_up: OwnedFd) {
