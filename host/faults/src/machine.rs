@@ -1,5 +1,6 @@
 //! What a campaign is made on: a folder, a daemon with its driver hosts, and emulated devices.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -36,16 +37,17 @@ pub(crate) struct Device {
 pub(crate) struct Gone;
 
 /// What processes have, to compare before and after.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Belongings {
     pub(crate) daemon: Held,
     /// Of all driver hosts.
     pub(crate) hosts: Held,
 }
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Held {
-    pub(crate) descriptors: u64,
+    /// How many there are of what: `socket`, `/memfd:queue`, `anon_inode`.
+    pub(crate) descriptors: BTreeMap<String, u64>,
     pub(crate) threads: u64,
     pub(crate) resident_bytes: u64,
 }
@@ -148,12 +150,15 @@ impl Machine {
     /// What the daemon and the driver hosts have now.
     pub(crate) fn belongings(&self) -> Result<Belongings, CampaignError> {
         let pid = self.daemon.lock().expect(NO_PANIC).id();
-        let status =
-            self.connect()?.status().map_err(|err| daemon("asking for its status", err))?;
+        // Open until all is counted: the daemon closes its end a little after we close ours.
+        let mut connection = self.connect()?;
+        let status = connection.status().map_err(|err| daemon("asking for its status", err))?;
         let mut hosts = Held::default();
         for pid in status.services.iter().filter_map(|service| service.pid) {
             let held = Held::of(pid).map_err(|err| setup("no account of a driver host", err))?;
-            hosts.descriptors += held.descriptors;
+            for (what, count) in held.descriptors {
+                *hosts.descriptors.entry(what).or_default() += count;
+            }
             hosts.threads += held.threads;
             hosts.resident_bytes += held.resident_bytes;
         }
@@ -234,14 +239,25 @@ impl Drop for Device {
 impl Held {
     fn of(pid: u32) -> io::Result<Self> {
         let process = PathBuf::from(format!("/proc/{pid}"));
-        let count =
-            |folder: &str| Ok::<u64, io::Error>(fs::read_dir(process.join(folder))?.count() as u64);
+        let mut descriptors = BTreeMap::new();
+        for descriptor in fs::read_dir(process.join("fd"))? {
+            // One that is closed meanwhile is not held.
+            let Ok(target) = fs::read_link(descriptor?.path()) else { continue };
+            let target = target.display().to_string();
+            // "socket:[1234]", "anon_inode:[eventfd]".
+            let what = match target.split_once(":[") {
+                Some(("anon_inode", kind)) => kind.trim_end_matches(']').to_owned(),
+                Some((kind, _number)) => kind.to_owned(),
+                None => target,
+            };
+            *descriptors.entry(what).or_default() += 1;
+        }
         let status = fs::read_to_string(process.join("status"))?;
         let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let kib = resident.and_then(|line| line.split_whitespace().next()?.parse().ok());
         Ok(Self {
-            descriptors: count("fd")?,
-            threads: count("task")?,
+            descriptors,
+            threads: fs::read_dir(process.join("task"))?.count() as u64,
             resident_bytes: 1024 * kib.unwrap_or(0),
         })
     }

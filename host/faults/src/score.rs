@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::machine::{Belongings, Held};
+use crate::machine::Belongings;
 use crate::stream::Account;
 
 /// What a campaign counted.
@@ -61,7 +61,7 @@ pub struct RestartTimes {
 }
 
 /// What a process may have more after a campaign than before: caches that fill, a heap in pieces.
-const ROOM: Held = Held { descriptors: 0, threads: 0, resident_bytes: 32 << 20 };
+const ROOM_BYTES: u64 = 32 << 20;
 
 impl Score {
     /// Whether everything held that has to hold.
@@ -120,18 +120,22 @@ impl Belongings {
     /// What is there later and not here, in words.
     fn excess(&self, later: &Self) -> Vec<String> {
         let mut leaks = Vec::new();
-        for (whose, before, after) in
-            [("the daemon", self.daemon, later.daemon), ("driver hosts", self.hosts, later.hosts)]
-        {
-            let things = [
-                ("descriptors", before.descriptors, after.descriptors, ROOM.descriptors),
-                ("threads", before.threads, after.threads, ROOM.threads),
-                ("bytes", before.resident_bytes, after.resident_bytes, ROOM.resident_bytes),
-            ];
-            for (what, before, after, room) in things {
-                if after > before + room {
+        for (whose, before, after) in [
+            ("the daemon", &self.daemon, &later.daemon),
+            ("driver hosts", &self.hosts, &later.hosts),
+        ] {
+            let mut compare = |what: &str, before: u64, after: u64| {
+                if after > before {
                     leaks.push(format!("{whose}: {after} {what}, {before} before"));
                 }
+            };
+            for (what, count) in &after.descriptors {
+                let before = before.descriptors.get(what).copied().unwrap_or_default();
+                compare(&format!("descriptors of {what}"), before, *count);
+            }
+            compare("threads", before.threads, after.threads);
+            if after.resident_bytes > before.resident_bytes + ROOM_BYTES {
+                compare("bytes", before.resident_bytes, after.resident_bytes);
             }
         }
         leaks
