@@ -249,8 +249,11 @@ impl Drop for System {
         if let Some(daemon) = &mut self.daemon {
             signal(daemon, Signal::SIGTERM);
             await_end(daemon);
+            let log = self.daemon_log();
             if std::thread::panicking() {
-                eprintln!("the daemon's log:\n{}", self.daemon_log());
+                eprintln!("the daemon's log:\n{log}");
+            } else {
+                assert_no_panic_of_ours(&log);
             }
         }
         // Those that wait for a daemon that does not come.
@@ -280,6 +283,20 @@ pub fn eventually(what: &str, mut is_so: impl FnMut() -> bool) {
     while !is_so() {
         assert!(Instant::now() < deadline, "waited {PATIENCE:?} for {what}");
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Plugins may panic, as their tests want it; the daemon and its driver hosts never do.
+fn assert_no_panic_of_ours(log: &str) {
+    let is_ours = |line: &&str| {
+        let place = line.split_once("' panicked at ").or_else(|| line.split_once(") panicked at "));
+        let of_a_plugin = |place: &str| {
+            ["drivers/", "tests/hostile_plugin/"].iter().any(|folder| place.contains(folder))
+        };
+        place.is_some_and(|(_, place)| !of_a_plugin(place))
+    };
+    if let Some(line) = log.lines().find(is_ours) {
+        panic!("{line}\nthe daemon's log:\n{log}");
     }
 }
 

@@ -96,8 +96,9 @@ impl Before {
             });
             let grown = private_memory(*pid).saturating_sub(*memory);
             println!("{pid} after {deaths} deaths: no more than {held:?}, {grown} kB more memory");
-            // Two queues of a session are two megabytes; allocators keep a little of their own.
-            assert!(grown < 16 * 1024, "{pid} has {grown} kB more after {deaths} deaths");
+            // A session that stays shows above, by its memory files. This is for what only grows, which
+            // many deaths show: allocators keep an arena for each thread of a busy moment.
+            assert!(grown < 64 * 1024, "{pid} has {grown} kB more after {deaths} deaths");
         }
     }
 }
