@@ -35,7 +35,7 @@ fn began(watch: &mut iohost_client::ServiceWatch) -> (String, String) {
 fn the_next_best_driver_is_tried_when_the_best_does_not_start() {
     for (best, says) in [
         ("edu-20-decline", "not for edu-20-decline"),
-        ("edu-20-hang", "did not become ready within 300ms"),
+        ("edu-20-hang", "did not become ready within 3s"),
     ] {
         let rig = daemon(&[best, "edu-10-good", "edu-5-good"]);
         let mut watch = rig.connect().watch().unwrap();
