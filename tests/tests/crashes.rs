@@ -98,6 +98,8 @@ fn each_way_to_die_in_a_call_is_told_with_its_cause_the_call_and_what_came_befor
         assert_eq!(crash["decision"]["restart"]["pause_ms"], 0);
         assert_eq!(crash["device_before"]["outcome"], "reset");
         assert_eq!(crash["device_after"]["outcome"], "reset");
+        let left = text(&crash["device_after"]["left"]);
+        assert!(left.starts_with("command 0x") && !left.contains("bus master"), "{crash:#}");
 
         let default = queue(&crash, "Default");
         let events = events(default);

@@ -133,7 +133,10 @@ fn describe(report: &CrashReport) -> String {
         Decision::Stop => "stopped, as was wanted".to_owned(),
     };
     let safe = |quiesced: &Option<Quiesced>| match quiesced {
-        Some(Quiesced { outcome, how }) => format!("{outcome:?}, {how}").to_lowercase(),
+        Some(Quiesced { outcome, how, found, left }) => {
+            let outcome = format!("{outcome:?}").to_lowercase();
+            format!("{outcome}, {how}\n  registers: {found}\n  then:      {left}")
+        }
         None => "not known".to_owned(),
     };
     let mut text = format!(

@@ -82,7 +82,7 @@ fn describe(status: &Status) -> String {
     }
     text = format!("{text}\n{}", shown.trim_fmt());
     for service in services {
-        if let Some(Quiesced { outcome, how }) = &service.quiesced {
+        if let Some(Quiesced { outcome, how, .. }) = &service.quiesced {
             let what = match outcome {
                 Outcome::Reset => "its device is safe, reset by",
                 Outcome::Clean => "its device is safe, but not reset",

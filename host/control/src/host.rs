@@ -345,6 +345,10 @@ pub struct Quiesced {
     pub outcome: Outcome,
     /// How it was reset, or why it was not, or what is wrong with it.
     pub how: String,
+    /// What its registers said before, in words.
+    pub found: String,
+    /// And after.
+    pub left: String,
 }
 
 /// What is left of a device once it was made safe.

@@ -467,7 +467,7 @@ pub fn a_device_in_the_middle_of_its_work_is_made_safe(device: &dyn DeviceBacken
     write32(device, IRQ_RAISE, 0x1);
     trigger.wait("an interrupt");
 
-    let Quiesced { outcome, how } = quiesce(device, &saved);
+    let Quiesced { outcome, how, .. } = quiesce(device, &saved);
 
     assert_eq!(outcome, Outcome::Reset, "{how}");
     assert_eq!(SavedBars::of(device).unwrap(), saved);

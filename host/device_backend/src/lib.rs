@@ -10,6 +10,7 @@ mod access;
 pub mod config_space;
 pub mod conformance;
 pub mod quiesce;
+mod registers;
 mod uio;
 mod vfio;
 mod vfio_user;
@@ -324,8 +325,8 @@ pub enum DeviceError {
     #[error("the device is gone: {0}")]
     Gone(String),
     /// The device could not be brought into a state in which it can do no harm.
-    #[error("the device is not fit to be used: {0}")]
-    Quarantined(String),
+    #[error("the device is not fit to be used: {}", .0.how)]
+    Quarantined(Box<quiesce::Quiesced>),
 }
 
 impl DeviceError {

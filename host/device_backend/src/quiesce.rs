@@ -30,7 +30,7 @@ use iohost_interface::with_sources;
 use log::{debug, info, warn};
 
 use crate::config_space::{self, BUS_MASTER, COMMAND, EXPRESS, MEMORY_SPACE};
-use crate::{DeviceBackend, DeviceError, InterruptKind, Reset};
+use crate::{DeviceBackend, DeviceError, InterruptKind, Reset, registers};
 
 /// What is left of a device after [`quiesce`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,13 +53,17 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// An [`Outcome`], and how it came about.
+/// An [`Outcome`], and how it came about. The words are for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Quiesced {
     /// What is left.
     pub outcome: Outcome,
-    /// For people: how it was reset, or why it was not, or what is wrong with it.
+    /// How it was reset, or why it was not, or what is wrong with it.
     pub how: String,
+    /// What its registers said before: `command 0x0006 (memory, bus master), status 0x0010, MSI on`.
+    pub found: String,
+    /// And after.
+    pub left: String,
 }
 
 /// The base address registers, to be found again after a reset.
@@ -99,6 +103,12 @@ fn bar_registers() -> impl Iterator<Item = u16> {
 /// Takes up to a few seconds. Memory that the device could reach stays mapped, for the caller to
 /// take back afterwards. The device decodes no memory then and is no bus master.
 pub fn quiesce(device: &dyn DeviceBackend, saved: &SavedBars) -> Quiesced {
+    let found = registers::in_words(device);
+    let (outcome, how) = make_safe(device, saved);
+    Quiesced { outcome, how, found, left: registers::in_words(device) }
+}
+
+fn make_safe(device: &dyn DeviceBackend, saved: &SavedBars) -> (Outcome, String) {
     disarm(device);
     let quieted = quiet(device, saved);
     if let Err(reason) = &quieted {
@@ -112,11 +122,9 @@ pub fn quiesce(device: &dyn DeviceBackend, saved: &SavedBars) -> Quiesced {
         (Climbed::Done(_), _) | (Climbed::NoWay(_), Ok(())) => verify(device, saved),
     };
     match (verified, reset) {
-        (Err(how), _) => Quiesced { outcome: Outcome::Quarantined, how },
-        (Ok(()), Climbed::Done(how)) => Quiesced { outcome: Outcome::Reset, how },
-        (Ok(()), Climbed::NoWay(how) | Climbed::Failed(how)) => {
-            Quiesced { outcome: Outcome::Clean, how }
-        }
+        (Err(how), _) => (Outcome::Quarantined, how),
+        (Ok(()), Climbed::Done(how)) => (Outcome::Reset, how),
+        (Ok(()), Climbed::NoWay(how) | Climbed::Failed(how)) => (Outcome::Clean, how),
     }
 }
 

@@ -99,7 +99,7 @@ impl Device {
         let saved = SavedBars::of(&*backend)?;
         let quiesced = quiesce(&*backend, &saved);
         if quiesced.outcome == Outcome::Quarantined {
-            return Err(DeviceError::Quarantined(quiesced.how));
+            return Err(DeviceError::Quarantined(Box::new(quiesced)));
         }
         change_command(&*backend, MEMORY_SPACE, BUS_MASTER)?;
         let events = Events::arm(&*backend).map_err(|source| DeviceError::Refused {

@@ -248,10 +248,9 @@ impl Running {
         let backend = open_device(&start.device)?;
         let taken = Device::take_over(backend, allowed(&start.interrupts));
         let (device, quiesced) = taken.map_err(|err| {
-            if let DeviceError::Quarantined(how) = &err {
-                let outcome = Outcome::Quarantined;
+            if let DeviceError::Quarantined(quiesced) = &err {
                 // The daemon gone: nobody to hear of it.
-                let _ = daemon.send(&FromHost::Quiesced(Quiesced { outcome, how: how.clone() }));
+                let _ = daemon.send(&FromHost::Quiesced(for_daemon(quiesced.as_ref().clone())));
             }
             device_failure(&start.device, &err)
         })?;
@@ -469,7 +468,8 @@ fn for_daemon(quiesced: quiesce::Quiesced) -> Quiesced {
         quiesce::Outcome::Reset => Outcome::Reset,
         quiesce::Outcome::Quarantined => Outcome::Quarantined,
     };
-    Quiesced { outcome, how: quiesced.how }
+    let quiesce::Quiesced { how, found, left, .. } = quiesced;
+    Quiesced { outcome, how, found, left }
 }
 
 fn open_device(location: &DeviceLocation) -> Result<Arc<dyn DeviceBackend>, Failure> {

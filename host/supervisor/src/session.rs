@@ -100,10 +100,14 @@ impl SessionMemory {
         Ok((socket, Self { client_type, ledger, queues }))
     }
 
+    /// Which of the driver's interfaces the session has: that for its kind of client.
+    pub(crate) fn client_type(&self) -> usize {
+        usize::try_from(self.client_type).unwrap_or(usize::MAX)
+    }
+
     /// Whether its queues are those of the interface for its kind of client.
     pub(crate) fn fits(&self, interfaces: &[Description]) -> bool {
-        let kind = usize::try_from(self.client_type).ok();
-        let interface = kind.and_then(|kind| interfaces.get(kind));
+        let interface = interfaces.get(self.client_type());
         interface.is_some_and(|interface| interface.queues.len() == self.queues.len())
     }
 

@@ -1,6 +1,7 @@
 //! What the daemon knows of a driver host that dies, and what it does about that beside starting
 //! the next one: it looks for hangs, writes the crash report, and runs the operator's hook.
 
+use std::collections::BTreeMap;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use iohost_control::crash::{
@@ -19,7 +20,7 @@ use crate::driver_process::Exit;
 use crate::hang::{Hang, HangWatch, Verdict};
 use crate::hooks::Call;
 use crate::restart::RestartPolicy;
-use crate::service::{Service, State};
+use crate::service::{Service, Session, State};
 
 /// Events of each queue in a report, and queues in it.
 const MOST_EVENTS: usize = 16;
@@ -35,9 +36,38 @@ pub(crate) struct Evidence {
     remains: Option<Remains>,
     /// Ticks when it was found dead.
     now: u64,
-    interface: Option<Description>,
+    names: MethodNames,
     device_before: Option<Quiesced>,
     device_after: Option<Quiesced>,
+}
+
+/// What the calls of a driver host's sessions are called: each kind of client has an interface.
+#[derive(Debug, Default)]
+struct MethodNames {
+    interfaces: Vec<Description>,
+    /// The interface of each session, by its number.
+    of_session: BTreeMap<u64, usize>,
+}
+
+impl MethodNames {
+    fn new(interfaces: &[Description], sessions: &BTreeMap<u64, Session>) -> Self {
+        let of_session =
+            sessions.iter().map(|(number, session)| (*number, session.memory.client_type()));
+        Self { interfaces: interfaces.to_vec(), of_session: of_session.collect() }
+    }
+
+    /// The name in the interface, or the number where there is none, or the session has been closed
+    /// and could have been of any.
+    fn method(&self, session: u64, selector: u64) -> String {
+        let interface = match self.of_session.get(&session) {
+            Some(kind) => self.interfaces.get(*kind),
+            None if self.interfaces.len() == 1 => self.interfaces.first(),
+            None => None,
+        };
+        let methods = interface.into_iter().flat_map(|interface| &interface.methods);
+        let mut named = methods.filter(|method| method.selector == selector);
+        named.next().map_or_else(|| format!("method {selector}"), |method| method.name.clone())
+    }
 }
 
 impl Actor {
@@ -81,9 +111,8 @@ impl Actor {
 
     /// Looks whether a driver hangs, if that is due.
     pub(super) fn look_for_hang(&mut self, at: usize, now: Instant) {
-        let State::Running { host, ready, interfaces, .. } = &mut self.services[at].state else {
-            return;
-        };
+        let Service { state, sessions, .. } = &mut self.services[at];
+        let State::Running { host, ready, interfaces, .. } = state else { return };
         let (Some(watch), Some(recorder)) = (&mut host.watch, &host.recorder) else { return };
         if host.killed || watch.next().is_none_or(|next| next > now) {
             return;
@@ -94,7 +123,8 @@ impl Actor {
             Verdict::AtRest => return,
             Verdict::Hung(hang) => hang,
         };
-        let what = |lane| in_the_middle_of(recorder, lane, &interfaces[0]);
+        let names = MethodNames::new(interfaces, sessions);
+        let what = |lane| in_the_middle_of(recorder, lane, &names);
         let how = match hang {
             Hang::Quiet(lane, time) => {
                 format!("queue {:?} is in {} for {time:?}", recorder.name(lane), what(lane))
@@ -119,9 +149,9 @@ impl Actor {
     /// Keeps what is left of a driver host that has ended. Before the service forgets it.
     pub(super) fn keep_evidence(&mut self, at: usize, exit: Exit) {
         let service = &mut self.services[at];
-        let interface = match &service.state {
-            State::Running { interfaces, .. } => interfaces.first().cloned(),
-            _ => None,
+        let names = match &service.state {
+            State::Running { interfaces, .. } => MethodNames::new(interfaces, &service.sessions),
+            _ => MethodNames::default(),
         };
         let Some(host) = service.host_mut() else { return };
         let evidence = Evidence {
@@ -130,7 +160,7 @@ impl Actor {
             was_killed: host.killed,
             remains: host.recorder.as_ref().map(|recorder| recorder.remains(MOST_EVENTS)),
             now: ticks(),
-            interface,
+            names,
             device_before: host.device_before.take(),
             device_after: host.device_after.take(),
         };
@@ -244,13 +274,13 @@ fn report(
         warn!(device = report.device; "nothing was recorded of this driver host");
         return report;
     };
-    let interface = evidence.interface.as_ref();
+    let names = &evidence.names;
     let age_us = |ticks: u64| rate.ns(evidence.now.saturating_sub(ticks)) / 1000;
     report.panic = remains.panic;
     report.in_flight_left_out = remains.calls_left_out;
     let in_flight = |call: &recorder::OpenCall| InFlight {
         session: call.session,
-        method: method(interface, call.selector),
+        method: names.method(call.session, call.selector),
         stage: match call.stage {
             CallStage::Queued => Stage::Queued,
             CallStage::Running => Stage::Running,
@@ -272,14 +302,14 @@ fn report(
     lanes.sort_by_key(|lane| (!lane.pulse.is_at_work, u64::MAX - latest(lane)));
     let queue = |lane: LaneRemains| QueueEvents {
         doing: lane.pulse.is_at_work.then(|| match &lane.doing {
-            Some(event) => in_words(event, interface),
+            Some(event) => in_words(event, names),
             None => SOME_WORK.to_owned(),
         }),
         executed: lane.pulse.done,
         events: lane
             .events
             .iter()
-            .map(|event| Event { age_us: age_us(event.ticks), what: in_words(event, interface) })
+            .map(|event| Event { age_us: age_us(event.ticks), what: in_words(event, names) })
             .collect(),
         queue: lane.name,
     };
@@ -290,21 +320,15 @@ fn report(
 /// What a queue is in where that is no event.
 const SOME_WORK: &str = "work that was put on it";
 
-fn in_the_middle_of(recorder: &Recorder, lane: usize, interface: &Description) -> String {
+fn in_the_middle_of(recorder: &Recorder, lane: usize, names: &MethodNames) -> String {
     match recorder.doing(lane) {
-        Some(event) => in_words(&event, Some(interface)),
+        Some(event) => in_words(&event, names),
         None => SOME_WORK.to_owned(),
     }
 }
 
-fn method(interface: Option<&Description>, selector: u64) -> String {
-    let methods = interface.into_iter().flat_map(|interface| &interface.methods);
-    let mut named = methods.filter(|method| method.selector == selector);
-    named.next().map_or_else(|| format!("method {selector}"), |method| method.name.clone())
-}
-
 /// An event for people. It comes from memory that the driver could write, so any number is one.
-fn in_words(event: &recorder::Event, interface: Option<&Description>) -> String {
+fn in_words(event: &recorder::Event, names: &MethodNames) -> String {
     let (first, second) = (event.first, event.second);
     match Kind::of(event.kind) {
         Some(Kind::Turn) if first == 1 => "ran what was put on it".to_owned(),
@@ -312,9 +336,9 @@ fn in_words(event: &recorder::Event, interface: Option<&Description>) -> String 
         Some(Kind::Interrupt) => format!("the handler of an interrupt, count {first}"),
         Some(Kind::Timer) => "the handler of a timer".to_owned(),
         Some(Kind::Bell) => "the handler of a data queue".to_owned(),
-        Some(Kind::Call) => format!("call {} of session {first}", method(interface, second)),
+        Some(Kind::Call) => format!("call {} of session {first}", names.method(first, second)),
         Some(Kind::Answer) => {
-            format!("answered call {} of session {first}", method(interface, second))
+            format!("answered call {} of session {first}", names.method(first, second))
         }
         Some(Kind::SessionOpened) => format!("session {first} opened"),
         Some(Kind::SessionClosed) => format!("session {first} closed"),
@@ -327,5 +351,26 @@ fn in_words(event: &recorder::Event, interface: Option<&Description>) -> String 
         Some(Kind::Start) => "the driver's start".to_owned(),
         Some(Kind::Stop) => "the driver's stop".to_owned(),
         None => format!("an event of no known kind ({}, {first}, {second})", event.kind),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_method_has_the_name_of_its_sessions_interface() {
+        let interface = |method: &str| {
+            Description::parse(&format!("interface i\nmethod 1 {method}() -> ()\n")).unwrap()
+        };
+        let names = MethodNames {
+            interfaces: vec![interface("read"), interface("format")],
+            of_session: BTreeMap::from([(7, 0), (8, 1), (9, 2)]),
+        };
+        let of = |session| names.method(session, 1);
+        assert_eq!((of(7), of(8)), ("read".to_owned(), "format".to_owned()));
+        assert_eq!(of(9), "method 1", "a kind that the driver does not have");
+        assert_eq!(of(10), "method 1", "a session that nobody knows any more");
+        assert_eq!(names.method(7, 2), "method 2");
     }
 }

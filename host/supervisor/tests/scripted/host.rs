@@ -171,7 +171,7 @@ fn ready(name: &str, script: &str, later: bool) -> Ready {
 
 fn daemon(config: PathBuf) {
     iohost_control::log_lines::start(log::LevelFilter::Debug, None);
-    let moment = Duration::from_millis(300);
+    let moment = Duration::from_secs(3);
     let options = Options {
         config: Some(config.clone()),
         runtime_directory: None,
@@ -296,7 +296,8 @@ fn echo(rings: Vec<(Ring, Bell, Bell)>, hang_up: OwnedFd) {
 
 fn quiesced(daemon: &Packets, outcome: Outcome) {
     let how = "as the script says".to_owned();
-    send(daemon, &FromHost::Quiesced(Quiesced { outcome, how }));
+    let (found, left) = (String::new(), String::new());
+    send(daemon, &FromHost::Quiesced(Quiesced { outcome, how, found, left }));
 }
 
 fn send(daemon: &Packets, message: &FromHost) {

@@ -46,8 +46,11 @@ fn a_device_in_the_middle_of_its_work_is_disarmed_stopped_and_reset() {
     let (device, function) = fake();
     let trigger = Signal::new().unwrap();
     device.enable_interrupts(InterruptKind::Msi, &[trigger.as_fd()]).unwrap();
-    let Quiesced { outcome, how } = after_work(&device);
+    let Quiesced { outcome, how, found, left } = after_work(&device);
     assert_eq!((outcome, how.as_str()), (Outcome::Reset, "function reset"));
+    assert!(found.contains("(memory, bus master") && found.contains("MSI on"), "{found}");
+    assert!(left.starts_with("command 0x") && !left.contains("memory"), "{left}");
+    assert!(!left.contains("bus master") && !left.contains("MSI on"), "{left}");
     assert_eq!(command(&device) & MEMORY_AND_MASTER, 0);
     device.config_write(COMMAND, &MEMORY_AND_MASTER.to_le_bytes()).unwrap();
     function.with_model(|_, bus| bus.send_msi(0));
@@ -61,7 +64,7 @@ fn a_device_without_a_reset_is_stopped_and_clean() {
     device.set_resets(Vec::new());
     let trigger = Signal::new().unwrap();
     device.enable_interrupts(InterruptKind::Msi, &[trigger.as_fd()]).unwrap();
-    let Quiesced { outcome, how } = after_work(&device);
+    let Quiesced { outcome, how, .. } = after_work(&device);
     assert_eq!((outcome, how.as_str()), (Outcome::Clean, "it has no reset"));
     assert_eq!(command(&device) & MEMORY_AND_MASTER, 0);
     device.config_write(COMMAND, &MEMORY_AND_MASTER.to_le_bytes()).unwrap();
@@ -75,7 +78,7 @@ fn a_reset_that_fails_is_followed_by_the_next_one() {
         let (device, _) = fake();
         let siblings = bus(&[("0000:01:00.0", true), ("0000:01:00.1", true)]);
         device.set_resets(vec![(Reset::of_function(), first), (siblings, ResetEffect::Works)]);
-        let Quiesced { outcome, how } = after_work(&device);
+        let Quiesced { outcome, how, .. } = after_work(&device);
         assert_eq!(outcome, Outcome::Reset, "{first:?}: {how}");
         assert_eq!(how, "bus reset (hot) with 0000:01:00.0, 0000:01:00.1");
     }
@@ -87,14 +90,14 @@ fn a_reset_that_would_reset_devices_of_others_is_never_made() {
     // The fake panics when it is asked for that one.
     let (device, _) = fake();
     device.set_resets(vec![(others(), ResetEffect::Works)]);
-    let Quiesced { outcome, how } = after_work(&device);
+    let Quiesced { outcome, how, .. } = after_work(&device);
     assert_eq!(outcome, Outcome::Clean);
     assert!(how.contains("would reset 0000:01:00.1"), "{how}");
 
     let (device, _) = fake();
     let function = (Reset::of_function(), ResetEffect::Fails);
     device.set_resets(vec![function, (others(), ResetEffect::Works)]);
-    let Quiesced { outcome, how } = after_work(&device);
+    let Quiesced { outcome, how, .. } = after_work(&device);
     assert_eq!(outcome, Outcome::Quarantined);
     assert!(how.contains("its reset failed: function reset"), "{how}");
 }
@@ -103,9 +106,10 @@ fn a_reset_that_would_reset_devices_of_others_is_never_made() {
 fn a_device_that_does_not_answer_after_its_reset_is_quarantined() {
     let (device, _) = fake();
     device.set_resets(vec![(Reset::of_function(), ResetEffect::Kills)]);
-    let Quiesced { outcome, how } = after_work(&device);
+    let Quiesced { outcome, how, left, .. } = after_work(&device);
     assert_eq!(outcome, Outcome::Quarantined);
     assert!(how.contains("does not answer"), "{how}");
+    assert_eq!(left, "all ones: it does not answer");
 }
 
 #[test]
@@ -134,7 +138,7 @@ fn pending(times: u32, no_reset: bool) -> Quiesced {
 fn pending_transactions_are_waited_for_and_those_that_never_end_need_a_reset() {
     assert_eq!(pending(3, true).outcome, Outcome::Clean);
     assert_eq!(pending(u32::MAX, false).outcome, Outcome::Reset);
-    let Quiesced { outcome, how } = pending(u32::MAX, true);
+    let Quiesced { outcome, how, .. } = pending(u32::MAX, true);
     assert_eq!(outcome, Outcome::Quarantined);
     assert!(how.contains("transactions pending after 1s"), "{how}");
 }
