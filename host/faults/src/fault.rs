@@ -17,6 +17,8 @@ pub(crate) enum Fault {
     Driver(Death),
     /// A client misbehaves.
     Client(Offence),
+    /// The daemon is killed, and the next one takes everything over.
+    Daemon,
 }
 
 /// How a driver host dies.
@@ -45,12 +47,13 @@ impl Death {
 
 impl Fault {
     /// The next one. What only costs the driver an access is frequent, and makes ten faults at a time; a
-    /// death costs a restart.
+    /// death costs a restart; that of the daemon has all the others wait.
     pub(crate) fn choose(random: &mut Rng) -> Self {
         match random.u32(..1000) {
             0..40 => Self::Driver(Death::ALL[random.usize(..Death::ALL.len())]),
             40..100 => Self::Client(Offence::ALL[random.usize(..Offence::ALL.len())]),
             100..150 => Self::Spurious(random.u32(1..64)),
+            150..160 => Self::Daemon,
             _ => Self::lie(random),
         }
     }

@@ -1,7 +1,8 @@
 //! Campaigns of faults: a daemon, its driver hosts, emulated devices and clients on one side, and on
 //! the other everything that can go wrong with each of them, by the ten thousands and from a seed.
 //!
-//! What is on trial is supervision: whatever happens to a device, a driver or a client, no process of
+//! What is on trial is supervision: whatever happens to a device, a driver, a client or the daemon, which
+//! is killed now and then and started again, no process of
 //! ours dies that was not killed, no entry is lost or comes twice, every device is safe before its next
 //! driver, and nothing is left behind. A [`Score`] says how far that held.
 //!

@@ -21,6 +21,8 @@ pub struct Score {
     pub driver_faults: u64,
     /// The clients'.
     pub client_faults: u64,
+    /// How often the daemon was killed.
+    pub daemon_faults: u64,
     /// Entries that clients sent and got back.
     pub entries: u64,
     /// Entries with bytes that a device had spoiled. That is no fault of ours.
@@ -81,6 +83,7 @@ impl Score {
             sum.device_faults += score.device_faults;
             sum.driver_faults += score.driver_faults;
             sum.client_faults += score.client_faults;
+            sum.daemon_faults += score.daemon_faults;
             sum.entries += score.entries;
             sum.damaged_entries += score.damaged_entries;
             sum.stuck += score.stuck;
@@ -156,11 +159,12 @@ impl RestartTimes {
 impl fmt::Display for Score {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { seed, faults, device_faults, driver_faults, client_faults, .. } = self;
+        let daemon_faults = self.daemon_faults;
         writeln!(f, "seed              {seed}")?;
         writeln!(
             f,
             "faults            {faults}: {device_faults} of devices, {driver_faults} of drivers, \
-             {client_faults} of clients"
+             {client_faults} of clients, {daemon_faults} of the daemon"
         )?;
         writeln!(
             f,

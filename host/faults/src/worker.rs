@@ -109,6 +109,16 @@ impl<'a> Worker<'a> {
                 let _ = self.stream.send(BATCH);
                 self.settle(Device::TellsTheTruth)?;
             }
+            Fault::Daemon => {
+                let _ = self.stream.send(BATCH);
+                self.score.faults += 1;
+                self.score.daemon_faults += 1;
+                if !self.machine.replace_daemon()? {
+                    self.score.host_deaths += 1;
+                    self.score.notes.push("a driver host did not outlive its daemon".to_owned());
+                }
+                self.settle(Device::TellsTheTruth)?;
+            }
             Fault::Driver(death) => {
                 let _ = self.stream.send(BATCH);
                 self.score.faults += 1;
@@ -143,6 +153,7 @@ impl<'a> Worker<'a> {
 
     /// Has the driver host die and waits for the next one.
     fn kill_driver(&mut self, death: Death) -> Result<(), CampaignError> {
+        let _daemon = self.machine.with_daemon();
         let known = self.session.generation();
         let Some(pid) = self.machine.service(&self.service)?.pid else { return Ok(()) };
         let pid = Pid::from_raw(pid as i32);
