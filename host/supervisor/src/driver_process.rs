@@ -78,8 +78,7 @@ impl DriverProcess {
         };
         let (ours, theirs) = Packets::pair().map_err(refused)?;
         ours.set_nonblocking().map_err(refused)?;
-        // What the daemon inherited, or what a client sent it, is no driver's: no sandbox takes away
-        // what is open.
+        // What the daemon inherited is no driver's: no sandbox takes away what is open.
         close_on_exec().map_err(refused)?;
         let mut child = Command::new(program)
             .args(["--device", name])
