@@ -34,8 +34,43 @@ pub(crate) struct Machine {
 /// An emulated device at a socket, in this process.
 pub(crate) struct Device {
     pub(crate) function: Arc<Function<Edu>>,
+    pub(crate) role: Role,
     stopper: Stopper,
 }
+
+/// Which driver a device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The one that the campaign is against.
+    OnTrial,
+    /// The probe, which fails from within when it is asked to.
+    Probe,
+    /// The probe without a sandbox, which would keep it from memory that it shares.
+    FreeProbe,
+}
+
+impl Role {
+    /// Of all devices.
+    fn all(campaign: &Campaign) -> Vec<Self> {
+        let mut roles = vec![Self::OnTrial; campaign.devices];
+        roles.extend([Self::Probe, Self::FreeProbe]);
+        roles
+    }
+
+    fn configuration(self, campaign: &Campaign) -> String {
+        match self {
+            Self::OnTrial => format!("driver = {:?}\n", campaign.driver),
+            Self::Probe => format!("driver = {PROBE:?}\nmemory = {PROBE_BYTES}\n"),
+            Self::FreeProbe => format!("driver = {PROBE:?}\nsandbox = \"off\"\n"),
+        }
+    }
+}
+
+/// The driver that fails when it is asked to.
+pub const PROBE: &str = "probe";
+
+/// What it may have of memory, so that it soon leaks all of it.
+const PROBE_BYTES: u64 = 128 << 20;
 
 /// The daemon did not live to the end.
 pub(crate) struct Gone;
@@ -60,8 +95,10 @@ impl Machine {
     pub(crate) fn start(campaign: &Campaign) -> Result<Self, CampaignError> {
         let folder = tempfile::Builder::new().prefix("iohost-faults").tempdir();
         let folder = folder.map_err(|err| setup("no folder for temporary files", err))?;
-        let devices = (0..campaign.devices)
-            .map(|number| Device::serve(&folder.path().join(service(number))))
+        let roles = Role::all(campaign);
+        let devices = (0..)
+            .zip(&roles)
+            .map(|(number, role)| Device::serve(&folder.path().join(service(number)), *role))
             .collect::<io::Result<Vec<_>>>()
             .map_err(|err| setup("no emulated device", err))?;
         let mut config = format!(
@@ -73,11 +110,11 @@ impl Machine {
             folder.path().join("state"),
             campaign.driver_directory,
         );
-        for number in 0..campaign.devices {
+        for (number, role) in (0..).zip(&roles) {
             let name = service(number);
-            let (socket, driver) = (folder.path().join(&name), &campaign.driver);
-            config +=
-                &format!("[[device]]\nname = {name:?}\nsocket = {socket:?}\ndriver = {driver:?}\n");
+            let socket = folder.path().join(&name);
+            config += &format!("[[device]]\nname = {name:?}\nsocket = {socket:?}\n");
+            config += &role.configuration(campaign);
         }
         fs::write(folder.path().join(CONFIG), config)
             .map_err(|err| setup("no configuration", err))?;
@@ -85,7 +122,7 @@ impl Machine {
         let daemon = Mutex::new(start_daemon(&iohost, folder.path())?);
         let machine = Self { folder, iohost, daemon, takeover: RwLock::default(), devices };
         machine.wait("the daemon", || UnixStream::connect(machine.control()).is_ok())?;
-        for number in 0..campaign.devices {
+        for number in 0..machine.devices.len() {
             machine.wait_until_ready(&service(number))?;
         }
         Ok(machine)
@@ -127,8 +164,9 @@ impl Machine {
         self.takeover.read().expect(NO_PANIC)
     }
 
-    pub(crate) fn device(&self, number: usize) -> Arc<Function<Edu>> {
-        self.devices[number].function.clone()
+    /// All devices: their number is their place.
+    pub(crate) fn devices(&self) -> &[Device] {
+        &self.devices
     }
 
     /// The daemon's control socket.
@@ -268,13 +306,13 @@ pub(crate) fn daemon(when: &str, source: ClientError) -> CampaignError {
 }
 
 impl Device {
-    fn serve(socket: &Path) -> io::Result<Self> {
+    fn serve(socket: &Path, role: Role) -> io::Result<Self> {
         let server = DeviceServer::bind(socket).map_err(io::Error::other)?;
         let stopper = server.stopper();
         let function = Arc::new(Function::new(Edu::new(Timing::Real { dma: Duration::ZERO })));
         let served = function.clone();
         thread::Builder::new().name("device".to_owned()).spawn(move || server.run(&served))?;
-        Ok(Self { function, stopper })
+        Ok(Self { function, role, stopper })
     }
 }
 
