@@ -11,6 +11,7 @@ use serde_json::Value;
 fn a_campaign_of_faults_loses_nothing_and_leaves_nothing_behind() {
     let system = System::new();
     system.install_driver("edu");
+    system.install_driver("probe");
     let drivers = system.path("drivers");
     let seed = fastrand::u64(..).to_string();
     println!("again with: iohost faults run --count 1000 --devices 8 --seed {seed}");
@@ -22,6 +23,8 @@ fn a_campaign_of_faults_loses_nothing_and_leaves_nothing_behind() {
     let score: Value = serde_json::from_str(&ended.stdout).unwrap();
     let count = |key: &str| score[key].as_u64().unwrap_or_else(|| panic!("no {key}: {score}"));
     assert!(count("faults") >= 1000 && count("device_faults") > 500, "{score}");
+    // Each flaw of the two probes once, at least.
+    assert!(count("inner_faults") >= 11, "{score}");
     assert!(count("entries") > 0 && count("damaged_entries") > 0, "{score}");
     for nothing in ["host_deaths", "lost_entries", "doubled_entries", "corrupt_entries"] {
         assert_eq!(count(nothing), 0, "{nothing}: {score}");

@@ -20,8 +20,8 @@ fn a_client_of_another_type_has_another_interface() {
     assert_eq!(second.client::<Registering>().unwrap().client_type().wait(), Ok(1));
     assert!(second.client::<Probe>().is_err(), "it has not the interface of the first");
     assert!(first.client::<Registering>().is_err());
-    let Err(ClientError::Refused(refused)) = system.connect().open_as("edu0", 2) else {
-        panic!("there is no third kind")
+    let Err(ClientError::Refused(refused)) = system.connect().open_as("edu0", 3) else {
+        panic!("there is no fourth kind")
     };
     assert_eq!(refused.code, "client-type");
 }

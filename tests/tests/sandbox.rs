@@ -5,6 +5,7 @@ use std::fs;
 use hostile_plugin::api;
 use iohost_client::varlink::State;
 use iohost_tests::{Emulated, System, eventually};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::unistd::Uid;
 
 /// Service `hostile0` with the hostile driver, and `other0` with another one.
@@ -113,6 +114,25 @@ fn a_driver_host_has_no_right_of_its_daemon_left() {
         assert_ne!(one, other, "each has a user of its own");
         assert!(!one.split_whitespace().any(|uid| uid == "0"), "{one}");
     }
+}
+
+#[test]
+fn a_driver_host_has_nothing_that_its_daemon_inherited() {
+    let mut system = System::new();
+    let _device = system.start_edu_device("edu0");
+    system.install_edu_driver();
+    let secret = system.path("secret");
+    fs::write(&secret, "for the daemon's parent").unwrap();
+    let file = fs::File::open(&secret).unwrap();
+    fcntl(&file, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+    system.start(&system.edu_config("edu0"));
+    let host = system.await_ready("edu0");
+    let has_secret = |pid: u32| {
+        let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        fds.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok()).any(|file| file == secret)
+    };
+    assert!(has_secret(system.connect().status().unwrap().pid), "or there is nothing to pass on");
+    assert!(!has_secret(host));
 }
 
 #[test]

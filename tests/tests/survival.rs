@@ -1,6 +1,7 @@
 //! Sessions outlive their driver: the driver host dies in every way, at any time, and clients go on.
 //!
-//! The stream runs for some seconds here. Longer, and again from the same seed, with
+//! The driver on the device can be killed; one that panics and hangs is the probe. The streams run for some
+//! seconds here. Longer, and again from the same seed, with
 //!
 //! ```sh
 //! IOHOST_SURVIVE_SECONDS=600 IOHOST_SEED=... \
@@ -22,9 +23,10 @@ use iohost_interface::packet::{Call, FromDriver, LONGEST, encode_resumed};
 use iohost_interface::{Arguments, IOReturn};
 use iohost_memory::SharedMemory;
 use iohost_memory::ring::TAIL_OFFSET;
-use iohost_tests::{System, eventually};
+use iohost_tests::{Emulated, System, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use probe_api::echo;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -34,45 +36,63 @@ enum Death {
     Killed,
     Segfault,
     Abort,
+    /// It stops where it is, with all its threads, until the daemon notices.
+    Stopped,
+    /// The probe panics.
+    Panic,
+    /// A handler of the probe does not return, until the daemon notices.
     Hang,
 }
 
-const DEATHS: [Death; 4] = [Death::Killed, Death::Segfault, Death::Abort, Death::Hang];
-
 impl Death {
-    fn strike(self, pid: u32) {
-        let send = |signal| kill(Pid::from_raw(pid as i32), signal).unwrap();
+    /// What is returned has to stay until it is dead.
+    fn strike(self, system: &System, host: u32) -> Option<Session> {
+        let pid = Pid::from_raw(host as i32);
+        let send = |signal| kill(pid, signal).unwrap();
         match self {
             Death::Killed => send(Signal::SIGKILL),
             // Rust's handler looks for a stack overflow first, and lets the next one through.
             Death::Segfault => {
-                while kill(Pid::from_raw(pid as i32), Signal::SIGSEGV).is_ok() {
+                while kill(pid, Signal::SIGSEGV).is_ok() {
                     thread::sleep(Duration::from_millis(1));
                 }
             }
             Death::Abort => send(Signal::SIGABRT),
-            Death::Hang => {
-                send(Signal::SIGSTOP);
-                // As whoever notices that it hangs does.
-                thread::sleep(Duration::from_millis(20));
-                send(Signal::SIGKILL);
+            Death::Stopped => send(Signal::SIGSTOP),
+            Death::Panic | Death::Hang => {
+                let session = system.connect().open("edu0").unwrap();
+                let probe = session.client::<probe_api::Client>().unwrap();
+                // Whoever dies of a call does not answer it.
+                match self {
+                    Death::Panic => drop(probe.die(2)),
+                    _ => drop(probe.spin(0, 0)),
+                }
+                return Some(session);
             }
         }
+        None
     }
 }
 
-/// Kills the driver host, has the daemon start the next one without a pause, and waits until the
-/// session has it.
+/// Has the driver host die, and waits until the session has the next one, which the daemon starts by
+/// itself.
 fn kill_driver(system: &System, session: &Session, death: Death) {
     let known = session.generation();
     let host = system.await_ready("edu0");
-    death.strike(host);
-    eventually("the next driver", || {
-        // One that is asked for starts at once.
-        let _ = system.connect().bind("edu0");
-        session.generation() > known
-    });
+    let _dying = death.strike(system, host);
+    eventually("the next driver", || session.generation() > known);
     assert_eq!(session.generation(), known + 1, "one death, one generation");
+}
+
+/// A service `edu0` that is started again at once, however often it dies, and is soon found to hang.
+fn restless(driver: &str) -> (System, Emulated) {
+    let mut system = System::new();
+    let device = system.start_edu_device("edu0");
+    system.install_driver(driver);
+    let restart = "[restart]\nmost = 1000000\npause_seconds = 0\nhang_seconds = 1\n";
+    system.start(&format!("{restart}{}", system.device_config("edu0", driver)));
+    system.await_ready("edu0");
+    (system, device)
 }
 
 fn seed() -> u64 {
@@ -100,34 +120,36 @@ fn send_until(mut upload: QueueProducer, is_over: &AtomicBool) -> u64 {
     sent
 }
 
-#[test]
-fn a_stream_goes_through_every_death_of_its_driver_with_nothing_lost_and_nothing_doubled() {
+/// Makes calls of a method that can be repeated. They never fail, but for the device being busy. How
+/// many were answered.
+fn call_until(edu: &edu_api::Client, is_over: &AtomicBool) -> u64 {
+    let mut answered = 0;
+    while !is_over.load(SeqCst) {
+        match edu.factorial(5).wait_for(PATIENCE) {
+            Ok(120) => answered += 1,
+            Err(IOReturn::BUSY) => {}
+            other => panic!("a call that can be repeated ended with {other:?}"),
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    answered
+}
+
+/// Sends entries through the driver and back while it dies in one way after the other. How many
+/// entries, and how many deaths.
+fn stream_through_deaths(
+    system: &System,
+    session: &Session,
+    upload: QueueProducer,
+    mut download: QueueConsumer,
+    deaths: &[Death],
+) -> (u64, u64) {
     let seconds = std::env::var("IOHOST_SURVIVE_SECONDS");
     let seconds = seconds.map_or(10, |word| word.parse().expect("seconds"));
     let mut random = fastrand::Rng::with_seed(seed());
-    let (system, _device) = System::with_edu();
-    let session = system.connect().open("edu0").unwrap();
-    let (upload, mut download): (_, QueueConsumer) =
-        (session.producer(edu_api::UPLOAD).unwrap(), session.consumer(edu_api::DOWNLOAD).unwrap());
-
     let is_over = Arc::new(AtomicBool::new(false));
     let over = is_over.clone();
     let sending = thread::spawn(move || send_until(upload, &over));
-    // Calls of a method that can be repeated never fail, but for the device being busy.
-    let edu = session.client::<edu_api::Client>().unwrap();
-    let over = is_over.clone();
-    let calling = thread::spawn(move || {
-        let mut answered = 0_u64;
-        while !over.load(SeqCst) {
-            match edu.factorial(5).wait_for(PATIENCE) {
-                Ok(120) => answered += 1,
-                Err(IOReturn::BUSY) => {}
-                other => panic!("a call that can be repeated ended with {other:?}"),
-            }
-            thread::sleep(Duration::from_millis(1));
-        }
-        answered
-    });
     let (count, received) = (Arc::new(AtomicU64::new(u64::MAX)), Arc::new(AtomicU64::new(0)));
     let (limit, seen) = (count.clone(), received.clone());
     let receiving = thread::spawn(move || {
@@ -146,13 +168,16 @@ fn a_stream_goes_through_every_death_of_its_driver_with_nothing_lost_and_nothing
     });
 
     let end = Instant::now() + Duration::from_secs(seconds);
-    let mut deaths = 0;
-    while Instant::now() < end {
+    let mut died = 0;
+    // Each way once, at least.
+    while Instant::now() < end || died < deaths.len() {
+        let next = Instant::now() + APART;
         let before = received.load(SeqCst);
-        kill_driver(&system, &session, DEATHS[deaths % DEATHS.len()]);
-        deaths += 1;
-        thread::sleep(Duration::from_micros(random.u64(..200_000)));
+        kill_driver(system, session, deaths[died % deaths.len()]);
+        died += 1;
         eventually("the stream to flow on", || received.load(SeqCst) > before);
+        let rest = next.saturating_duration_since(Instant::now());
+        thread::sleep(rest + Duration::from_micros(random.u64(..20_000)));
     }
     is_over.store(true, SeqCst);
     let sent = sending.join().unwrap();
@@ -161,10 +186,41 @@ fn a_stream_goes_through_every_death_of_its_driver_with_nothing_lost_and_nothing
     assert_eq!(received.load(SeqCst), sent);
     let more = download.receive_within(&mut Vec::new(), Duration::from_millis(100));
     assert!(matches!(more, Err(WaitError::TimedOut { .. })), "an entry too many: {more:?}");
+    assert_eq!(session.generation(), 1 + died as u64);
+    (sent, died as u64)
+}
+
+/// From one death to the next one, where the daemon notices at once and the driver is back by then.
+const APART: Duration = Duration::from_millis(200);
+
+#[test]
+fn a_stream_through_a_device_survives_every_death_with_nothing_lost_and_nothing_doubled() {
+    let (system, _device) = restless("edu");
+    let session = system.connect().open("edu0").unwrap();
+    let upload = session.producer(edu_api::UPLOAD).unwrap();
+    let download = session.consumer(edu_api::DOWNLOAD).unwrap();
+    let edu = session.client::<edu_api::Client>().unwrap();
+    let is_over = Arc::new(AtomicBool::new(false));
+    let over = is_over.clone();
+    let calling = thread::spawn(move || call_until(&edu, &over));
+    let deaths = [Death::Killed, Death::Segfault, Death::Abort, Death::Stopped];
+    let (sent, died) = stream_through_deaths(&system, &session, upload, download, &deaths);
+    is_over.store(true, SeqCst);
     let answered = calling.join().unwrap();
     assert!(answered > 0);
-    assert_eq!(session.generation(), 1 + deaths as u64);
-    println!("{sent} entries and {answered} calls through {deaths} deaths");
+    println!("{sent} entries and {answered} calls through {died} deaths");
+}
+
+#[test]
+fn a_stream_survives_a_driver_that_panics_and_hangs_with_nothing_lost_and_nothing_doubled() {
+    const ECHO: u64 = 2;
+    let (system, _device) = restless("probe");
+    let session = system.connect().open_as("edu0", ECHO).unwrap();
+    let upload = session.producer(echo::UPLOAD).unwrap();
+    let download = session.consumer(echo::DOWNLOAD).unwrap();
+    let deaths = [Death::Killed, Death::Segfault, Death::Panic, Death::Hang];
+    let (sent, died) = stream_through_deaths(&system, &session, upload, download, &deaths);
+    println!("{sent} entries through {died} deaths");
 }
 
 #[test]
@@ -214,10 +270,10 @@ fn memory_that_a_client_offers_is_there_for_the_next_driver() {
 }
 
 /// Takes the device away, kills the driver host and waits until the daemon waits for the next try.
-fn go_away(system: &System, device: iohost_tests::Emulated) {
+fn go_away(system: &System, device: Emulated) {
     let host = system.await_ready("edu0");
     drop(device);
-    Death::Killed.strike(host);
+    Death::Killed.strike(system, host);
     eventually("a pause before the next try", || {
         let service = system.service("edu0");
         service.state == State::Restarting
@@ -273,7 +329,7 @@ fn a_service_that_is_given_back_while_it_restarts_takes_its_sessions_along() {
 fn a_session_that_is_opened_while_the_service_restarts_waits_for_it() {
     let (system, _device) = System::with_edu();
     let host = system.await_ready("edu0");
-    Death::Killed.strike(host);
+    Death::Killed.strike(&system, host);
     // From before the daemon hears of it until the next one runs: any moment is good.
     for _ in 0..20 {
         let session = match system.connect().open("edu0") {

@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -12,12 +13,13 @@ use std::time::{Duration, Instant};
 
 use iohost_driver::prelude::*;
 use iohost_driver::{
-    ClientMemory, DeviceEvent, DeviceEventSource, IOMemoryDescriptor,
-    IOServiceNotificationDispatchSource, Properties, Results, SavedState, ServiceMatching,
-    ServiceNotification, Stopping,
+    ClientMemory, Consumer, DeviceEvent, DeviceEventSource, IOMemoryDescriptor,
+    IOServiceNotificationDispatchSource, Producer, Properties, Results, SavedState,
+    ServiceMatching, ServiceNotification, Stopping,
 };
+use nix::sys::eventfd::EventFd;
 use nix::sys::signal::{Signal, raise};
-use probe_api::registering;
+use probe_api::{echo, registering};
 
 mod regs {
     use iohost_driver::register_map;
@@ -70,7 +72,23 @@ pub struct Probe {
     counted: u64,
     /// By type.
     memory: [IOBufferMemoryDescriptor; 2],
+    echoes: BTreeMap<SessionId, Echo>,
+    given_back: u64,
+    leaked_memory: Vec<Vec<u8>>,
+    leaked_descriptors: Vec<EventFd>,
 }
+
+/// Both queues of a session of type [`ECHO`].
+struct Echo {
+    upload: IODataQueueDispatchSource<Consumer>,
+    download: IODataQueueDispatchSource<Producer>,
+}
+
+/// The place of `echo` among the interfaces.
+const ECHO: u64 = 2;
+
+/// What memory is leaked by.
+const LEAKED_BYTES: usize = 1 << 20;
 
 impl IOService for Probe {
     const PERSONALITIES: &'static [Personality] = &[Personality::pci(0x1234, 0x11e8)];
@@ -110,6 +128,10 @@ impl IOService for Probe {
                 IOBufferMemoryDescriptor::create(probe_api::MEMORY_BYTES)?,
                 IOBufferMemoryDescriptor::create(probe_api::MEMORY_BYTES)?,
             ],
+            echoes: BTreeMap::new(),
+            given_back: 0,
+            leaked_memory: Vec::new(),
+            leaked_descriptors: Vec::new(),
         })
     }
 
@@ -121,6 +143,21 @@ impl IOService for Probe {
             info!("stopping, slowly");
             self.stopping = Some(stopping);
         }
+    }
+
+    fn session_opened(&mut self, mut session: Session) -> Result<()> {
+        if session.client_type() == ECHO {
+            let upload = session.consumer(echo::UPLOAD)?;
+            let download = session.producer(echo::DOWNLOAD)?;
+            let upload = IODataQueueDispatchSource::create(upload, &self.queue, Self::pump)?;
+            let download = IODataQueueDispatchSource::create(download, &self.queue, Self::pump)?;
+            self.echoes.insert(session.id(), Echo { upload, download });
+        }
+        Ok(())
+    }
+
+    fn session_closed(&mut self, session: SessionId) {
+        self.echoes.remove(&session);
     }
 
     fn client_crashed(&mut self, _session: SessionId) {
@@ -305,6 +342,18 @@ impl probe_api::Server for Probe {
         reply.complete(self.counted);
     }
 
+    fn leak(&mut self, what: u32, reply: Reply<u32>) {
+        if what == 0 {
+            loop {
+                self.leaked_memory.push(vec![1; LEAKED_BYTES]);
+            }
+        }
+        while let Ok(descriptor) = EventFd::new() {
+            self.leaked_descriptors.push(descriptor);
+        }
+        reply.complete(self.leaked_descriptors.len() as u32);
+    }
+
     fn version(&mut self, reply: Reply<u32>) {
         reply.complete(u32::from(how_it_starts()));
     }
@@ -364,6 +413,17 @@ impl Probe {
         Ok(from.length())
     }
 
+    /// Gives back what is there, as far as there is room.
+    fn pump(&mut self) {
+        for Echo { upload, download } in self.echoes.values_mut() {
+            while let Ok(entry) = upload.peek(|entry| entry.to_vec())
+                && download.exchange(upload, &entry).is_ok()
+            {
+                self.given_back += 1;
+            }
+        }
+    }
+
     fn memory(&self, memory_type: u64) -> Result<&IOBufferMemoryDescriptor> {
         let memory = self.memory.get(memory_type as usize);
         memory.ok_or_else(|| Error::new(IOReturn::NOT_FOUND, "the probe has two"))
@@ -397,4 +457,10 @@ impl registering::Server for Probe {
     }
 }
 
-iohost_driver::export_driver!(Probe, serves probe_api, registering);
+impl echo::Server for Probe {
+    fn given_back(&mut self, reply: Reply<u64>) {
+        reply.complete(self.given_back);
+    }
+}
+
+iohost_driver::export_driver!(Probe, serves probe_api, registering, echo);

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use iohost_control::host::Failure;
-use iohost_faults::{Campaign, CampaignError};
+use iohost_faults::{Campaign, CampaignError, PROBE};
 use iohost_interface::with_sources;
 use iohost_supervisor::DEFAULT_DRIVER_DIRECTORY;
 
@@ -16,18 +16,22 @@ use crate::output::Output;
 pub(crate) fn run(output: Output, options: &FaultsOptions) -> Result<(), CommandError> {
     let iohost = std::env::current_exe().map_err(|err| failed(format!("this program: {err}")))?;
     let beside = iohost.parent().map(PathBuf::from).unwrap_or_default();
-    let has_driver =
-        |directory: &PathBuf| directory.join(format!("lib{}.so", options.against)).exists();
+    let missing = |directory: &PathBuf| {
+        let names = [options.against.as_str(), PROBE];
+        let files = names.map(|name| format!("lib{name}.so"));
+        files.into_iter().find(|file| !directory.join(file).exists())
+    };
     let driver_directory = match &options.driver_dir {
         Some(directory) => directory.clone(),
-        None if has_driver(&beside) => beside,
+        None if missing(&beside).is_none() => beside,
         None => PathBuf::from(DEFAULT_DRIVER_DIRECTORY),
     };
-    if !has_driver(&driver_directory) {
+    if let Some(file) = missing(&driver_directory) {
         return Err(CommandError::usage(Failure::new(
             "no-driver",
-            format!("no plugin lib{}.so in {}", options.against, driver_directory.display()),
-            "name the folder with --driver-dir",
+            format!("no plugin {file} in {}", driver_directory.display()),
+            "name the folder that has it with --driver-dir; libprobe.so, the driver that fails when it \
+             is asked to, is built with the others",
         )));
     }
     let campaign = Campaign {

@@ -471,11 +471,12 @@ pub(crate) struct FaultsOptions {
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
 
-    /// How many faults.
+    /// How many faults, beside those of the two probes.
     #[arg(long, value_name = "N", default_value_t = 10_000)]
     pub(crate) count: u64,
 
-    /// How many devices, each with a driver and a client of its own.
+    /// How many devices, each with a driver and a client of its own. Two more have the driver `probe`,
+    /// which fails from within.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=64))]
     pub(crate) devices: u64,
 

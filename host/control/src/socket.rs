@@ -99,6 +99,9 @@ impl socket::ReadHalf for ReadHalf {
     async fn read(&mut self, buf: &mut [u8]) -> zlink::Result<ReadResult> {
         let most = self.limits.descriptors;
         let receive = self.socket.read_with(|socket| match socket.receive(buf, most) {
+            Ok(packet) if packet.lost_fds => {
+                Err(io::Error::other("this process has no room for the descriptors that came"))
+            }
             Ok(packet) => Ok(ReadResult::new(packet.len).set_fds(packet.fds)),
             Err(PacketError::Closed) => Ok(ReadResult::new(0)),
             Err(err) => Err(into_io(err)),

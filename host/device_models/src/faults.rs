@@ -1,6 +1,6 @@
 //! What a device does wrong, on purpose: for tests of what a driver makes of it.
 //!
-//! A fault is one wrong access, transfer or interrupt. Every model has them, since they happen
+//! A fault is one wrong access, transfer or interrupt, or one setting that is refused. Every model has them, since they happen
 //! between the model and its user: the model itself goes on as if nothing were wrong.
 
 /// One thing that a device does wrong.
@@ -24,11 +24,14 @@ pub enum Fault {
     ShortensDma,
     /// A transfer goes to an address that no mapping names, so that it is blocked.
     StraysDma,
+    /// Memory is not mapped, or no trigger of an interrupt is set: the function refuses, as the kernel does
+    /// when it is out of memory or its own access to the device fails.
+    RefusesSetUp,
 }
 
 impl Fault {
     /// One of each kind.
-    pub const KINDS: [Self; 9] = [
+    pub const KINDS: [Self; 10] = [
         Self::ReadsOnes,
         Self::ReadsStale,
         Self::ReadsInverted(0),
@@ -38,6 +41,7 @@ impl Fault {
         Self::LosesDma,
         Self::ShortensDma,
         Self::StraysDma,
+        Self::RefusesSetUp,
     ];
 
     fn happens_in(self) -> Place {
@@ -46,6 +50,7 @@ impl Fault {
             Self::LosesWrite => Place::Write,
             Self::LosesInterrupt | Self::RepeatsInterrupt(_) => Place::Interrupt,
             Self::LosesDma | Self::ShortensDma | Self::StraysDma => Place::Dma,
+            Self::RefusesSetUp => Place::SetUp,
         }
     }
 }
@@ -59,13 +64,14 @@ enum Place {
     Write,
     Interrupt,
     Dma,
+    SetUp,
 }
 
 /// The faults of one function that are still to happen.
 #[derive(Debug, Default)]
 pub(crate) struct Faults {
     /// For each [`Place`], the next fault and how often it is to happen.
-    next: [Option<(Fault, u32)>; 4],
+    next: [Option<(Fault, u32)>; 5],
     happened: u64,
     /// What the last read of a BAR gave.
     last_read: u64,
@@ -117,6 +123,10 @@ impl Faults {
 
     pub(crate) fn loses_write(&mut self) -> bool {
         self.take(Place::Write).is_some()
+    }
+
+    pub(crate) fn refuses_set_up(&mut self) -> bool {
+        self.take(Place::SetUp).is_some()
     }
 
     /// How often an interrupt is sent.

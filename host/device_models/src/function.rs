@@ -90,6 +90,9 @@ pub enum FunctionError {
     /// A descriptor could not be duplicated.
     #[error("duplicating a descriptor")]
     Duplicate(#[from] std::io::Error),
+    /// It was to: [`Fault::RefusesSetUp`].
+    #[error("refused, as a fault on purpose")]
+    OnPurpose,
 }
 
 impl<M: DeviceModel> Function<M> {
@@ -169,7 +172,11 @@ impl<M: DeviceModel> Function<M> {
 
     /// Lets the device reach `memory` at `iova`.
     pub fn dma_map(&self, iova: u64, memory: DmaMemory) -> Result<(), FunctionError> {
-        Ok(self.lock().dma.map(iova, memory)?)
+        let mut state = self.lock();
+        if state.faults.refuses_set_up() {
+            return Err(FunctionError::OnPurpose);
+        }
+        Ok(state.dma.map(iova, memory)?)
     }
 
     /// Takes a whole mapping back. The device reaches none of it once this has returned.
@@ -203,6 +210,9 @@ impl<M: DeviceModel> Function<M> {
             owned.push(Some(File::from(trigger.try_clone_to_owned()?)));
         }
         self.check_vectors(kind, 0, triggers.len() as u32)?;
+        if !triggers.is_empty() && self.lock().faults.refuses_set_up() {
+            return Err(FunctionError::OnPurpose);
+        }
         self.run(|_, bus| {
             bus.interrupts.disable(kind);
             bus.interrupts.set(kind, 0, owned);
@@ -234,6 +244,10 @@ impl<M: DeviceModel> Function<M> {
         triggers: Vec<Option<File>>,
     ) -> Result<(), FunctionError> {
         self.check_vectors(kind, start, triggers.len() as u32)?;
+        let sets_some = triggers.iter().any(Option::is_some);
+        if sets_some && self.lock().faults.refuses_set_up() {
+            return Err(FunctionError::OnPurpose);
+        }
         self.run(|_, bus| {
             bus.interrupts.set(kind, start as usize, triggers);
             follow_triggers(bus, kind);
@@ -271,7 +285,7 @@ impl<M: DeviceModel> Function<M> {
     }
 
     /// Has the device do something wrong the next `times` times that it could. Replaces what it
-    /// was to do wrong in the same place: reads, writes, interrupts, transfers. A reset heals
+    /// was to do wrong in the same place: reads, writes, interrupts, transfers, settings. A reset heals
     /// nothing.
     pub fn fail_next(&self, fault: Fault, times: u32) {
         self.lock().faults.plan(fault, times);

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use log::{info, warn};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{Shutdown, shutdown};
 use vfio_bindings::bindings::vfio::{
     VFIO_IRQ_INFO_AUTOMASKED, VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_MASKABLE,
@@ -284,6 +285,7 @@ impl<M: DeviceModel> ServerBackend for Client<'_, M> {
         let (Some(file), true) = (fd, flags.contains(DmaMapFlags::READ_WRITE)) else {
             return Err(io::ErrorKind::Unsupported.into());
         };
+        keep_from_programs([&file])?;
         self.function.dma_map(address, DmaMemory::new(file, offset, size)).map_err(refused)
     }
 
@@ -326,6 +328,7 @@ impl<M: DeviceModel> ServerBackend for Client<'_, M> {
                 if count > available {
                     return Err(io::ErrorKind::InvalidInput.into());
                 }
+                keep_from_programs(&fds)?;
                 let mut triggers: Vec<_> = fds.into_iter().map(Some).collect();
                 triggers.resize_with(count as usize, || None);
                 self.function.set_some_irqs(kind, start, triggers).map_err(refused)
@@ -341,6 +344,15 @@ impl<M: DeviceModel> ServerBackend for Client<'_, M> {
             _ => Err(io::ErrorKind::Unsupported.into()),
         }
     }
+}
+
+/// The crate receives descriptors without `MSG_CMSG_CLOEXEC`. What a client sends is for this process
+/// alone, and not for programs that it starts later.
+fn keep_from_programs<'a>(fds: impl IntoIterator<Item = &'a File>) -> io::Result<()> {
+    for fd in fds {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    }
+    Ok(())
 }
 
 fn config_offset(offset: u64) -> io::Result<u16> {

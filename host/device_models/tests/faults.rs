@@ -2,8 +2,10 @@
 
 mod rig;
 
+use std::os::fd::AsFd;
+
 use iohost_device_models::edu::Timing;
-use iohost_device_models::{Fault, InterruptKind};
+use iohost_device_models::{DmaMemory, Fault, FunctionError, InterruptKind};
 use rig::*;
 
 #[test]
@@ -90,6 +92,25 @@ fn transfers_are_lost_cut_short_and_stray() {
     rig.dma(IOVA, BUFFER, 8, TO_DEVICE);
     rig.dma(BUFFER, IOVA + 64, 8, TO_MEMORY);
     assert_eq!(rig.memory_at(64, 8), [0; 8]);
+}
+
+#[test]
+fn mappings_and_triggers_are_refused_as_often_as_they_were_to_be_and_nothing_is_taken_away() {
+    let rig = rig(Timing::Immediate);
+    let event = rig.enable(InterruptKind::Msi);
+    let map = || rig.function.dma_map(2 * IOVA, DmaMemory::try_from(&rig.memory).unwrap());
+    rig.function.fail_next(Fault::RefusesSetUp, 2);
+    assert!(matches!(map(), Err(FunctionError::OnPurpose)));
+    let refused = rig.function.set_irqs(InterruptKind::Msi, &[event.as_fd()]);
+    assert!(matches!(refused, Err(FunctionError::OnPurpose)));
+    map().unwrap();
+    rig.write(RAISE, 1);
+    assert_eq!(count(&event), 1, "as it was set before");
+    // What takes away always works.
+    rig.function.fail_next(Fault::RefusesSetUp, 1);
+    rig.function.set_irqs(InterruptKind::Msi, &[]).unwrap();
+    rig.function.dma_unmap(2 * IOVA, 0x2000).unwrap();
+    assert_eq!(rig.function.faults(), 2);
 }
 
 #[test]

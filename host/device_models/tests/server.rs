@@ -2,10 +2,13 @@
 
 mod rig;
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -128,6 +131,41 @@ fn dma_goes_both_ways_and_interrupts() {
         driver.write(ACKNOWLEDGE, 0x100);
     }
     assert_eq!(bytes(&memory, 0x1000, 15), b"over the socket");
+}
+
+/// Descriptors that a program started by this process would have, and that are not `known`.
+fn inheritable(known: &BTreeSet<String>) -> BTreeSet<String> {
+    let flags = |descriptor: &String| {
+        let info = fs::read_to_string(format!("/proc/self/fdinfo/{descriptor}")).ok()?;
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?.trim().to_owned();
+        i64::from_str_radix(&flags, 8).ok()
+    };
+    let all = fs::read_dir("/proc/self/fd").unwrap();
+    all.filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|descriptor| flags(descriptor).is_some_and(|it| it & 0o2_000_000 == 0))
+        .filter(|descriptor| !known.contains(descriptor))
+        .collect()
+}
+
+#[test]
+fn what_a_client_sends_is_not_inherited_by_programs() {
+    // The same process again, without tests beside this one, whose servers receive as well.
+    let this = "what_a_client_sends_is_not_inherited_by_programs";
+    if std::env::var_os("ALONE").is_none() {
+        let alone = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", this])
+            .env("ALONE", "1")
+            .status();
+        assert!(alone.unwrap().success());
+        return;
+    }
+    let known = inheritable(&BTreeSet::new());
+    let served = serve(Timing::Immediate);
+    let driver = served.connect();
+    let _memory = driver.map();
+    let event = event();
+    driver.client.enable_irqs(IrqKind::Msi, &[event.as_fd()]).unwrap();
+    assert_eq!(inheritable(&known), BTreeSet::new());
 }
 
 #[test]

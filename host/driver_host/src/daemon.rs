@@ -114,6 +114,9 @@ fn receive(daemon: &Packets) -> Result<Option<Said>> {
         Err(PacketError::Closed) => return Ok(None),
         Err(err) => return Err(err).context("reading from the daemon"),
     };
+    if packet.lost_fds {
+        warn!("the driver has used up all descriptors: what the daemon sent is lost");
+    }
     let message =
         serde_json::from_slice(&buffer[..packet.len]).context("understanding the daemon")?;
     debug!("the daemon says {message:?}");

@@ -206,7 +206,10 @@ fn end_for(daemon: &Daemon, driver: &str, recorder: &Recorder, reason: &str) -> 
 fn session_parts(open: &OpenSession, fds: Vec<OwnedFd>) -> Result<(Packets, NewSession), String> {
     let expected = 2 + 3 * open.queues.len();
     if fds.len() != expected {
-        return Err(format!("{} descriptors for a session that has {expected}", fds.len()));
+        return Err(match fds.len() {
+            0 => "the driver has no descriptors left".to_owned(),
+            found => format!("{found} descriptors for a session that has {expected}"),
+        });
     }
     let mut fds = fds.into_iter();
     let mut next = || fds.next().expect("counted above");

@@ -6,11 +6,11 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use iohost_client::varlink::Service;
+use iohost_client::varlink::{Service, State};
 use iohost_client::{ClientError, Daemon};
 use iohost_device_models::edu::{Edu, Timing};
 use iohost_device_models::{DeviceServer, Function, Stopper};
@@ -23,15 +23,54 @@ use crate::{Campaign, CampaignError, PATIENCE};
 /// All that a campaign has started. Gone when it is dropped.
 pub(crate) struct Machine {
     folder: TempDir,
+    iohost: PathBuf,
     daemon: Mutex<Child>,
+    /// Held shared while a driver is away: its sessions, which the daemon alone has then, would be lost
+    /// with it.
+    takeover: RwLock<()>,
     devices: Vec<Device>,
 }
 
 /// An emulated device at a socket, in this process.
 pub(crate) struct Device {
     pub(crate) function: Arc<Function<Edu>>,
+    pub(crate) role: Role,
     stopper: Stopper,
 }
+
+/// Which driver a device has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The one that the campaign is against.
+    OnTrial,
+    /// The probe, which fails from within when it is asked to.
+    Probe,
+    /// The probe without a sandbox, which would keep it from memory that it shares.
+    FreeProbe,
+}
+
+impl Role {
+    /// Of all devices.
+    fn all(campaign: &Campaign) -> Vec<Self> {
+        let mut roles = vec![Self::OnTrial; campaign.devices];
+        roles.extend([Self::Probe, Self::FreeProbe]);
+        roles
+    }
+
+    fn configuration(self, campaign: &Campaign) -> String {
+        match self {
+            Self::OnTrial => format!("driver = {:?}\n", campaign.driver),
+            Self::Probe => format!("driver = {PROBE:?}\nmemory = {PROBE_BYTES}\n"),
+            Self::FreeProbe => format!("driver = {PROBE:?}\nsandbox = \"off\"\n"),
+        }
+    }
+}
+
+/// The driver that fails when it is asked to.
+pub const PROBE: &str = "probe";
+
+/// What it may have of memory, so that it soon leaks all of it.
+const PROBE_BYTES: u64 = 128 << 20;
 
 /// The daemon did not live to the end.
 pub(crate) struct Gone;
@@ -56,8 +95,10 @@ impl Machine {
     pub(crate) fn start(campaign: &Campaign) -> Result<Self, CampaignError> {
         let folder = tempfile::Builder::new().prefix("iohost-faults").tempdir();
         let folder = folder.map_err(|err| setup("no folder for temporary files", err))?;
-        let devices = (0..campaign.devices)
-            .map(|number| Device::serve(&folder.path().join(service(number))))
+        let roles = Role::all(campaign);
+        let devices = (0..)
+            .zip(&roles)
+            .map(|(number, role)| Device::serve(&folder.path().join(service(number)), *role))
             .collect::<io::Result<Vec<_>>>()
             .map_err(|err| setup("no emulated device", err))?;
         let mut config = format!(
@@ -69,31 +110,63 @@ impl Machine {
             folder.path().join("state"),
             campaign.driver_directory,
         );
-        for number in 0..campaign.devices {
+        for (number, role) in (0..).zip(&roles) {
             let name = service(number);
-            let (socket, driver) = (folder.path().join(&name), &campaign.driver);
-            config +=
-                &format!("[[device]]\nname = {name:?}\nsocket = {socket:?}\ndriver = {driver:?}\n");
+            let socket = folder.path().join(&name);
+            config += &format!("[[device]]\nname = {name:?}\nsocket = {socket:?}\n");
+            config += &role.configuration(campaign);
         }
-        let file = folder.path().join("iohost.toml");
-        fs::write(&file, config).map_err(|err| setup("no configuration", err))?;
-        let log = File::create(folder.path().join(LOG)).map_err(|err| setup("no log", err))?;
-        let daemon = Command::new(&campaign.iohost)
-            .args(["daemon", "--config"])
-            .arg(file)
-            .stderr(log)
-            .spawn()
-            .map_err(|err| setup("no daemon", err))?;
-        let machine = Self { folder, daemon: Mutex::new(daemon), devices };
+        fs::write(folder.path().join(CONFIG), config)
+            .map_err(|err| setup("no configuration", err))?;
+        let iohost = campaign.iohost.clone();
+        let daemon = Mutex::new(start_daemon(&iohost, folder.path())?);
+        let machine = Self { folder, iohost, daemon, takeover: RwLock::default(), devices };
         machine.wait("the daemon", || UnixStream::connect(machine.control()).is_ok())?;
-        for number in 0..campaign.devices {
+        for number in 0..machine.devices.len() {
             machine.wait_until_ready(&service(number))?;
         }
         Ok(machine)
     }
 
-    pub(crate) fn device(&self, number: usize) -> Arc<Function<Edu>> {
-        self.devices[number].function.clone()
+    /// Kills the daemon, and waits for the next one to have all drivers running. Whether they are the
+    /// same processes.
+    pub(crate) fn replace_daemon(&self) -> Result<bool, CampaignError> {
+        let _alone = self.takeover.write().expect(NO_PANIC);
+        let before = self.hosts("all drivers")?;
+        let mut daemon = self.daemon.lock().expect(NO_PANIC);
+        if !matches!(daemon.try_wait(), Ok(None)) {
+            // That was not us, and is found out by whoever looks.
+            return Ok(true);
+        }
+        let _ = daemon.kill();
+        let _ = daemon.wait();
+        *daemon = start_daemon(&self.iohost, self.folder.path())?;
+        Ok(before == self.hosts("the drivers of the next daemon")?)
+    }
+
+    /// The processes of all driver hosts, once all run.
+    fn hosts(&self, what: &str) -> Result<Vec<u32>, CampaignError> {
+        let mut hosts = None;
+        self.wait(what, || {
+            let status = self.connect().ok().and_then(|mut daemon| daemon.status().ok());
+            let running = |service: Service| match service.state {
+                State::Running => service.pid,
+                _ => None,
+            };
+            hosts = status.and_then(|it| it.services.into_iter().map(running).collect());
+            hosts.is_some()
+        })?;
+        Ok(hosts.unwrap_or_default())
+    }
+
+    /// While what this returns is held, the daemon is not killed by us.
+    pub(crate) fn with_daemon(&self) -> RwLockReadGuard<'_, ()> {
+        self.takeover.read().expect(NO_PANIC)
+    }
+
+    /// All devices: their number is their place.
+    pub(crate) fn devices(&self) -> &[Device] {
+        &self.devices
     }
 
     /// The daemon's control socket.
@@ -184,7 +257,10 @@ impl Machine {
     }
 }
 
-/// The daemon's log, in the folder.
+/// The daemon's configuration, in the folder.
+const CONFIG: &str = "iohost.toml";
+
+/// The log of all daemons, in the folder.
 const LOG: &str = "daemon.log";
 
 /// Why the lock is never poisoned.
@@ -199,6 +275,16 @@ impl Drop for Machine {
             let _ = daemon.wait();
         }
     }
+}
+
+fn start_daemon(iohost: &Path, folder: &Path) -> Result<Child, CampaignError> {
+    let log = File::options().create(true).append(true).open(folder.join(LOG));
+    Command::new(iohost)
+        .args(["daemon", "--config"])
+        .arg(folder.join(CONFIG))
+        .stderr(log.map_err(|err| setup("no log", err))?)
+        .spawn()
+        .map_err(|err| setup("no daemon", err))
 }
 
 fn terminate(daemon: &Child) {
@@ -220,13 +306,13 @@ pub(crate) fn daemon(when: &str, source: ClientError) -> CampaignError {
 }
 
 impl Device {
-    fn serve(socket: &Path) -> io::Result<Self> {
+    fn serve(socket: &Path, role: Role) -> io::Result<Self> {
         let server = DeviceServer::bind(socket).map_err(io::Error::other)?;
         let stopper = server.stopper();
         let function = Arc::new(Function::new(Edu::new(Timing::Real { dma: Duration::ZERO })));
         let served = function.clone();
         thread::Builder::new().name("device".to_owned()).spawn(move || server.run(&served))?;
-        Ok(Self { function, stopper })
+        Ok(Self { function, role, stopper })
     }
 }
 

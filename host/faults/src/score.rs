@@ -17,10 +17,16 @@ pub struct Score {
     pub faults: u64,
     /// Of these, the devices'.
     pub device_faults: u64,
-    /// The drivers'.
+    /// What drivers were refused that they set up.
+    pub refusals: u64,
+    /// Driver hosts that were killed.
     pub driver_faults: u64,
+    /// Drivers that failed by themselves.
+    pub inner_faults: u64,
     /// The clients'.
     pub client_faults: u64,
+    /// How often the daemon was killed.
+    pub daemon_faults: u64,
     /// Entries that clients sent and got back.
     pub entries: u64,
     /// Entries with bytes that a device had spoiled. That is no fault of ours.
@@ -79,8 +85,11 @@ impl Score {
         for score in scores {
             sum.faults += score.faults;
             sum.device_faults += score.device_faults;
+            sum.refusals += score.refusals;
             sum.driver_faults += score.driver_faults;
+            sum.inner_faults += score.inner_faults;
             sum.client_faults += score.client_faults;
+            sum.daemon_faults += score.daemon_faults;
             sum.entries += score.entries;
             sum.damaged_entries += score.damaged_entries;
             sum.stuck += score.stuck;
@@ -156,11 +165,13 @@ impl RestartTimes {
 impl fmt::Display for Score {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { seed, faults, device_faults, driver_faults, client_faults, .. } = self;
+        let Self { refusals, inner_faults, daemon_faults, .. } = self;
         writeln!(f, "seed              {seed}")?;
         writeln!(
             f,
-            "faults            {faults}: {device_faults} of devices, {driver_faults} of drivers, \
-             {client_faults} of clients"
+            "faults            {faults}: {device_faults} of devices, {refusals} of their set-up, \
+             {driver_faults} drivers killed, {inner_faults} that failed by themselves, \
+             {client_faults} of clients, {daemon_faults} of the daemon"
         )?;
         writeln!(
             f,

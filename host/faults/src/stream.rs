@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use iohost_client::{ClientError, QueueConsumer, QueueProducer, Session, WaitError};
+use iohost_interface::{ToClient, ToDriver};
 
 /// Entries through both data queues, in order.
 pub(crate) struct Stream {
@@ -58,10 +59,14 @@ impl From<WaitError> for Halt {
 }
 
 impl Stream {
-    pub(crate) fn open(session: &Session) -> Result<Self, ClientError> {
+    pub(crate) fn open(
+        session: &Session,
+        upload: ToDriver,
+        download: ToClient,
+    ) -> Result<Self, ClientError> {
         Ok(Self {
-            upload: session.producer(edu_api::UPLOAD)?,
-            download: session.consumer(edu_api::DOWNLOAD)?,
+            upload: session.producer(upload)?,
+            download: session.consumer(download)?,
             sent: 0,
             judge: Judge::default(),
             entry: Vec::new(),

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 
 use iohost_control::host::{Failure, FromHost, LONGEST_MESSAGE, MOST_DESCRIPTORS, ToHost};
-use iohost_event::{PacketError, Packets, ProcessHandle};
+use iohost_event::{PacketError, Packets, ProcessHandle, close_on_exec};
 use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
@@ -78,6 +78,8 @@ impl DriverProcess {
         };
         let (ours, theirs) = Packets::pair().map_err(refused)?;
         ours.set_nonblocking().map_err(refused)?;
+        // What the daemon inherited is no driver's: no sandbox takes away what is open.
+        close_on_exec().map_err(refused)?;
         let mut child = Command::new(program)
             .args(["--device", name])
             .stdin(Stdio::from(OwnedFd::from(theirs)))

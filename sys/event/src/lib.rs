@@ -17,7 +17,7 @@ pub use packet_listener::PacketListener;
 pub use packets::{Packet, PacketError, Packets};
 pub use peer::Peer;
 pub use poller::{Poller, Ready};
-pub use process::{ProcessHandle, process_start};
+pub use process::{ProcessHandle, close_on_exec, process_start};
 pub use signal::Signal;
 pub use ticks::{TickRate, TickScale, ticks};
 pub use timer::Timer;

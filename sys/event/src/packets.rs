@@ -3,13 +3,13 @@
 #![expect(unsafe_code)]
 // UNSAFETY: descriptors arrive from the kernel as bare numbers.
 
+use std::ffi::c_int;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, recvmsg, sendmsg, socketpair,
 };
 
 /// The most descriptors the kernel passes beside one packet (`SCM_MAX_FD`).
@@ -28,6 +28,9 @@ pub struct Packet {
     pub len: usize,
     /// Descriptors that came beside it.
     pub fds: Vec<OwnedFd>,
+    /// This process had no room for the descriptors (`EMFILE`): those that came are closed again, and
+    /// the others lost.
+    pub lost_fds: bool,
 }
 
 /// Why no packet went or came.
@@ -119,7 +122,7 @@ impl Packets {
         let room = data.len();
         let mut control = nix::cmsg_space!([RawFd; MOST_DESCRIPTORS]);
         let mut parts = [IoSliceMut::new(data)];
-        let received = loop {
+        let (len, flags) = loop {
             match recvmsg::<()>(
                 self.fd.as_raw_fd(),
                 &mut parts,
@@ -130,30 +133,53 @@ impl Packets {
                 Err(Errno::EAGAIN) => return Err(PacketError::WouldBlock),
                 Err(Errno::ECONNRESET) => return Err(PacketError::Closed),
                 Err(err) => return Err(PacketError::Socket(err.into())),
-                Ok(received) => break received,
+                Ok(received) => break (received.bytes, received.flags),
             }
         };
         // First of all own what came, so that every way out closes it.
-        let mut fds = Vec::new();
-        for message in received.cmsgs().map_err(io::Error::from)? {
-            if let ControlMessageOwned::ScmRights(raw) = message {
-                fds.extend(raw.into_iter().map(|fd| {
-                    // SAFETY: the kernel just made this descriptor for us and told nobody else.
-                    unsafe { OwnedFd::from_raw_fd(fd) }
-                }));
-            }
-        }
-        if received.flags.contains(MsgFlags::MSG_CTRUNC) || fds.len() > most_fds {
+        let own = |fd| {
+            // SAFETY: the kernel just made this descriptor for us and told nobody else.
+            unsafe { OwnedFd::from_raw_fd(fd) }
+        };
+        let mut fds: Vec<_> = rights(&control).into_iter().map(own).collect();
+        if fds.len() > most_fds {
             return Err(PacketError::TooManyDescriptors { most: most_fds });
         }
-        if received.flags.contains(MsgFlags::MSG_TRUNC) {
+        if flags.contains(MsgFlags::MSG_TRUNC) {
             return Err(PacketError::TooLong { room });
         }
-        if received.bytes == 0 {
+        if len == 0 {
             return Err(PacketError::Closed);
         }
-        Ok(Packet { len: received.bytes, fds })
+        // There is room for as many as the kernel passes, so it is this process that has none.
+        let lost_fds = flags.contains(MsgFlags::MSG_CTRUNC);
+        if lost_fds {
+            fds.clear();
+        }
+        Ok(Packet { len, fds, lost_fds })
     }
+}
+
+/// The descriptors that the kernel has put into `control` (cmsg(3)), which was all zeros before. nix
+/// would not say which they are where some are missing, and nobody could close them.
+fn rights(mut control: &[u8]) -> Vec<RawFd> {
+    const LEN: usize = size_of::<usize>();
+    const HEADER: usize = LEN + 2 * size_of::<c_int>();
+    let mut found = Vec::new();
+    while let Some((header, _)) = control.split_first_chunk::<HEADER>() {
+        let len = usize::from_ne_bytes(header[..LEN].try_into().expect("of that length"));
+        if len < HEADER || len > control.len() {
+            break;
+        }
+        let (words, _) = control[LEN..len].as_chunks();
+        let words: Vec<c_int> = words.iter().map(|word| c_int::from_ne_bytes(*word)).collect();
+        // Its level and type, then its data.
+        if let [libc::SOL_SOCKET, libc::SCM_RIGHTS, fds @ ..] = &words[..] {
+            found.extend(fds);
+        }
+        control = control.get(len.next_multiple_of(LEN)..).unwrap_or_default();
+    }
+    found
 }
 
 impl AsFd for Packets {
@@ -188,6 +214,49 @@ mod tests {
         let theirs = crate::Signal::try_from(packet.fds.into_iter().next().unwrap()).unwrap();
         theirs.raise();
         assert_eq!((packet.len, signal.take()), (1, 1));
+    }
+
+    #[test]
+    fn a_descriptor_is_found_behind_other_things_that_come_beside_a_packet() {
+        use nix::sys::socket::{setsockopt, sockopt::PassCred};
+
+        let (a, b) = Packets::pair().unwrap();
+        setsockopt(&b.fd, PassCred, &true).unwrap();
+        a.send(b"x", &[a.as_fd(), b.as_fd()]).unwrap();
+        assert_eq!(b.receive(&mut [0; 8], 2).unwrap().fds.len(), 2);
+    }
+
+    #[test]
+    fn a_process_without_descriptors_gets_the_packet_and_keeps_none_of_its_descriptors() {
+        use nix::sys::resource::{Resource, setrlimit};
+        use std::process::Command;
+
+        // In a process of its own, since the limit is everybody's.
+        if std::env::var_os("ALONE").is_none() {
+            let this = "packets::tests::a_process_without_descriptors_gets_the_packet_and_keeps_none_of_its_descriptors";
+            let mut alone = Command::new(std::env::current_exe().unwrap());
+            let ended = alone.args(["--exact", this]).env("ALONE", "1").status();
+            assert!(ended.unwrap().success());
+            return;
+        }
+        let (a, b) = Packets::pair().unwrap();
+        let signal = crate::Signal::new().unwrap();
+        let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+        // Reading the folder takes one, too.
+        let before = open();
+        let next_free = signal.as_fd().try_clone_to_owned().unwrap().as_raw_fd() as u64;
+        setrlimit(Resource::RLIMIT_NOFILE, next_free + 2, next_free + 2).unwrap();
+        let mut data = [0; 8];
+        for _ in 0..3 {
+            a.send(b"all", &[signal.as_fd(); 2]).unwrap();
+            let packet = b.receive(&mut data, 5).unwrap();
+            assert_eq!((packet.len, packet.fds.len(), packet.lost_fds), (3, 2, false));
+            a.send(b"some", &[signal.as_fd(); 5]).unwrap();
+            drop(packet);
+            let packet = b.receive(&mut data, 5).unwrap();
+            assert_eq!((packet.len, packet.fds.len(), packet.lost_fds), (4, 0, true));
+            assert_eq!(open(), before);
+        }
     }
 
     #[test]

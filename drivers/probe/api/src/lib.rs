@@ -93,6 +93,10 @@ iohost_interface::interface! {
 
         /// The byte of [`HOW_IT_STARTS`] that says how this version starts.
         26 => fn version() -> u32;
+
+        /// Takes and keeps what it gets: memory (0), until the process dies of its limit, or
+        /// descriptors (1), until there are no more. How many pieces.
+        27 => fn leak(what: u32) -> u32;
     }
 
     queues {}
@@ -114,6 +118,27 @@ pub const PUBLISHED: u64 = 1;
 
 /// Bytes of each; no multiple of a page.
 pub const MEMORY_BYTES: usize = 10_000;
+
+/// The interface for clients of type 2.
+pub mod echo {
+    iohost_interface::interface! {
+        /// Gives back what it is sent.
+        pub interface echo;
+
+        methods {
+            /// Entries that this driver has given back.
+            0 => fn given_back() -> u64;
+        }
+
+        queues {
+            /// Entries of any length.
+            0 => UPLOAD: ToDriver;
+
+            /// The same entries, in the same order, each exactly once.
+            1 => DOWNLOAD: ToClient;
+        }
+    }
+}
 
 /// The interface for another kind of client, of type 1.
 pub mod registering {
