@@ -40,8 +40,8 @@ no_errors() {
     ! dmesg | grep -e 'I/O error' -e 'EXT4-fs error' -e 'nbd.*timed out' || fail "the kernel has seen errors"
 }
 
-# fio_rounds NBD BLOCK SECONDS: four jobs at once, at depths of 1, 4, 16 and 64, read and write at random, each in its own
-# quarter of 32 MiB, in requests from BLOCK bytes to 64 KiB, with flushes in between; then each reads what it has written
+# fio_rounds NBD BLOCK SECONDS: four jobs at once, at depths of 1, 4, 16 and 64, read and write at random, each in 2 MiB
+# of its own, in requests from BLOCK bytes to 64 KiB, with flushes in between; then each reads what it has written
 # and compares checksums. That again and again, with other places and sizes, until so many seconds are over. It ends at the
 # first error, with fio's words in /tmp/NBD.fio.log.
 fio_rounds() {
@@ -55,7 +55,7 @@ thread
 rw=randrw
 rwmixwrite=60
 bsrange=$2-65536
-size=8M
+size=2M
 fdatasync=64
 verify=crc32c
 verify_fatal=1
