@@ -4,7 +4,7 @@
 # image: image 192M
 # qemu: -drive if=none,id=image,file=image,format=raw,discard=unmap
 # tools: yes
-# deadline: 300
+# deadline: 600
 . /share/tests/guest/disk.sh
 
 modprobe -a crc32c_generic ext4
