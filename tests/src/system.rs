@@ -369,3 +369,21 @@ const PACKAGES: [&str; 8] = [
     "hostile_plugin",
     "nvme",
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::assert_no_panic_of_ours;
+
+    #[test]
+    fn a_plugin_may_panic() {
+        assert_no_panic_of_ours("thread 'Default' (7) panicked at drivers/probe/src/lib.rs:1:2:");
+    }
+
+    #[test]
+    #[should_panic(expected = "host/supervisor/src/actor.rs:1:2")]
+    fn the_daemon_may_not() {
+        assert_no_panic_of_ours(
+            "fine\nthread 'a' (7) panicked at host/supervisor/src/actor.rs:1:2:",
+        );
+    }
+}

@@ -1,7 +1,8 @@
 //! What a device does wrong, on purpose: for tests of what a driver makes of it.
 //!
-//! A fault is one wrong access, transfer or interrupt, or one setting that is refused. Every model has them, since they happen
-//! between the model and its user: the model itself goes on as if nothing were wrong.
+//! A fault is one wrong access, transfer or interrupt, or one setting that is refused. Every model
+//! has them, since they happen between the model and its user: the model itself goes on as if
+//! nothing were wrong.
 
 /// One thing that a device does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
