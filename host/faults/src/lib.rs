@@ -2,9 +2,9 @@
 //! the other everything that can go wrong with each of them, by the ten thousands and from a seed.
 //!
 //! What is on trial is supervision: whatever happens to a device, a driver, a client or the daemon, which
-//! is killed now and then and started again, no process of
-//! ours dies that was not killed, no entry is lost or comes twice, every device is safe before its next
-//! driver, and nothing is left behind. A [`Score`] says how far that held.
+//! is killed now and then and started again, no process of ours dies that was not killed, no entry is
+//! lost or comes twice, every device is safe before its next driver, and nothing is left behind. A
+//! [`Score`] says how far that held.
 //!
 //! ```text
 //!  Campaign::run ──▶ Machine   a folder, the daemon, one device per worker, in this process
