@@ -2,7 +2,7 @@
 # by the next daemon, and what is not goes back, also after a daemon that was killed. A second daemon
 # leaves alone what the first one has.
 # device: pcie-pci-bridge,id=bridge
-# qemu: -drive if=none,id=disk,format=raw,file=fat:tests/vm,snapshot=on
+# qemu: -drive if=none,id=disk,format=raw,file=fat:.,snapshot=on
 # qemu: -device edu,bus=bridge,addr=1.0 -device nvme,serial=1,bus=bridge,addr=2.0,drive=disk
 . /share/tests/guest/pci.sh
 . /share/tests/guest/daemon.sh

@@ -1,7 +1,7 @@
 # A device that the machine uses is not taken: a disk that is mounted, here or elsewhere, or swapped
 # to, a network interface that is up or belongs to a bridge. The next step of each refusal works, and
 # force takes it all the same.
-# qemu: -drive if=none,id=disk,format=raw,file=fat:tests/vm,snapshot=on
+# qemu: -drive if=none,id=disk,format=raw,file=fat:.,snapshot=on
 # device: nvme,serial=1,drive=disk
 # device: e1000e,romfile=
 . /share/tests/guest/pci.sh
