@@ -33,7 +33,7 @@ umount /mnt
 iohost bind --group $edu
 expect_drivers vfio-pci vfio-pci 2
 iohost call $edu factorial 5 | grep 120 || fail "the driver does not answer"
-expect_refusal "$(refusal bind $nvme)" no-driver "no plugin" "install"
+expect_refusal "$(refusal bind $nvme)" taken "was taken together with $edu" "iohost unbind $edu"
 
 echo "--- a second daemon"
 iohost --runtime-dir /tmp/second daemon --config /tmp/iohost.toml 2>>/tmp/second.log &
