@@ -300,6 +300,32 @@ pub(crate) struct Opening {
 }
 
 impl Host {
+    /// One of which nothing is known yet, killed unless it has done by `deadline` what it is asked.
+    pub(crate) fn new(number: u64, process: DriverProcess, deadline: Instant) -> Self {
+        Self {
+            number,
+            process,
+            recorder: None,
+            watch: None,
+            device_before: None,
+            device_after: None,
+            deadline: Some(deadline),
+            last_words: None,
+            was_ready: false,
+            is_retry: false,
+            killed: false,
+            ending: None,
+            is_taken_over: false,
+            told: None,
+            asked: Vec::new(),
+            asked_properties: Vec::new(),
+            asked_power: Vec::new(),
+            power: PowerState::On,
+            is_busy: false,
+            is_registered: false,
+        }
+    }
+
     /// No other driver host follows this one after all.
     pub(crate) fn is_not_replaced(&mut self) {
         self.ending.take_if(|ending| matches!(ending, Ending::Replaced));

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use iohost_control::crash;
 use iohost_control::host::{
-    Confinement, Failure, MOST_DESCRIPTORS, PowerState, Ready, Start, StartDescriptors, ToHost,
+    Confinement, Failure, MOST_DESCRIPTORS, Ready, Start, StartDescriptors, ToHost,
 };
 use iohost_control::varlink::{Bound, Unbound};
 use iohost_doctor::Code;
@@ -182,26 +182,10 @@ impl Actor {
         // A process that is gone already is noticed by its end.
         let _ = process.send(&ToHost::Start(start), &beside.in_order());
         Ok(Host {
-            number,
-            process,
             recorder: Some(recorder),
-            watch: None,
-            device_before: None,
-            device_after: None,
-            deadline: Some(Instant::now() + self.options.patience.start),
-            last_words: None,
-            was_ready: false,
             is_retry: cause == Cause::Death,
-            killed: false,
             ending: service.upgrade.as_ref().and_then(Upgrade::ending),
-            is_taken_over: false,
-            told: None,
-            asked: Vec::new(),
-            asked_properties: Vec::new(),
-            asked_power: Vec::new(),
-            power: PowerState::On,
-            is_busy: false,
-            is_registered: false,
+            ..Host::new(number, process, Instant::now() + self.options.patience.start)
         })
     }
 

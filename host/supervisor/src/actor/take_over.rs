@@ -15,7 +15,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use iohost_control::host::{DeviceLocation, HandedOver, OpenSession, PowerState, ToHost};
+use iohost_control::host::{DeviceLocation, HandedOver, OpenSession, ToHost};
 use iohost_event::Packets;
 use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::PciAddress;
@@ -91,28 +91,10 @@ impl Actor {
         let _ = process.send(&message, &[]);
         let patience = self.options.patience;
         let host = Host {
-            number,
-            process,
-            // It has it.
-            recorder: None,
-            watch: None,
-            device_before: None,
-            device_after: None,
-            // It may be starting its driver.
-            deadline: Some(Instant::now() + patience.start + patience.stop),
-            last_words: None,
-            was_ready: false,
-            is_retry: false,
-            killed: false,
             ending: Some(if is_wanted { Ending::Replaced } else { Ending::Stopped }),
             is_taken_over: is_wanted,
-            told: None,
-            asked: Vec::new(),
-            asked_properties: Vec::new(),
-            asked_power: Vec::new(),
-            power: PowerState::On,
-            is_busy: false,
-            is_registered: false,
+            // It may be starting its driver.
+            ..Host::new(number, process, Instant::now() + patience.start + patience.stop)
         };
         let service = &mut self.services[at];
         service.state = match message {
