@@ -26,8 +26,8 @@ use crate::sync::{Condvar, Mutex, MutexGuard, has_failed, thread_local};
 use crate::watchlist::Watchlist;
 use crate::{NO_PANIC, QueueNumbers};
 
-/// Runs queues. Dropping it stops the workers after the handlers in progress; work that waits
-/// then is dropped unrun, and who waits in `dispatch_sync` is told `ABORTED`.
+/// Runs queues. Dropping it stops the workers and waits for the handlers in progress; work that
+/// waits then is dropped unrun, and who waits in `dispatch_sync` is told `ABORTED`.
 pub struct Engine {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
@@ -58,6 +58,8 @@ pub(crate) struct Shared {
     queues: Mutex<Vec<Weak<QueueCore>>>,
     pub(crate) scale: TickScale,
     pub(crate) recorder: Option<Arc<Recorder>>,
+    /// Those that have not left.
+    stand_ins: Mutex<Vec<JoinHandle<()>>>,
     this: Weak<Shared>,
 }
 
@@ -234,12 +236,18 @@ impl Drop for Engine {
         self.shared.exchange.parking.notify_all();
         // Each worker that leaves wakes the next one.
         self.shared.bell.raise();
-        for worker in self.workers.drain(..) {
-            // The last handle can go inside a handler; that worker cannot wait for itself.
-            if worker.thread().id() != thread::current().id() {
-                let _ = worker.join();
-            }
-        }
+        self.workers.drain(..).for_each(wait_for_end);
+        // None is added any more that would find something to run.
+        let stand_ins = std::mem::take(&mut *self.shared.stand_ins.lock().expect(NO_PANIC));
+        stand_ins.into_iter().for_each(wait_for_end);
+    }
+}
+
+/// Waits for a worker to leave, unless this is the one: the last handle of an engine can go inside
+/// a handler.
+fn wait_for_end(worker: JoinHandle<()>) {
+    if worker.thread().id() != thread::current().id() {
+        let _ = worker.join();
     }
 }
 
@@ -285,6 +293,7 @@ impl Shared {
             queues: Mutex::new(Vec::new()),
             scale: TickScale::start(),
             recorder,
+            stand_ins: Mutex::new(Vec::new()),
             this: this.clone(),
         }))
     }
@@ -309,9 +318,10 @@ impl Shared {
                 // It may have been released to wait for events: then another one has to.
                 if ready.polling == 0 && ready.parked > ready.released {
                     ready.released += 1;
-                    drop(ready);
                     self.exchange.parking.notify_one();
                 }
+                drop(ready);
+                self.strike_stand_in();
                 return;
             }
             if ready.polling < POLLERS {
@@ -475,13 +485,22 @@ impl Shared {
 
     fn add_stand_in(&self) {
         let Some(shared) = self.this.upgrade() else { return };
+        // Held meanwhile, so that it is there when the thread leaves.
+        let mut stand_ins = self.stand_ins.lock().expect(NO_PANIC);
         let started = thread::Builder::new()
             .name("dispatch-extra".to_owned())
             .spawn(move || shared.work(Worker::StandIn));
-        if started.is_err() {
+        match started {
+            Ok(stand_in) => stand_ins.push(stand_in),
             // No thread to be had: the others go on, with one less.
-            self.exchange.ready.lock().expect(NO_PANIC).workers -= 1;
+            Err(_) => self.exchange.ready.lock().expect(NO_PANIC).workers -= 1,
         }
+    }
+
+    /// This thread is a stand-in that leaves.
+    fn strike_stand_in(&self) {
+        let this = thread::current().id();
+        self.stand_ins.lock().expect(NO_PANIC).retain(|stand_in| stand_in.thread().id() != this);
     }
 
     /// Watches a descriptor for a source. Returns the token to forget it by.

@@ -1,6 +1,6 @@
 //! Queues: order, exclusion, turns, the end.
 
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread::JoinHandle;
@@ -407,6 +407,28 @@ fn the_held_queues_are_named_outermost_first() {
     let held = outer.dispatch_sync(|| inner.dispatch_sync(|| inner.held()));
     assert_eq!(held, Ok(Ok(vec!["outer".to_owned(), "inner".to_owned()])));
     assert!(outer.held().is_empty());
+}
+
+#[test]
+fn an_engine_that_ends_waits_also_for_the_handlers_of_its_stand_ins() {
+    let engine = Engine::with_workers(1).unwrap();
+    let create = |name| Queue::create(&engine, name, QueueOptions::default()).unwrap();
+    let (blocked, beside) = (create("blocked"), create("beside"));
+    let (go_send, go) = channel::<()>();
+    let waits = blocked.clone();
+    blocked.dispatch_async(move || waits.blocking(|| go.recv().unwrap()));
+    let (began_send, began) = channel();
+    let ended = Arc::new(AtomicBool::new(false));
+    let tells = ended.clone();
+    beside.dispatch_async(move || {
+        began_send.send(()).unwrap();
+        std::thread::sleep(Duration::from_millis(200));
+        tells.store(true, SeqCst);
+    });
+    began.recv().unwrap();
+    go_send.send(()).unwrap();
+    drop(engine);
+    assert!(ended.load(SeqCst), "no handler runs after its engine");
 }
 
 #[test]
