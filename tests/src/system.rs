@@ -325,7 +325,8 @@ fn ended(output: Output) -> Ended {
     }
 }
 
-fn program(name: &str) -> Command {
+/// A program that cargo built, to be started.
+pub fn program(name: &str) -> Command {
     Command::new(binary(name))
 }
 

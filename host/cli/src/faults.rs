@@ -1,13 +1,18 @@
 //! `iohost faults`: what a driver and its supervision make of faults.
 
 use std::io::IsTerminal;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use iohost_control::host::Failure;
 use iohost_faults::{Campaign, CampaignError, PROBE};
 use iohost_interface::with_sources;
 use iohost_supervisor::DEFAULT_DRIVER_DIRECTORY;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
 
 use crate::CommandError;
 use crate::options::FaultsOptions;
@@ -43,17 +48,27 @@ pub(crate) fn run(output: Output, options: &FaultsOptions) -> Result<(), Command
         driver: options.against.clone(),
     };
     let bar = progress_bar(output, options.count);
-    let score = campaign.run(|done| bar.set_position(done)).map_err(refused)?;
+    let is_stopped = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        flag::register(signal, is_stopped.clone())
+            .map_err(|err| failed(format!("no handler for signal {signal}: {err}")))?;
+    }
+    let progress = |done| {
+        bar.set_position(done);
+        if is_stopped.load(Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    let score = campaign.run(progress).map_err(refused)?;
     bar.finish_and_clear();
     output.result(&score, &score);
-    match score.is_clean() {
-        true => Ok(()),
-        false => Err(Failure::new(
-            "faults-found",
-            "not everything held",
-            format!("make the same faults again: --seed {}", campaign.seed),
-        )
-        .into()),
+    let again = format!("make the same faults again: --seed {}", campaign.seed);
+    if !score.is_clean() {
+        Err(Failure::new("faults-found", "not everything held", again).into())
+    } else if is_stopped.load(Relaxed) {
+        let message =
+            format!("ended by a signal after {} faults; so far everything held", score.faults);
+        Err(Failure::new("faults-stopped", message, again).into())
+    } else {
+        Ok(())
     }
 }
 

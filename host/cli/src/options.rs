@@ -461,7 +461,8 @@ Examples:
   iohost faults run --seed 42 --count 1000000 --devices 4
 
 Starts a daemon of its own in a temporary folder, with emulated devices: nothing else is touched.
-Exit codes: 0 everything held, 1 something did not; the score says what.")]
+Ctrl-C ends it early, with the score so far.
+Exit codes: 0 everything held, 1 something did not, or it was ended early; the score says what.")]
     Run(FaultsOptions),
 }
 

@@ -868,6 +868,12 @@ catalogue! {
         check: "iohost faults run --seed N makes the same faults again",
         fix: "Report it with the score and the seed.",
     }
+    FaultsStopped = "faults-stopped", None, {
+        means: "A campaign of faults was ended by Ctrl-C or SIGTERM.",
+        why: "The score is of the faults that were made until then; everything held.",
+        check: "the score",
+        fix: "Run it again, with the same --seed for the same faults.",
+    }
     NoSuchDisk = "no-such-disk", None, {
         means: "The service has no disk of this number, or none at all.",
         why: "A controller's namespaces have numbers, which need not be consecutive.",

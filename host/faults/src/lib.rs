@@ -29,6 +29,7 @@ mod worker;
 
 use std::cell::Cell;
 use std::io;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
@@ -96,10 +97,14 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const SETTLING: usize = 50;
 
 impl Campaign {
-    /// Runs it. `progress` hears now and then how many faults there were.
+    /// Runs it. `progress` hears now and then how many faults there were, and says whether to go on;
+    /// a campaign that is ended early has a score like any other.
     ///
     /// Blocks until it is over. What went wrong is in the score; an error means that there is none.
-    pub fn run(&self, mut progress: impl FnMut(u64)) -> Result<Score, CampaignError> {
+    pub fn run(
+        &self,
+        mut progress: impl FnMut(u64) -> ControlFlow<()>,
+    ) -> Result<Score, CampaignError> {
         let machine = Machine::start(self)?;
         let mut workers = (0..machine.devices().len())
             .map(|number| Worker::start(&machine, number, self))
@@ -115,7 +120,7 @@ impl Campaign {
                 scope.spawn(move || {
                     worker.work(|faults| {
                         done.fetch_add(faults - told.replace(faults), Relaxed);
-                        faults < share
+                        faults < share && !is_over.load(Relaxed)
                     })
                 })
             });
@@ -127,7 +132,9 @@ impl Campaign {
             let probing: Vec<_> = probing.collect();
             while !running.iter().all(thread::ScopedJoinHandle::is_finished) {
                 thread::sleep(Duration::from_millis(50));
-                progress(done.load(Relaxed));
+                if progress(done.load(Relaxed)).is_break() {
+                    is_over.store(true, Relaxed);
+                }
             }
             is_over.store(true, Relaxed);
             running.extend(probing);

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard};
@@ -283,6 +284,8 @@ fn start_daemon(iohost: &Path, folder: &Path) -> Result<Child, CampaignError> {
         .args(["daemon", "--config"])
         .arg(folder.join(CONFIG))
         .stderr(log.map_err(|err| setup("no log", err))?)
+        // A signal of the terminal's is for the campaign, which ends its daemon by itself.
+        .process_group(0)
         .spawn()
         .map_err(|err| setup("no daemon", err))
 }
