@@ -98,9 +98,9 @@ impl Nvme {
             warn!(asked:?; "no admin command is free");
             return;
         };
-        self.admin.slots[place] = Some(UnderWay { asked, issued: self.ticks });
+        self.admin.slots[place] = Some(UnderWay { asked, issued: self.transfers.ticks });
         self.admin.rings.push(place as u16, command);
-        self.admin.rings.commit(&self.doorbells);
+        self.admin.rings.commit(&self.transfers.doorbells);
         self.watch();
     }
 
@@ -137,7 +137,7 @@ impl Nvme {
                 );
                 return self.trouble(&words);
             };
-            self.admin.rings.acknowledge(&self.doorbells);
+            self.admin.rings.acknowledge(&self.transfers.doorbells);
             let result = match completion.status & 0x7ff {
                 0 => Ok(completion.result),
                 _ => Err(CommandError(completion.status)),

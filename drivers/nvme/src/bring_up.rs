@@ -120,9 +120,9 @@ impl Nvme {
     /// Disables the controller, to bring it up anew. What was under way is kept to be done again.
     pub(crate) fn begin_reset(&mut self) {
         self.keep_what_is_under_way();
-        self.doorbells.uses_shadow = false;
+        self.transfers.doorbells.uses_shadow = false;
         self.admin.reset();
-        self.doorbells.bar.write(regs::CC, Configuration::empty());
+        self.transfers.doorbells.bar.write(regs::CC, Configuration::empty());
         self.state = State::Quieting { deadline: self.deadline() };
         self.look_at_state();
     }
@@ -130,7 +130,7 @@ impl Nvme {
     /// Goes on as far as the registers allow, and looks again later.
     pub(crate) fn look_at_state(&mut self) {
         loop {
-            let status = self.doorbells.bar.read(regs::CSTS);
+            let status = self.transfers.doorbells.bar.read(regs::CSTS);
             if status.bits() == regs::NOBODY {
                 return self.fail(Failure::new(Status::Gone, "its registers read as all ones"));
             }
@@ -163,7 +163,7 @@ impl Nvme {
     }
 
     fn enable(&mut self) {
-        let bar = &self.doorbells.bar;
+        let bar = &self.transfers.doorbells.bar;
         let (submission, completion) = self.admin.rings.addresses();
         let last = u32::from(self.admin.rings.entries() - 1);
         bar.write(regs::AQA, AdminSizes::empty().with_submission(last).with_completion(last));
@@ -189,6 +189,7 @@ impl Nvme {
                 needed()?;
                 let data = self.admin.identified.to_vec();
                 self.controller = Controller::parse(&data).map_err(|err| err.to_string())?;
+                self.transfers.most_bytes = self.controller.most_bytes;
                 self.ask_for_queues();
             }
             Asked::QueueCount => {
@@ -202,13 +203,13 @@ impl Nvme {
             }
             Asked::SubmissionQueue(place) => {
                 needed()?;
-                match place + 1 < self.io_count {
+                match place + 1 < self.transfers.count {
                     true => self.make_completion_queue(place + 1),
                     false => self.offer_shadow()?,
                 }
             }
             Asked::Shadow => {
-                self.doorbells.uses_shadow = result.is_ok();
+                self.transfers.doorbells.uses_shadow = result.is_ok();
                 if let Err(err) = result {
                     warn!(reason:% = err; "no shadow doorbells");
                 }
@@ -255,14 +256,16 @@ impl Nvme {
     /// completions are looked for.
     fn make_queues(&mut self, granted: u32) -> Result<(), String> {
         let most = Doorbells::most_pairs(self.limits.doorbell_stride) as usize - 1;
-        self.io_count = (granted as usize).min(usize::from(MOST_QUEUES) + 1).min(most);
-        while self.io.len() < self.io_count {
-            let id = self.io.len() as u16 + 1;
+        self.transfers.count = (granted as usize).min(usize::from(MOST_QUEUES) + 1).min(most);
+        while self.transfers.queues.len() < self.transfers.count {
+            let id = self.transfers.queues.len() as u16 + 1;
             let queue = IoQueue::make(&self.device, id, self.limits.entries);
-            self.io.push(queue.map_err(|err| format!("memory for queue {id}: {err}"))?);
+            self.transfers
+                .queues
+                .push(queue.map_err(|err| format!("memory for queue {id}: {err}"))?);
         }
-        for (place, queue) in self.io[..self.io_count].iter_mut().enumerate() {
-            queue.is_polled = place > 0 && place + 1 == self.io_count;
+        for (place, queue) in self.transfers.queues[..self.transfers.count].iter_mut().enumerate() {
+            queue.is_polled = place > 0 && place + 1 == self.transfers.count;
             queue.vector = match queue.is_polled {
                 true => NO_VECTOR,
                 // With few vectors, some serve several queues.
@@ -274,7 +277,7 @@ impl Nvme {
 
     /// Section 5.3.
     fn make_completion_queue(&mut self, place: usize) {
-        let queue = &self.io[place];
+        let queue = &self.transfers.queues[place];
         let interrupt = match queue.vector {
             NO_VECTOR => 0,
             vector => 1 << 1 | (vector as u32) << 16,
@@ -291,7 +294,7 @@ impl Nvme {
 
     /// Section 5.4.
     fn make_submission_queue(&mut self, place: usize) {
-        let queue = &self.io[place];
+        let queue = &self.transfers.queues[place];
         let (address, _) = queue.rings.addresses();
         let completion = u32::from(queue.rings.id()) << 16;
         let command = Command {
@@ -309,12 +312,12 @@ impl Nvme {
             self.ask_for_events();
             return Ok(());
         }
-        if self.doorbells.shadow.is_none() {
+        if self.transfers.doorbells.shadow.is_none() {
             let pages = Shared::make(&self.device, [PAGE, PAGE]);
             let [doorbells, event_indices] = pages.map_err(|err| err.to_string())?;
-            self.doorbells.shadow = Some(Shadow { doorbells, event_indices });
+            self.transfers.doorbells.shadow = Some(Shadow { doorbells, event_indices });
         }
-        let shadow = self.doorbells.shadow.as_ref().expect("made above");
+        let shadow = self.transfers.doorbells.shadow.as_ref().expect("made above");
         shadow.clear();
         let command = Command {
             opcode: admin::DOORBELL_BUFFER_CONFIG,
@@ -423,9 +426,9 @@ impl Nvme {
         if scan.is_stale {
             return self.begin_scan();
         }
-        self.namespaces = scan.found;
+        self.transfers.namespaces = scan.found;
         if !matches!(self.state, State::Identifying) {
-            info!(disks = self.namespaces.len(); "the namespaces have changed");
+            info!(disks = self.transfers.namespaces.len(); "the namespaces have changed");
             return;
         }
         self.state = State::Running;
@@ -433,10 +436,10 @@ impl Nvme {
             model = self.controller.model.as_str(),
             serial = self.controller.serial.as_str(),
             firmware = self.controller.firmware.as_str(),
-            disks = self.namespaces.len(),
-            queues = self.io_count,
+            disks = self.transfers.namespaces.len(),
+            queues = self.transfers.count,
             vectors = self.interrupts.len(),
-            shadow = self.doorbells.uses_shadow;
+            shadow = self.transfers.doorbells.uses_shadow;
             "the controller works"
         );
         self.ask_for_event();

@@ -122,6 +122,8 @@ impl IoQueue {
 pub struct Request {
     /// Whose it is: a place among the clients.
     pub client: usize,
+    /// Which of the queues has its commands.
+    pub turn: usize,
     pub tag: u64,
     pub operation: Operation,
     pub is_polled: bool,

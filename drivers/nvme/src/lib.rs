@@ -1,11 +1,11 @@
 //! Driver for NVMe controllers (NVM Express 1.4), which offers their namespaces as disks.
 //!
 //! From the outside in: [`Nvme`] below is the service, with its start and stop and the calls of its
-//! clients. `client.rs` has their data queues and memory, `transfer.rs` the way of a request
-//! through it: cut into commands, issued, completed, answered. `bring_up.rs` takes the controller
+//! clients. `client.rs` has their data queues and memory, `serve.rs` takes and answers their
+//! requests, `transfer.rs` has the way of a request through the controller. `bring_up.rs` takes the controller
 //! from any state to one that works, `recovery.rs` does what is to be done when it does not.
 //! `admin.rs` and `io_queue.rs` are its queues as we use them, `rings.rs` as the controller sees
-//! them; `command.rs`, `prp.rs`, `identify.rs`, `health.rs`, `status.rs` and `regs.rs` are formats.
+//! them; `alone.rs` is `transfer.rs` for its benchmark. `command.rs`, `prp.rs`, `identify.rs`, `health.rs`, `status.rs` and `regs.rs` are formats.
 //!
 //! Everything runs on one serial queue. A call to a client or to the controller never waits.
 //!
@@ -16,6 +16,8 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+#[doc(hidden)]
+pub mod alone;
 mod bring_up;
 mod client;
 mod command;
@@ -27,10 +29,9 @@ mod prp;
 mod recovery;
 mod regs;
 mod rings;
+mod serve;
 mod status;
 mod transfer;
-
-use std::collections::{BTreeMap, VecDeque};
 
 use block_api::{Disk, Failure, Status};
 use iohost_driver::ClientMemory;
@@ -40,8 +41,8 @@ use admin::AdminQueue;
 use bring_up::{Limits, State};
 use client::Clients;
 use identify::Namespace;
-use io_queue::{IoQueue, Part, Requests};
 use rings::Doorbells;
+use transfer::Transfers;
 
 /// I/O queue pairs with interrupts that are made, if the controller has as many.
 const MOST_QUEUES: u16 = 4;
@@ -55,28 +56,19 @@ pub struct Nvme {
     queue: IODispatchQueue<Self>,
     /// One per vector. The admin queue has vector 0.
     interrupts: Vec<IOInterruptDispatchSource>,
-    doorbells: Doorbells,
     limits: Limits,
     state: State,
     controller: identify::Controller,
-    namespaces: BTreeMap<u32, Namespace>,
     /// Namespaces that are being looked at.
     scan: bring_up::Scan,
     admin: AdminQueue,
-    io: Vec<IoQueue>,
-    /// How many of `io` the controller has.
-    io_count: usize,
+    transfers: Transfers,
     clients: Clients,
-    requests: Requests,
-    /// Parts of requests that have to find a queue again, after a reset.
-    homeless: VecDeque<Part>,
     /// Calls that wait until the controller works.
     waiting: Vec<Waiting>,
     health_calls: Vec<Reply<Vec<u8>>>,
     timer: IOTimerDispatchSource,
     timer_is_set: bool,
-    /// Half seconds in which something was under way.
-    ticks: u32,
     resets: u32,
     is_polling: bool,
 }
@@ -107,22 +99,16 @@ impl IOService for Nvme {
             device,
             queue: queue.clone(),
             interrupts,
-            doorbells,
             limits,
             state: State::Identifying,
             controller: identify::Controller::default(),
-            namespaces: BTreeMap::new(),
             scan: bring_up::Scan::default(),
-            io: Vec::new(),
-            io_count: 0,
+            transfers: Transfers::new(doorbells),
             clients: Clients::default(),
-            requests: Requests::default(),
-            homeless: VecDeque::new(),
             waiting: Vec::new(),
             health_calls: Vec::new(),
             timer,
             timer_is_set: false,
-            ticks: 0,
             resets: 0,
             is_polling: false,
         };
@@ -175,11 +161,12 @@ impl Nvme {
         match &self.state {
             State::Running => match call {
                 Waiting::Disks(reply) => {
-                    let numbers = self.namespaces.keys().flat_map(|number| number.to_le_bytes());
+                    let numbers =
+                        self.transfers.namespaces.keys().flat_map(|number| number.to_le_bytes());
                     // As many as a call's answer holds.
                     reply.complete(numbers.take(4096).collect());
                 }
-                Waiting::Describe(disk, reply) => match self.namespaces.get(&disk) {
+                Waiting::Describe(disk, reply) => match self.transfers.namespaces.get(&disk) {
                     Some(namespace) => reply.complete(self.disk(disk, namespace).to_bytes()),
                     None => reply.fail(IOReturn::NOT_FOUND),
                 },
@@ -222,8 +209,8 @@ impl Nvme {
         if vector == 0 {
             self.look_at_admin();
         }
-        for place in 0..self.io_count {
-            if self.io[place].vector == vector {
+        for place in 0..self.transfers.count {
+            if self.transfers.queues[place].vector == vector {
                 self.look_at(place);
             }
         }

@@ -14,9 +14,7 @@ use iohost_driver::prelude::*;
 use crate::admin::Asked;
 use crate::bring_up::State;
 use crate::command::{Command, admin};
-use crate::io_queue::Part;
 use crate::regs::{self, Configuration};
-use crate::transfer::MOST_ATTEMPTS;
 use crate::{MOST_RESETS, Nvme};
 
 /// Nanoseconds of a tick, and how late one may be.
@@ -48,39 +46,22 @@ impl Nvme {
     pub(crate) fn fail(&mut self, failure: Failure) {
         error!(reason:% = failure; "the controller is given up");
         // What it still writes meets no memory: it is no bus master any more.
-        self.doorbells.bar.write(regs::CC, Configuration::empty());
+        self.transfers.doorbells.bar.write(regs::CC, Configuration::empty());
         self.device.set_bus_master(false);
         self.keep_what_is_under_way();
         self.state = State::Failed(failure.clone());
-        self.namespaces.clear();
-        for Part { request, length, .. } in std::mem::take(&mut self.homeless) {
-            self.fail_request(request, failure.clone());
-            self.end_part(request, length);
-        }
+        self.transfers.namespaces.clear();
+        self.transfers.fail_what_was_kept(&failure);
         self.answer_all();
         for place in 0..self.clients.count() {
             self.take_requests(place);
         }
-        self.clients.notify();
+        self.answer_what_has_ended();
     }
 
     /// Takes everything out of the queues, to be done again; but what was tried often enough.
     pub(crate) fn keep_what_is_under_way(&mut self) {
-        for place in 0..self.io_count {
-            let queue = &mut self.io[place];
-            let backlog = std::mem::take(&mut queue.backlog);
-            for part in queue.reset() {
-                if part.attempts < MOST_ATTEMPTS {
-                    self.homeless.push_back(part);
-                    continue;
-                }
-                let words = format!("not done in {MOST_ATTEMPTS} attempts, with resets in between");
-                self.fail_request(part.request, Failure::new(Status::NotResponding, words));
-                self.end_part(part.request, part.length);
-            }
-            self.homeless.extend(backlog);
-        }
-        self.io_count = 0;
+        self.transfers.keep_what_is_under_way();
         self.scan = Default::default();
         for reply in self.health_calls.drain(..) {
             reply.fail(IOReturn::ABORTED);
@@ -89,15 +70,7 @@ impl Nvme {
 
     /// Puts what was kept into the queues of its clients.
     pub(crate) fn house_what_was_kept(&mut self) {
-        for part in std::mem::take(&mut self.homeless) {
-            let request = self.requests.get_mut(part.request);
-            let (client, is_polled) = (request.client, request.is_polled);
-            let queue = self.queue_for(client, is_polled);
-            self.io[queue].backlog.push_back(part);
-        }
-        for place in 0..self.io_count {
-            self.issue(place);
-        }
+        self.transfers.house_what_was_kept();
         for place in 0..self.clients.count() {
             self.take_requests(place);
         }
@@ -106,7 +79,8 @@ impl Nvme {
     /// Has the time looked at, if there is anything that may take too long.
     pub(crate) fn watch(&mut self) {
         let is_waited_for = |nvme: &Self| {
-            nvme.admin.is_waited_for() || nvme.io[..nvme.io_count].iter().any(|io| !io.is_idle())
+            let queues = &nvme.transfers.queues[..nvme.transfers.count];
+            nvme.admin.is_waited_for() || queues.iter().any(|queue| !queue.is_idle())
         };
         if !self.timer_is_set && is_waited_for(self) {
             let now = self.queue.now(IOTimerClock::UptimeRaw);
@@ -133,8 +107,8 @@ impl Nvme {
 
     /// Half a second has passed with something under way.
     fn tick(&mut self) {
-        self.ticks = self.ticks.wrapping_add(1);
-        let status = self.doorbells.bar.read(regs::CSTS);
+        self.transfers.ticks = self.transfers.ticks.wrapping_add(1);
+        let status = self.transfers.doorbells.bar.read(regs::CSTS);
         if status.bits() == regs::NOBODY {
             return self.fail(Failure::new(Status::Gone, "its registers read as all ones"));
         }
@@ -143,14 +117,14 @@ impl Nvme {
         }
         // An interrupt may have got lost: what is there is taken, and is not late.
         self.look_at_admin();
-        for place in 0..self.io_count {
+        for place in 0..self.transfers.count {
             self.look_at(place);
         }
-        if let Some(asked) = self.admin.overdue(self.ticks, PATIENCE) {
+        if let Some(asked) = self.admin.overdue(self.transfers.ticks, PATIENCE) {
             let words = format!("it has not answered to an admin command ({asked:?})");
             return self.trouble(&words);
         }
-        for place in 0..self.io_count {
+        for place in 0..self.transfers.count {
             if let Err(words) = self.abort_what_is_late(place) {
                 return self.trouble(&words);
             }
@@ -158,11 +132,11 @@ impl Nvme {
     }
 
     fn abort_what_is_late(&mut self, place: usize) -> Result<(), String> {
-        let now = self.ticks;
+        let now = self.transfers.ticks;
         let mut aborts = self.controller.aborts.saturating_sub(self.admin.under_way(Asked::Abort));
-        let queue = self.io[place].rings.id();
+        let queue = self.transfers.queues[place].rings.id();
         let mut late = Vec::new();
-        for (id, slot) in self.io[place].under_way() {
+        for (id, slot) in self.transfers.queues[place].under_way() {
             let age = now.wrapping_sub(slot.issued);
             if slot.is_being_aborted && age >= ABORT_PATIENCE {
                 return Err(format!("command {id} of queue {queue} is late, and was not aborted"));
@@ -189,7 +163,7 @@ impl Nvme {
         if matches!(self.state, State::Failed(_)) {
             return;
         }
-        let bar = &self.doorbells.bar;
+        let bar = &self.transfers.doorbells.bar;
         let until = |what: &str, is_so: &dyn Fn(regs::Status) -> bool| {
             const LOOKS: u32 = 200;
             for _ in 0..LOOKS {

@@ -1,15 +1,19 @@
-//! The way of a request: taken, checked, cut into commands, issued, completed, answered.
+//! The way of a request through the controller's queues: cut into commands, issued, completed.
+//!
+//! Nothing here knows of clients. A request that is sound comes in by [`Transfers::begin`] and goes
+//! out by [`Transfers::ended`]; `serve.rs` has what is before and behind that.
 
-use block_api::{Failure, Operation, Request as Asked, Status};
+use std::collections::{BTreeMap, VecDeque};
+
+use block_api::{Failure, Operation, Status};
 use iohost_driver::prelude::*;
 
-use crate::Nvme;
-use crate::bring_up::State;
-use crate::client::{Client, Entry};
 use crate::command::{Command, Completion, io};
 use crate::identify::Namespace;
-use crate::io_queue::{Part, Request};
+use crate::io_queue::{IoQueue, Part, Request, Requests};
+use crate::memory::Shared;
 use crate::prp::{self, LIST};
+use crate::rings::Doorbells;
 use crate::status::CommandError;
 
 /// How often a command is tried, counting the first time.
@@ -18,145 +22,87 @@ pub const MOST_ATTEMPTS: u8 = 3;
 /// The most blocks of a range that is discarded by one command.
 const MOST_DISCARDED: u64 = 1 << 30;
 
-impl Nvme {
-    /// A client has put requests into its queue, or has taken completions out of its other one.
-    pub(crate) fn serve(&mut self, session: SessionId) {
-        if let Some(place) = self.clients.place(session) {
-            self.take_requests(place);
-            self.settle();
+/// The I/O queues of a controller, and the requests in them.
+pub struct Transfers {
+    pub doorbells: Doorbells,
+    pub queues: Vec<IoQueue>,
+    /// How many of `queues` the controller has.
+    pub count: usize,
+    pub namespaces: BTreeMap<u32, Namespace>,
+    /// The most bytes of one command.
+    pub most_bytes: u64,
+    /// Half seconds in which something was under way.
+    pub ticks: u32,
+    /// A command has worked since this was looked at.
+    pub has_worked: bool,
+    requests: Requests,
+    /// Parts of requests that have to find a queue again, after a reset.
+    homeless: VecDeque<Part>,
+    /// Requests that are done or have failed, and were not taken.
+    ended: Vec<Request>,
+}
+
+impl Transfers {
+    /// Without a queue or a disk yet.
+    pub fn new(doorbells: Doorbells) -> Self {
+        Self {
+            doorbells,
+            queues: Vec::new(),
+            count: 0,
+            namespaces: BTreeMap::new(),
+            most_bytes: prp::MOST_BYTES,
+            ticks: 0,
+            has_worked: false,
+            requests: Requests::default(),
+            homeless: VecDeque::new(),
+            ended: Vec::new(),
         }
     }
 
-    /// Takes a client's requests, as long as there is room for their commands.
-    pub(crate) fn take_requests(&mut self, place: usize) {
-        let mut entries = Vec::new();
-        loop {
-            let queues = [false, true].map(|is_polled| self.queue_for(place, is_polled));
-            let room = match &self.state {
-                State::Running => queues.map(|queue| self.io[queue].room()).into_iter().min(),
-                // They are refused one by one.
-                State::Failed(_) => Some(usize::MAX),
-                _ => None,
-            };
-            let room = room.unwrap_or(0);
-            let Some(client) = self.clients.get(place) else { return };
-            if room == 0 {
-                client.has_more = true;
-                return;
-            }
-            let may_have_more = client.take(room, &mut entries);
-            client.under_way += entries.len();
-            for entry in entries.drain(..) {
-                if let Err((tag, failure)) = self.accept(place, &entry)
-                    && let Some(client) = self.clients.get(place)
-                {
-                    client.answer(tag, Err(&failure));
-                }
-            }
-            if !may_have_more {
-                return;
-            }
-        }
-    }
-
-    /// Begins a request, or says why not.
+    /// Takes a request, and issues it if its queue has room. There is a queue.
     #[inline]
-    fn accept(&mut self, place: usize, entry: &Entry) -> Result<(), (u64, Failure)> {
-        let malformed = |tag| (tag, Failure::new(Status::Malformed, "no request that we know"));
-        let asked = Asked::from_bytes(&entry.bytes).map_err(|err| malformed(err.tag))?;
-        let tag = asked.tag;
-        if !entry.is_whole {
-            return Err(malformed(tag));
-        }
-        if let State::Failed(failure) = &self.state {
-            return Err((tag, failure.clone()));
-        }
-        let generation = self.client(place).generation;
-        if asked.generation != generation {
-            let words = format!("it is of generation {}, not {generation}", asked.generation);
-            return Err((tag, Failure::new(Status::Stale, words)));
-        }
-        let address = self.check(place, &asked).map_err(|failure| (tag, failure))?;
-        // A flush has no bytes, and ends as one of one byte would.
-        let length = if asked.operation == Operation::Flush { 1 } else { asked.length };
-        let request = self.requests.insert(Request {
-            client: place,
-            tag,
-            operation: asked.operation,
-            is_polled: asked.is_polled,
-            disk: asked.disk,
-            offset: asked.offset,
-            address,
-            left: length,
-            failure: None,
-        });
-        let queue = self.queue_for(place, asked.is_polled);
-        self.io[queue].backlog.push_back(Part { request, start: 0, length, attempts: 0 });
+    pub fn begin(&mut self, request: Request) {
+        let queue = self.queue_for(request.turn, request.is_polled);
+        let length = request.left;
+        let request = self.requests.insert(request);
+        self.queues[queue].backlog.push_back(Part { request, start: 0, length, attempts: 0 });
         self.issue(queue);
-        Ok(())
     }
 
-    /// Whether a request can be done; then, where the controller finds its bytes.
+    /// The requests that have ended, in the order in which they did. Whoever takes them leaves it
+    /// empty.
     #[inline]
-    fn check(&mut self, place: usize, asked: &Asked) -> Result<u64, Failure> {
-        let Asked { operation, disk, offset, length, at, .. } = *asked;
-        let namespace = self.namespaces.get(&disk).ok_or_else(|| no_disk(disk))?;
-        if operation == Operation::Flush {
-            return Ok(0);
-        }
-        let block = 1 << namespace.shift;
-        if length == 0 || !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
-            let words = format!("{length} bytes at {offset} of a disk of blocks of {block} bytes");
-            return Err(Failure::new(Status::NotAligned, words));
-        }
-        let end = offset.checked_add(length);
-        if end.is_none_or(|end| end > namespace.bytes()) {
-            let words = format!("{length} bytes at {offset} of {} bytes", namespace.bytes());
-            return Err(Failure::new(Status::OutOfRange, words));
-        }
-        if operation.changes_the_disk() && namespace.is_read_only {
-            return Err(Failure::new(Status::ReadOnly, format!("disk {disk}")));
-        }
-        let is_there = match operation {
-            Operation::Discard => self.controller.has_dataset_management,
-            Operation::WriteZeroes => self.controller.has_write_zeroes,
-            _ => true,
-        };
-        if !is_there {
-            return Err(Failure::new(Status::Unsupported, format!("{operation:?}")));
-        }
-        if !operation.has_data() {
-            return Ok(0);
-        }
-        if !at.is_multiple_of(4) {
-            let words = format!("the bytes begin at {at} in memory, no multiple of 4");
-            return Err(Failure::new(Status::NotAligned, words));
-        }
-        self.client(place).address(asked.memory, at, length)
+    pub fn ended(&mut self) -> &mut Vec<Request> {
+        &mut self.ended
     }
 
-    fn client(&mut self, place: usize) -> &mut Client {
-        self.clients.get(place).expect("a request comes from a client")
-    }
-
-    /// The queue that has a client's commands.
+    /// How many requests of a turn, of whatever kind, can be issued at once.
     #[inline]
-    pub(crate) fn queue_for(&mut self, place: usize, is_polled: bool) -> usize {
-        let polled = self.io_count.checked_sub(1).filter(|last| self.io[*last].is_polled);
-        match polled {
+    pub fn room(&self, turn: usize) -> usize {
+        let room = |is_polled| self.queues[self.queue_for(turn, is_polled)].room();
+        room(false).min(room(true))
+    }
+
+    /// The queue whose completions are looked for, if there is one: the last.
+    #[inline]
+    pub fn polled(&self) -> Option<usize> {
+        self.count.checked_sub(1).filter(|last| self.queues[*last].is_polled)
+    }
+
+    /// The queue that has the commands of a turn, by which those who send are spread.
+    #[inline]
+    fn queue_for(&self, turn: usize, is_polled: bool) -> usize {
+        match self.polled() {
             Some(last) if is_polled => last,
-            _ => {
-                let turn = self.clients.get(place).map_or(0, |client| client.turn);
-                turn % (self.io_count - usize::from(polled.is_some())).max(1)
-            }
+            polled => turn % (self.count - usize::from(polled.is_some())).max(1),
         }
     }
 
     /// Writes commands for what waits for a queue, as far as it has room.
-    pub(crate) fn issue(&mut self, place: usize) {
+    pub fn issue(&mut self, place: usize) {
         let now = self.ticks;
-        while self.io[place].has_slot()
-            && let Some(part) = self.io[place].backlog.pop_front()
+        while self.queues[place].has_slot()
+            && let Some(part) = self.queues[place].backlog.pop_front()
         {
             let request = self.requests.get_mut(part.request);
             let namespace = self.namespaces.get(&request.disk).copied();
@@ -170,9 +116,9 @@ impl Nvme {
             };
             let most = match request.operation {
                 Operation::Discard => MOST_DISCARDED << namespace.shift,
-                _ => self.controller.most_bytes,
+                _ => self.most_bytes,
             };
-            let queue = &mut self.io[place];
+            let queue = &mut self.queues[place];
             let length = part.length.min(most);
             if length < part.length {
                 let (start, length) = (part.start + length, part.length - length);
@@ -186,20 +132,29 @@ impl Nvme {
         }
     }
 
-    /// Takes the completions of a queue.
-    pub(crate) fn look_at(&mut self, place: usize) {
-        while let Some(completion) = self.io[place].rings.next() {
-            if let Err(words) = self.command_done(place, completion) {
-                return self.trouble(&words);
-            }
+    /// Tells the controller of the commands that it was not told of: once for each queue.
+    #[inline]
+    pub fn commit(&mut self) {
+        for queue in &mut self.queues[..self.count] {
+            queue.rings.commit(&self.doorbells);
         }
-        self.io[place].rings.acknowledge(&self.doorbells);
+    }
+
+    /// Takes the completions of a queue, and issues what waited for them.
+    ///
+    /// Errors: what the controller did that cannot be.
+    pub fn look_at(&mut self, place: usize) -> Result<(), String> {
+        while let Some(completion) = self.queues[place].rings.next() {
+            self.command_done(place, completion)?;
+        }
+        self.queues[place].rings.acknowledge(&self.doorbells);
         self.issue(place);
+        Ok(())
     }
 
     #[inline]
     fn command_done(&mut self, place: usize, completion: Completion) -> Result<(), String> {
-        let queue = &mut self.io[place];
+        let queue = &mut self.queues[place];
         let Some(part) = queue.give_back(completion.id) else {
             let Completion { id, status, .. } = completion;
             let queue = queue.rings.id();
@@ -208,7 +163,7 @@ impl Nvme {
             ));
         };
         if completion.status & 0x7ff == 0 {
-            self.resets = 0;
+            self.has_worked = true;
             self.end_part(part.request, part.length);
             return Ok(());
         }
@@ -219,61 +174,60 @@ impl Nvme {
             return Ok(());
         }
         let words = format!("{error}, at byte {} of the request", part.start);
-        self.fail_request(part.request, Failure::new(error.kind(), words));
-        self.end_part(part.request, part.length);
+        self.fail_part(part, Failure::new(error.kind(), words));
         Ok(())
     }
 
-    /// The first failure of a request is the one that its client is told.
-    pub(crate) fn fail_request(&mut self, number: u32, failure: Failure) {
-        self.requests.get_mut(number).failure.get_or_insert(failure);
+    /// A part is given up. The first failure of a request is the one that is told.
+    fn fail_part(&mut self, part: Part, failure: Failure) {
+        self.requests.get_mut(part.request).failure.get_or_insert(failure);
+        self.end_part(part.request, part.length);
     }
 
-    /// Some bytes of a request are done or given up. With the last of them it is answered.
+    /// Some bytes of a request are done or given up. With the last of them it has ended.
     #[inline]
-    pub(crate) fn end_part(&mut self, number: u32, bytes: u64) {
-        let Some(request) = self.requests.end(number, bytes) else { return };
-        let Some(client) = self.clients.get(request.client) else { return };
-        match &request.failure {
-            None => client.answer(request.tag, Ok(())),
-            Some(failure) => {
-                client.answer(request.tag, Err(failure));
-            }
+    fn end_part(&mut self, number: u32, bytes: u64) {
+        if let Some(request) = self.requests.end(number, bytes) {
+            self.ended.push(request);
         }
-        self.clients.forget_if_done(request.client);
     }
 
-    /// After anything was done: more requests are taken if there is room, doorbells are rung once,
-    /// and clients are notified once.
-    pub(crate) fn settle(&mut self) {
-        for place in 0..self.clients.count() {
-            if self.clients.get(place).is_some_and(|client| client.has_more) {
-                self.take_requests(place);
-            }
-        }
-        for queue in &mut self.io[..self.io_count] {
-            queue.rings.commit(&self.doorbells);
-        }
-        self.clients.notify();
-        self.watch();
-        self.poll_later();
-    }
-
-    /// Looks for the completions of a polled queue, over and over, as work of our queue like any
-    /// other, as long as it has commands.
-    fn poll_later(&mut self) {
-        let polled = self.io_count.checked_sub(1).filter(|last| self.io[*last].is_polled);
-        let is_needed = polled.is_some_and(|last| !self.io[last].is_idle());
-        if is_needed && !self.is_polling {
-            self.is_polling = true;
-            self.queue.dispatch_async(move |nvme| {
-                nvme.is_polling = false;
-                let last = nvme.io_count.checked_sub(1).filter(|last| nvme.io[*last].is_polled);
-                if let Some(last) = last {
-                    nvme.look_at(last);
+    /// Takes everything out of the queues, which the controller forgets, to be done again; but what
+    /// was tried often enough.
+    pub fn keep_what_is_under_way(&mut self) {
+        for place in 0..self.count {
+            let queue = &mut self.queues[place];
+            let backlog = std::mem::take(&mut queue.backlog);
+            for part in queue.reset() {
+                if part.attempts < MOST_ATTEMPTS {
+                    self.homeless.push_back(part);
+                    continue;
                 }
-                nvme.settle();
-            });
+                let words = format!("not done in {MOST_ATTEMPTS} attempts, with resets in between");
+                self.fail_part(part, Failure::new(Status::NotResponding, words));
+            }
+            self.homeless.extend(backlog);
+        }
+        self.count = 0;
+    }
+
+    /// Puts what was kept into queues again, and issues it.
+    pub fn house_what_was_kept(&mut self) {
+        for part in std::mem::take(&mut self.homeless) {
+            let request = self.requests.get_mut(part.request);
+            let (turn, is_polled) = (request.turn, request.is_polled);
+            let queue = self.queue_for(turn, is_polled);
+            self.queues[queue].backlog.push_back(part);
+        }
+        for place in 0..self.count {
+            self.issue(place);
+        }
+    }
+
+    /// Gives up what was kept.
+    pub fn fail_what_was_kept(&mut self, failure: &Failure) {
+        for part in std::mem::take(&mut self.homeless) {
+            self.fail_part(part, failure.clone());
         }
     }
 }
@@ -284,7 +238,7 @@ fn command_for(
     request: &Request,
     namespace: &Namespace,
     part: Part,
-    lists: &crate::memory::Shared,
+    lists: &Shared,
     at: usize,
 ) -> Command {
     let first = (request.offset + part.start) >> namespace.shift;
@@ -320,6 +274,6 @@ fn command_for(
     command
 }
 
-fn no_disk(disk: u32) -> Failure {
+pub fn no_disk(disk: u32) -> Failure {
     Failure::new(Status::NoSuchDisk, format!("there is no disk {disk}"))
 }

@@ -508,11 +508,28 @@ impl<D: Exported> Drop for Instance<D> {
 /// ```ignore
 /// iohost_driver::export_driver!(Edu, serves edu_api, edu_maintenance_api);
 /// ```
+///
+/// A driver that is `linked` is no plugin, but is handed to the host by its own program, which may
+/// have any number of them. It serves no interface.
+///
+/// ```ignore
+/// iohost_driver::export_driver!(Lender, linked);
+/// ```
 #[macro_export]
 macro_rules! export_driver {
     ($driver:ty) => {
         $crate::export_driver!(@export $driver);
-
+        $crate::export_driver!(@serves_nobody $driver);
+    };
+    ($driver:ty, linked) => {
+        static DESCRIPTOR: $crate::expansion::DriverDescriptor =
+            $crate::expansion::descriptor::<$driver>(
+                ::std::env!("CARGO_PKG_NAME"),
+                $crate::expansion::BUILT_WITH,
+            );
+        $crate::export_driver!(@serves_nobody $driver);
+    };
+    (@serves_nobody $driver:ty) => {
         impl $crate::Exported for $driver {
             $crate::export_driver!(@descriptor);
 

@@ -10,23 +10,20 @@
 //! two system calls that do nothing.
 
 use std::hint::black_box;
-use std::process::Stdio;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use iohost_driver::{
     Bar, DmaArena, DmaArenaOptions, IODMACommand, IOPCIDevice, MapWindow, MemoryDirection,
     register_map,
 };
 use iohost_memory::SharedMemory;
-use nix::sys::ptrace;
-use nix::sys::signal::{Signal, raise};
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{Pid, getppid};
+use nix::unistd::getppid;
 
 use crate::driver;
-use crate::rounds::{Better, Case, Effort, Metric, Peer, Side, this_program};
+use crate::instructions::{self, counted};
+use crate::rounds::{Better, Case, Effort, Metric, Peer, Side};
 
 const MAPPED: &str = "device-registers";
 const BAR: &str = "device-registers-of-a-bar";
@@ -81,9 +78,6 @@ fn device() -> Result<&'static IOPCIDevice> {
 
 // ---- Registers ----
 
-/// What stands between what is counted.
-const MARK: Signal = Signal::SIGUSR1;
-
 /// Instructions of a read and of a write: those of twice as many, less those of as many.
 fn instructions(case: &str, side: Side, effort: Effort) -> Result<Vec<f64>> {
     let times = effort.of(2000, 10);
@@ -92,55 +86,20 @@ fn instructions(case: &str, side: Side, effort: Effort) -> Result<Vec<f64>> {
     Ok(vec![each(read_once, read_twice), each(write_once, write_twice)])
 }
 
-/// Single-steps the other process from mark to mark.
-fn counted(case: &str, side: Side, effort: Effort) -> Result<[u64; 4]> {
-    let child = this_program("--other-end", case, side, effort)?.stdout(Stdio::null()).spawn()?;
-    let child = Pid::from_raw(child.id().try_into()?);
-    let options = ptrace::Options::PTRACE_O_EXITKILL;
-    let mut counts = Vec::new();
-    // It attaches itself to us and stops at its first mark.
-    wait_for_mark(child, |_| bail!("it steps though nobody said so"))?;
-    ptrace::setoptions(child, options).context("ptrace(2), which counts instructions")?;
-    for _ in 0..4 {
-        let mut count = 0;
-        ptrace::step(child, None)?;
-        wait_for_mark(child, |child| {
-            count += 1;
-            Ok(ptrace::step(child, None)?)
-        })?;
-        counts.push(count);
-    }
-    ptrace::cont(child, None)?;
-    let ended = waitpid(child, None)?;
-    ensure!(ended == WaitStatus::Exited(child, 0), "what is counted: {ended:?}");
-    Ok(counts.try_into().expect("one for each part"))
-}
-
-fn wait_for_mark(child: Pid, mut stepped: impl FnMut(Pid) -> Result<()>) -> Result<()> {
-    loop {
-        match waitpid(child, None)? {
-            WaitStatus::Stopped(_, MARK) => return Ok(()),
-            WaitStatus::Stopped(_, Signal::SIGTRAP) => stepped(child)?,
-            other => bail!("what is counted: {other:?}"),
-        }
-    }
-}
-
 /// Reads as often as is asked for, then twice as often, between marks; then writes.
 pub fn other_end(case: &str, side: Side, effort: Effort) -> Result<()> {
     let times = effort.of(2000, 10);
     let word = AtomicU32::new(0);
     let bar = device()?.map_bar::<Page>(0)?;
     let mapped = bar.mapped().context("the BAR is memory")?;
-    ptrace::traceme().context("ptrace(2), which counts instructions")?;
-    raise(MARK)?;
+    instructions::begin()?;
     for part in [times, 2 * times] {
         match (side, case) {
             (Side::Peer(_), _) => read_word(black_box(&word), part),
             (Side::Ours, MAPPED) => read_mapped(black_box(mapped), part),
             (Side::Ours, _) => read_bar(black_box(&bar), part),
         }
-        raise(MARK)?;
+        instructions::mark()?;
     }
     for part in [times, 2 * times] {
         match (side, case) {
@@ -148,7 +107,7 @@ pub fn other_end(case: &str, side: Side, effort: Effort) -> Result<()> {
             (Side::Ours, MAPPED) => write_mapped(black_box(mapped), part),
             (Side::Ours, _) => write_bar(black_box(&bar), part),
         }
-        raise(MARK)?;
+        instructions::mark()?;
     }
     Ok(())
 }

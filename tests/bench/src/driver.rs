@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Release};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
-use iohost_device_backend::InterruptKind;
+use iohost_device_backend::{DeviceBackend, InterruptKind};
 use iohost_device_models::{Function, edu};
 use iohost_dispatch::Engine;
 use iohost_driver::{
@@ -38,7 +38,7 @@ static DEVICE: OnceLock<IOPCIDevice> = OnceLock::new();
 /// Starts the driver on an emulated device; to be done once. It ends with the process.
 pub fn lend() -> Result<Lent> {
     let function = Arc::new(Function::new(edu::Edu::new(edu::Timing::Immediate)));
-    start_on(FakeDevice::new(function.clone()))?;
+    lend_to(Arc::new(FakeDevice::new(function.clone())))?;
     let queue = DEFAULT_QUEUE.get().context("the driver started")?;
     Ok(Lent { queue, function })
 }
@@ -46,19 +46,29 @@ pub fn lend() -> Result<Lent> {
 /// The same on a device whose BAR 0 is memory.
 pub fn lend_device(bar: SharedMemory) -> Result<&'static IOPCIDevice> {
     let function = Arc::new(Function::new(edu::Edu::new(edu::Timing::Immediate)));
-    start_on(FakeDevice::new(function).with_memory(0, bar))?;
+    lend_to(Arc::new(FakeDevice::new(function).with_memory(0, bar)))
+}
+
+/// The same on any device.
+pub fn lend_to(device: Arc<dyn DeviceBackend>) -> Result<&'static IOPCIDevice> {
+    start_on::<Lender>(device, InterruptKind::Msi)?;
     DEVICE.get().context("the driver started")
 }
 
-/// As the driver host does, but linked.
-fn start_on(device: FakeDevice<edu::Edu>) -> Result<()> {
+/// Starts a driver as the driver host does, but linked. It ends with the process.
+pub fn start_on<D: Exported>(
+    device: Arc<dyn DeviceBackend>,
+    interrupts: InterruptKind,
+) -> Result<Arc<Driver>> {
     let recorder = Recorder::create()?;
     recorder.watch();
     let engine = Box::leak(Box::new(Engine::start_recorded(Arc::new(recorder))?));
-    let (device, _) = Device::take_over(Arc::new(device), vec![InterruptKind::Msi])?;
-    let plugin = Plugin::linked(Lender::descriptor());
-    Box::leak(Box::new(Driver::start(engine, plugin, device, Arc::default())?));
-    Ok(())
+    let (device, _) = Device::take_over(device, vec![interrupts])?;
+    let plugin = Plugin::linked(D::descriptor());
+    let driver = Arc::new(Driver::start(engine, plugin, device, Arc::default())?);
+    // One more, which is never dropped.
+    std::mem::forget(driver.clone());
+    Ok(driver)
 }
 
 impl IOService for Lender {
@@ -76,4 +86,4 @@ impl IOService for Lender {
     }
 }
 
-iohost_driver::export_driver!(Lender);
+iohost_driver::export_driver!(Lender, linked);

@@ -98,7 +98,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Bytes of each ring: about 960 messages.
-const QUEUE_BYTE_COUNT: u64 = 1 << 16;
+pub const QUEUE_BYTE_COUNT: u64 = 1 << 16;
 
 fn stream<const SIZE: usize, L: Line<SIZE>>(
     case: &str,
@@ -364,7 +364,7 @@ fn answer_round_trips<L: Line<64>>(count: u64) -> Result<()> {
 }
 
 /// The socket to the process that measures.
-fn standard_input() -> Result<Packets> {
+pub fn standard_input() -> Result<Packets> {
     Ok(Packets::from(std::io::stdin().as_fd().try_clone_to_owned()?))
 }
 
@@ -425,23 +425,23 @@ impl<L> Session<L> {
 }
 
 /// A data queue in each direction.
-struct Queues {
-    producer: Producer,
-    serviced: Doorway,
-    consumer: Consumer,
-    available: Doorway,
+pub struct Queues {
+    pub producer: Producer,
+    pub serviced: Doorway,
+    pub consumer: Consumer,
+    pub available: Doorway,
     entry: Vec<u8>,
 }
 
 /// What a data queue consists of.
-struct Parts {
+pub struct Parts {
     ring: Ring,
     available: Bell,
     serviced: Bell,
 }
 
 impl Queues {
-    fn new(to: Parts, from: Parts, socket: Packets) -> Result<Self> {
+    pub fn new(to: Parts, from: Parts, socket: Packets) -> Result<Self> {
         let socket = OwnedFd::from(socket);
         let doorway = |bell, socket| Doorway::new(bell, Some(Peer::Connection(socket)));
         Ok(Self {
@@ -455,7 +455,7 @@ impl Queues {
 }
 
 impl Parts {
-    fn new() -> Result<Self> {
+    pub fn new() -> Result<Self> {
         let ring = Ring::create(c"bench", QUEUE_BYTE_COUNT)?;
         Ok(Self { ring, available: Bell::new()?, serviced: Bell::new()? })
     }
@@ -472,7 +472,7 @@ impl Parts {
         Ok([parts().context("a queue")??, parts().context("another queue")??])
     }
 
-    fn fds(&self) -> [BorrowedFd<'_>; 3] {
+    pub fn fds(&self) -> [BorrowedFd<'_>; 3] {
         [self.ring.memory().as_fd(), self.available.as_fd(), self.serviced.as_fd()]
     }
 }
