@@ -9,6 +9,7 @@ use iohost_driver::prelude::*;
 use iohost_driver::{ClientMemory, Consumer, MemoryDirection, Producer, QueueError};
 
 use crate::Nvme;
+use crate::io_queue::Ended;
 use crate::memory::PAGE;
 
 /// One session.
@@ -29,6 +30,8 @@ pub struct Client {
     /// Completions that found no room.
     unsent: VecDeque<Vec<u8>>,
     must_notify: bool,
+    /// It announces no requests, because we look for them.
+    is_polled: bool,
     is_closed: bool,
 }
 
@@ -72,26 +75,72 @@ impl Client {
             debug_assert!(read.is_ok(), "as long as the entry");
             into.push(Entry { bytes, is_whole });
         });
-        // A queue that is empty, broken or over has no more; the first will tell us when it has.
-        self.has_more = taken.is_ok();
+        self.has_more = match taken {
+            // What comes now is not announced, and we look again by ourselves.
+            Ok(count) if self.is_polled => count == most.min(BATCH),
+            Ok(_) => true,
+            // A queue that is empty, broken or over has no more; the first will tell us when it has.
+            Err(_) => false,
+        };
         self.has_more
     }
 
-    /// Puts a completion into the queue back, or keeps it until there is room.
+    /// Whether there seem to be requests to take.
     #[inline]
-    pub fn answer(&mut self, tag: u64, outcome: Result<(), &Failure>) {
-        self.under_way -= 1;
-        match outcome {
-            Ok(()) => self.send(&Completion::done(tag)),
-            Err(failure) => self.send(&Completion::failed(tag, failure)),
+    pub fn has_requests(&self) -> bool {
+        self.has_more || self.requests.is_data_available()
+    }
+
+    /// Its requests are looked for from here on.
+    #[inline]
+    pub fn begin_polling(&mut self) {
+        if !self.is_polled {
+            self.is_polled = true;
+            self.requests.begin_polling();
         }
     }
 
-    #[inline]
-    fn send(&mut self, entry: &[u8]) {
-        if !self.unsent.is_empty() || !self.enqueue(entry) {
-            self.unsent.push_back(entry.to_vec());
+    /// Its requests are to be announced again. There may be some that were not.
+    pub fn end_polling(&mut self) {
+        if std::mem::take(&mut self.is_polled) {
+            self.requests.end_polling();
+            self.has_more = true;
         }
+    }
+
+    /// Puts completions into the queue back, together, and keeps those for which there is no room.
+    pub fn answer_all(&mut self, ended: &[Ended]) {
+        self.under_way -= ended.len();
+        let mut sent = 0;
+        if self.unsent.is_empty() {
+            let put = self.completions.enqueue_batch(|batch| {
+                for Ended { tag, failure, .. } in ended {
+                    let put = match failure {
+                        None => batch.enqueue(&Completion::done(*tag)),
+                        Some(failure) => batch.enqueue(&Completion::failed(*tag, failure)),
+                    };
+                    if matches!(put, Err(QueueError::Overrun { .. })) {
+                        break;
+                    }
+                    sent += 1;
+                }
+            });
+            // A queue that is broken or over takes everything.
+            if put.is_err() {
+                sent = ended.len();
+            }
+        }
+        for Ended { tag, failure, .. } in &ended[sent..] {
+            self.unsent.push_back(match failure {
+                None => Completion::done(*tag).to_vec(),
+                Some(failure) => Completion::failed(*tag, failure),
+            });
+        }
+    }
+
+    /// Says that a request was not begun.
+    pub fn refuse(&mut self, tag: u64, failure: Failure) {
+        self.answer_all(&[Ended { client: 0, tag, failure: Some(failure) }]);
     }
 
     /// Whether everything that waited is sent.
@@ -149,6 +198,7 @@ impl Clients {
             has_more: true,
             unsent: VecDeque::new(),
             must_notify: false,
+            is_polled: false,
             is_closed: false,
         };
         self.turns += 1;
@@ -231,6 +281,10 @@ impl Clients {
     #[inline]
     pub fn get(&mut self, place: usize) -> Option<&mut Client> {
         self.places.get_mut(place)?.as_mut()
+    }
+
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut Client> {
+        self.places.iter_mut().flatten()
     }
 
     pub fn count(&self) -> usize {

@@ -137,6 +137,14 @@ pub struct Request {
     pub failure: Option<Failure>,
 }
 
+/// What became of a request.
+#[derive(Debug)]
+pub struct Ended {
+    pub client: usize,
+    pub tag: u64,
+    pub failure: Option<Failure>,
+}
+
 /// The requests under way, by numbers that are used again.
 #[derive(Default)]
 pub struct Requests {

@@ -70,7 +70,12 @@ pub struct Nvme {
     timer: IOTimerDispatchSource,
     timer_is_set: bool,
     resets: u32,
+    /// [`Nvme::poll`] is on its way.
     is_polling: bool,
+    /// Looks of it in a row that found nothing.
+    idle_turns: u32,
+    /// For requests on their way from a client's queue.
+    entries: Vec<client::Entry>,
 }
 
 /// A call that waits.
@@ -111,6 +116,8 @@ impl IOService for Nvme {
             timer_is_set: false,
             resets: 0,
             is_polling: false,
+            idle_turns: serve::LINGER,
+            entries: Vec::new(),
         };
         nvme.begin_reset();
         if let State::Failed(failure) = &nvme.state {

@@ -13,6 +13,10 @@ impl Nvme {
     /// A client has put requests into its queue, or has taken completions out of its other one.
     pub(crate) fn serve(&mut self, session: SessionId) {
         if let Some(place) = self.clients.place(session) {
+            if let Some(client) = self.clients.get(place) {
+                // The end of this call takes back that we look by ourselves.
+                client.end_polling();
+            }
             self.take_requests(place);
             self.settle();
         }
@@ -20,32 +24,35 @@ impl Nvme {
 
     /// Takes a client's requests, as long as there is room for their commands.
     pub(crate) fn take_requests(&mut self, place: usize) {
-        let mut entries = Vec::new();
-        loop {
-            let Some(client) = self.clients.get(place) else { return };
-            let room = match &self.state {
-                State::Running => self.transfers.room(client.turn),
-                // They are refused one by one.
-                State::Failed(_) => usize::MAX,
-                _ => 0,
-            };
-            if room == 0 {
-                client.has_more = true;
-                return;
-            }
-            let may_have_more = client.take(room, &mut entries);
-            client.under_way += entries.len();
-            for entry in entries.drain(..) {
-                if let Err((tag, failure)) = self.accept(place, &entry)
-                    && let Some(client) = self.clients.get(place)
-                {
-                    client.answer(tag, Err(&failure));
-                }
-            }
-            if !may_have_more {
-                return;
+        // Kept for the next time, as its memory is.
+        let mut entries = std::mem::take(&mut self.entries);
+        while self.take_some_requests(place, &mut entries) {}
+        self.entries = entries;
+    }
+
+    /// Takes some of a client's requests. Whether there can be more, and room for them.
+    fn take_some_requests(&mut self, place: usize, entries: &mut Vec<Entry>) -> bool {
+        let Some(client) = self.clients.get(place) else { return false };
+        let room = match &self.state {
+            State::Running => self.transfers.room(client.turn),
+            // They are refused one by one.
+            State::Failed(_) => usize::MAX,
+            _ => 0,
+        };
+        if room == 0 {
+            client.has_more = true;
+            return false;
+        }
+        let may_have_more = client.take(room, entries);
+        client.under_way += entries.len();
+        for entry in entries.drain(..) {
+            if let Err((tag, failure)) = self.accept(place, &entry)
+                && let Some(client) = self.clients.get(place)
+            {
+                client.refuse(tag, failure);
             }
         }
+        may_have_more
     }
 
     /// Begins a request, or says why not.
@@ -139,11 +146,17 @@ impl Nvme {
 
     /// Answers the requests that have ended, and notifies their clients, once each.
     pub(crate) fn answer_what_has_ended(&mut self) {
-        for request in self.transfers.ended().drain(..) {
-            let Some(client) = self.clients.get(request.client) else { continue };
-            client.answer(request.tag, request.failure.as_ref().map_or(Ok(()), Err));
-            self.clients.forget_if_done(request.client);
+        let mut ended = std::mem::take(self.transfers.ended());
+        for of_one in ended.chunk_by(|one, other| one.client == other.client) {
+            let place = of_one[0].client;
+            if let Some(client) = self.clients.get(place) {
+                client.answer_all(of_one);
+                self.clients.forget_if_done(place);
+            }
         }
+        ended.clear();
+        // Its memory is for the next ones.
+        *self.transfers.ended() = ended;
         self.clients.notify();
     }
 
@@ -161,20 +174,50 @@ impl Nvme {
         self.poll_later();
     }
 
-    /// Looks for the completions of a polled queue, over and over, as work of our queue like any
-    /// other, as long as it has commands.
+    /// Polls as work of our queue like any other, as long as the polled queue has commands and for
+    /// a moment longer.
     fn poll_later(&mut self) {
-        let polled = self.transfers.polled();
-        let is_needed = polled.is_some_and(|last| !self.transfers.queues[last].is_idle());
-        if is_needed && !self.is_polling {
+        let Some(polled) = self.transfers.polled() else { return };
+        if !self.transfers.queues[polled].is_idle() {
+            self.idle_turns = 0;
+        }
+        if self.idle_turns < LINGER && !self.is_polling {
             self.is_polling = true;
-            self.queue.dispatch_async(move |nvme| {
-                nvme.is_polling = false;
-                if let Some(last) = nvme.transfers.polled() {
-                    nvme.look_at(last);
-                }
-                nvme.settle();
-            });
+            self.queue.dispatch_async(Self::poll);
         }
     }
+
+    /// Looks for requests and for completions of the polled queue, over and over.
+    fn poll(&mut self) {
+        self.is_polling = false;
+        self.clients.iter_mut().for_each(Client::begin_polling);
+        for _ in 0..TURNS {
+            let Some(polled) = self.transfers.polled() else { break };
+            for place in 0..self.clients.count() {
+                if self.clients.get(place).is_some_and(|client| client.has_requests()) {
+                    self.take_requests(place);
+                }
+            }
+            self.transfers.commit();
+            self.look_at(polled);
+            if !self.transfers.ended().is_empty() {
+                self.idle_turns = 0;
+                self.answer_what_has_ended();
+            } else {
+                self.idle_turns = self.idle_turns.saturating_add(1);
+                std::hint::spin_loop();
+            }
+        }
+        if self.idle_turns >= LINGER {
+            self.clients.iter_mut().for_each(Client::end_polling);
+        }
+        self.settle();
+    }
 }
+
+/// Looks for requests and completions in one go, before other work of our queue has its turn.
+const TURNS: u32 = 64;
+
+/// Looks that find nothing before the polling ends, some tens of microseconds: less than it takes a
+/// client to wake us, so that one who sends again at once need not.
+pub const LINGER: u32 = 1000;

@@ -10,7 +10,7 @@ use iohost_driver::prelude::*;
 
 use crate::command::{Command, Completion, io};
 use crate::identify::Namespace;
-use crate::io_queue::{IoQueue, Part, Request, Requests};
+use crate::io_queue::{Ended, IoQueue, Part, Request, Requests};
 use crate::memory::Shared;
 use crate::prp::{self, LIST};
 use crate::rings::Doorbells;
@@ -39,7 +39,7 @@ pub struct Transfers {
     /// Parts of requests that have to find a queue again, after a reset.
     homeless: VecDeque<Part>,
     /// Requests that are done or have failed, and were not taken.
-    ended: Vec<Request>,
+    ended: Vec<Ended>,
 }
 
 impl Transfers {
@@ -65,14 +65,18 @@ impl Transfers {
         let queue = self.queue_for(request.turn, request.is_polled);
         let length = request.left;
         let request = self.requests.insert(request);
-        self.queues[queue].backlog.push_back(Part { request, start: 0, length, attempts: 0 });
+        let part = Part { request, start: 0, length, attempts: 0 };
+        if self.queues[queue].room() == 0 {
+            return self.queues[queue].backlog.push_back(part);
+        }
+        self.issue_part(queue, part);
         self.issue(queue);
     }
 
     /// The requests that have ended, in the order in which they did. Whoever takes them leaves it
     /// empty.
     #[inline]
-    pub fn ended(&mut self) -> &mut Vec<Request> {
+    pub fn ended(&mut self) -> &mut Vec<Ended> {
         &mut self.ended
     }
 
@@ -100,36 +104,40 @@ impl Transfers {
 
     /// Writes commands for what waits for a queue, as far as it has room.
     pub fn issue(&mut self, place: usize) {
-        let now = self.ticks;
         while self.queues[place].has_slot()
             && let Some(part) = self.queues[place].backlog.pop_front()
         {
-            let request = self.requests.get_mut(part.request);
-            let namespace = self.namespaces.get(&request.disk).copied();
-            // Namespaces can vanish, and the rest of a request that has failed is not done.
-            let namespace = namespace.filter(|_| request.failure.is_none());
-            let Some(namespace) = namespace else {
-                let disk = request.disk;
-                request.failure.get_or_insert_with(|| no_disk(disk));
-                self.end_part(part.request, part.length);
-                continue;
-            };
-            let most = match request.operation {
-                Operation::Discard => MOST_DISCARDED << namespace.shift,
-                _ => self.most_bytes,
-            };
-            let queue = &mut self.queues[place];
-            let length = part.length.min(most);
-            if length < part.length {
-                let (start, length) = (part.start + length, part.length - length);
-                queue.backlog.push_front(Part { start, length, ..part });
-            }
-            let part = Part { length, attempts: part.attempts + 1, ..part };
-            let Some(id) = queue.take_slot(part, now) else { return };
-            let at = usize::from(id) * LIST;
-            let command = command_for(request, &namespace, part, &queue.lists, at);
-            queue.rings.push(id, command);
+            self.issue_part(place, part);
         }
+    }
+
+    /// Writes a command for as much of a part as one can do. There is a slot.
+    #[inline]
+    fn issue_part(&mut self, place: usize, part: Part) {
+        let request = self.requests.get_mut(part.request);
+        let namespace = self.namespaces.get(&request.disk).copied();
+        // Namespaces can vanish, and the rest of a request that has failed is not done.
+        let namespace = namespace.filter(|_| request.failure.is_none());
+        let Some(namespace) = namespace else {
+            let disk = request.disk;
+            request.failure.get_or_insert_with(|| no_disk(disk));
+            return self.end_part(part.request, part.length);
+        };
+        let most = match request.operation {
+            Operation::Discard => MOST_DISCARDED << namespace.shift,
+            _ => self.most_bytes,
+        };
+        let queue = &mut self.queues[place];
+        let length = part.length.min(most);
+        if length < part.length {
+            let (start, length) = (part.start + length, part.length - length);
+            queue.backlog.push_front(Part { start, length, ..part });
+        }
+        let part = Part { length, attempts: part.attempts + 1, ..part };
+        let Some(id) = queue.take_slot(part, self.ticks) else { return };
+        let at = usize::from(id) * LIST;
+        let command = command_for(request, &namespace, part, &queue.lists, at);
+        queue.rings.push(id, command);
     }
 
     /// Tells the controller of the commands that it was not told of: once for each queue.
@@ -187,8 +195,8 @@ impl Transfers {
     /// Some bytes of a request are done or given up. With the last of them it has ended.
     #[inline]
     fn end_part(&mut self, number: u32, bytes: u64) {
-        if let Some(request) = self.requests.end(number, bytes) {
-            self.ended.push(request);
+        if let Some(Request { client, tag, failure, .. }) = self.requests.end(number, bytes) {
+            self.ended.push(Ended { client, tag, failure });
         }
     }
 

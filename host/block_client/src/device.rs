@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use block_api::{Disk, Failure, Health, Operation, Request, Status};
+use block_api::{Disk, Failure, Health, Operation, Request};
 use iohost_client::Session;
 
-use crate::{BlockError, Requests};
+use crate::{BlockError, Requests, check};
 
 /// Bytes of one request.
 const CHUNK: usize = 256 << 10;
@@ -119,7 +119,7 @@ impl BlockDevice {
     ) -> Result<(), BlockError> {
         self.finish_what_was_left().await?;
         if operation != Operation::Flush {
-            self.check(offset, length)?;
+            check(&self.disk, offset, length)?;
         }
         let request = self.request(operation, 0, offset, length);
         self.requests.send_async(&request).await?;
@@ -134,7 +134,7 @@ impl BlockDevice {
         if length == 0 {
             return Ok(());
         }
-        self.check(offset, length as u64)?;
+        check(&self.disk, offset, length as u64)?;
         let operation = match data {
             Data::Into(_) => Operation::Read,
             Data::From(_) => Operation::Write,
@@ -200,20 +200,6 @@ impl BlockDevice {
             at: (chunk * CHUNK) as u64,
             generation: 0,
         }
-    }
-
-    /// Refuses what the driver would refuse in part.
-    fn check(&self, offset: u64, length: u64) -> Result<(), Failure> {
-        let (block, bytes) = (u64::from(self.disk.block), self.disk.bytes());
-        if !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
-            let words = format!("{length} bytes at {offset} of a disk of blocks of {block} bytes");
-            return Err(Failure::new(Status::NotAligned, words));
-        }
-        if offset.checked_add(length).is_none_or(|end| end > bytes) {
-            let words = format!("{length} bytes at {offset} of {bytes} bytes");
-            return Err(Failure::new(Status::OutOfRange, words));
-        }
-        Ok(())
     }
 }
 

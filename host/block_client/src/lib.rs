@@ -17,7 +17,8 @@
 //! ```
 //!
 //! [`BlockDevice`] reads and writes slices, in as many requests at a time as is good for speed; what
-//! blocks has a form for tasks beside it. Below it is [`Requests`]: single requests, with their bytes
+//! blocks has a form for tasks beside it. [`Pipeline`] has many operations under way at a time. Below
+//! both is [`Requests`]: single requests, with their bytes
 //! in memory that the device reaches in place, for who wants no copy or an order of its own. [`nbd`]
 //! serves a disk to programs that know nothing of us.
 
@@ -25,10 +26,12 @@
 
 mod device;
 pub mod nbd;
+mod pipeline;
 mod requests;
 
 pub use block_api::{Completion, Disk, Failure, Health, Operation, Request, Status};
 pub use device::BlockDevice;
+pub use pipeline::{Ended, Pipeline, Work};
 pub use requests::Requests;
 
 use iohost_client::{ClientError, NoAccess, WaitError};
@@ -68,4 +71,18 @@ pub enum BlockError {
     /// not sent.
     #[error("the driver's queue has something that is no completion of ours")]
     Malformed,
+}
+
+/// Refuses what the driver would refuse in part.
+fn check(disk: &Disk, offset: u64, length: u64) -> Result<(), Failure> {
+    let (block, bytes) = (u64::from(disk.block), disk.bytes());
+    if !offset.is_multiple_of(block) || !length.is_multiple_of(block) {
+        let words = format!("{length} bytes at {offset} of a disk of blocks of {block} bytes");
+        return Err(Failure::new(Status::NotAligned, words));
+    }
+    if offset.checked_add(length).is_none_or(|end| end > bytes) {
+        let words = format!("{length} bytes at {offset} of {bytes} bytes");
+        return Err(Failure::new(Status::OutOfRange, words));
+    }
+    Ok(())
 }

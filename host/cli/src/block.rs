@@ -8,7 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
-use iohost_block::{BlockDevice, BlockError, Disk, Operation, Request, Requests};
+use iohost_block::{BlockDevice, BlockError, Disk, Operation, Pipeline, Request, Requests};
 use iohost_client::{Daemon, ServiceMatch};
 use iohost_control::host::Failure;
 use serde::Serialize;
@@ -326,7 +326,7 @@ fn export(
     thread::scope(|scope| {
         loop {
             let (stream, _) = listener.accept().map_err(|err| unusable(socket, &err))?;
-            scope.spawn(|| match open(options, which) {
+            scope.spawn(|| match open_pipeline(options, which) {
                 Ok(mut disk) => {
                     let ended = iohost_block::nbd::serve(stream, &mut disk);
                     if let Err(err) = ended {
@@ -478,11 +478,20 @@ fn choose(requests: &Requests, which: &DiskOptions) -> Result<Disk, CommandError
 }
 
 fn open(options: &Options, which: &DiskOptions) -> Result<BlockDevice, CommandError> {
-    let number = match which.disk {
-        Some(number) => number,
-        None => find(options, which)?.1.number,
-    };
+    let number = number_of(options, which)?;
     BlockDevice::open(options.connect()?.open(&which.service)?, number).map_err(failed)
+}
+
+fn open_pipeline(options: &Options, which: &DiskOptions) -> Result<Pipeline, CommandError> {
+    let number = number_of(options, which)?;
+    Pipeline::open(options.connect()?.open(&which.service)?, number).map_err(failed)
+}
+
+fn number_of(options: &Options, which: &DiskOptions) -> Result<u32, CommandError> {
+    match which.disk {
+        Some(number) => Ok(number),
+        None => Ok(find(options, which)?.1.number),
+    }
 }
 
 fn failed(err: BlockError) -> CommandError {

@@ -156,6 +156,25 @@ impl<End: RingEnd> abi::Source for IODataQueueDispatchSource<End> {
     }
 }
 
+impl IODataQueueDispatchSource<Consumer> {
+    /// The other end sends no notifications from here on, which would cost it a system call each:
+    /// the driver looks for entries by itself, as often as it can.
+    ///
+    /// Until [`end_polling`](Self::end_polling), or the next call of the handler, whose end takes it
+    /// back too. On the source's queue.
+    pub fn begin_polling(&self) {
+        self.end.handling().begin();
+    }
+
+    /// The other end sends notifications again. Take entries until
+    /// [`QueueError::Underrun`](crate::QueueError::Underrun) after this: what came before was not
+    /// announced.
+    pub fn end_polling(&self) {
+        // Whether a notification was left out does not matter, as the caller looks in any case.
+        let _ = self.end.handling().end();
+    }
+}
+
 impl<End> Deref for IODataQueueDispatchSource<End> {
     type Target = End;
 

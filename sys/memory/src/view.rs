@@ -115,6 +115,7 @@ impl MemoryView {
 
     /// Bytes mapped; never zero.
     #[expect(clippy::len_without_is_empty, reason = "never empty")]
+    #[inline]
     pub fn len(&self) -> usize {
         self.len
     }
@@ -132,6 +133,7 @@ impl MemoryView {
     /// Copies bytes out. A peer that writes meanwhile can tear what is read; nothing else.
     ///
     /// Panics when the range is not inside the view.
+    #[inline]
     pub fn read_at(&self, offset: usize, data: &mut [u8]) {
         let source = self.at(offset, data.len());
         // SAFETY: `at` showed that the bytes are inside the mapping, which nothing refers to.
@@ -140,6 +142,7 @@ impl MemoryView {
 
     /// Copies bytes in. Panics when the range is not inside the view, or the view is for reading
     /// only.
+    #[inline]
     pub fn write_at(&self, offset: usize, data: &[u8]) {
         let target = self.at(offset, data.len());
         assert!(self.is_writable, "writing to a view that is for reading only");
@@ -148,6 +151,7 @@ impl MemoryView {
         unsafe { copy_in(target, data) }
     }
 
+    #[inline]
     fn at(&self, offset: usize, len: usize) -> NonNull<u8> {
         assert!(
             offset.checked_add(len).is_some_and(|end| end <= self.len),

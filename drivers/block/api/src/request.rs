@@ -109,11 +109,13 @@ impl Request {
 
 impl Operation {
     /// Whether bytes go between memory and disk.
+    #[inline]
     pub fn has_data(self) -> bool {
         matches!(self, Operation::Read | Operation::Write | Operation::WriteThrough)
     }
 
     /// Whether a disk that is read only refuses it.
+    #[inline]
     pub fn changes_the_disk(self) -> bool {
         !matches!(self, Operation::Read | Operation::Flush)
     }
@@ -262,10 +264,12 @@ impl Completion {
     }
 }
 
+#[inline]
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
+#[inline]
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }

@@ -89,6 +89,7 @@ impl IOMemoryMap {
     }
 
     /// Bytes mapped. `GetLength`.
+    #[inline]
     pub fn length(&self) -> u64 {
         match &self.bytes {
             Bytes::Memory(view) => view.len() as u64,
@@ -105,6 +106,7 @@ impl IOMemoryMap {
     /// to 8 bytes each.
     ///
     /// Errors: `OVERRUN` past the end.
+    #[inline]
     pub fn read_at(&self, offset: usize, data: &mut [u8]) -> Result<()> {
         self.check(offset, data.len())?;
         match &self.bytes {
@@ -117,6 +119,7 @@ impl IOMemoryMap {
     /// Copies bytes in, likewise.
     ///
     /// Errors: `OVERRUN` past the end; `NOT_WRITABLE` when it is for reading only.
+    #[inline]
     pub fn write_at(&self, offset: usize, data: &[u8]) -> Result<()> {
         self.check(offset, data.len())?;
         ensure!(!self.read_only, IOReturn::NOT_WRITABLE, "the mapping is for reading only");
@@ -127,6 +130,7 @@ impl IOMemoryMap {
         Ok(())
     }
 
+    #[inline]
     fn check(&self, offset: usize, len: usize) -> Result<()> {
         let fits = offset.checked_add(len).is_some_and(|end| end as u64 <= self.length());
         ensure!(
