@@ -6,9 +6,9 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use iohost_block::{BlockDevice, BlockError, Status};
+use iohost_block::{BlockDevice, BlockError, Operation, Pipeline, Request, Requests, Status, Work};
 use iohost_client::varlink::State;
 use iohost_tests::{Emulated, System};
 use nix::sys::signal::{Signal, kill};
@@ -55,6 +55,78 @@ fn what_a_client_writes_is_in_the_file_and_read_by_the_next_one() {
     open(&system, 1).read(512, &mut read).unwrap();
     assert!(read == expected);
     assert_eq!(system.stop(), Some(0));
+}
+
+#[test]
+fn operations_under_way_together_each_have_their_own_bytes_and_end() {
+    let (system, _device) = system();
+    let mut disk = Pipeline::open(system.connect().open("nvme0").unwrap(), 1).unwrap();
+    let data = pattern(5 << 20);
+    let work = |operation, offset, length, data: &[u8]| Work {
+        operation,
+        offset,
+        length,
+        data: data.to_vec(),
+    };
+    let mut run = |works: Vec<Work>| {
+        let count = works.len();
+        for (tag, work) in (0..).zip(works) {
+            disk.begin(tag, work).unwrap();
+        }
+        let mut all: Vec<_> = (0..count).map(|_| smol::block_on(disk.ended()).unwrap()).collect();
+        all.sort_by_key(|ended| ended.tag);
+        let tags: Vec<_> = all.iter().map(|ended| ended.tag).collect();
+        assert!(tags.iter().copied().eq(0..count as u64), "each of them once: {tags:?}");
+        all
+    };
+    // More than the memory has room for at a time.
+    let parts = data.chunks(1 << 20).zip((0..).step_by(1 << 20));
+    let writes = parts.map(|(part, at)| work(Operation::Write, at, part.len() as u64, part));
+    assert!(run(writes.collect()).iter().all(|ended| ended.outcome.is_ok()));
+    let mut reads = vec![work(Operation::Read, 512, 4 << 20, &[])];
+    reads.extend((0..200).map(|at| work(Operation::Read, at * 512, 512, &[])));
+    reads.push(work(Operation::Flush, 0, 0, &[]));
+    let ended = run(reads);
+    assert!(ended[0].data == data[512..][..4 << 20]);
+    for (at, one) in ended[1..201].iter().enumerate() {
+        assert!(one.data == data[at * 512..][..512], "read {at}");
+    }
+    let beyond = disk.begin(7, work(Operation::Read, 16 << 20, 512, &[]));
+    let Err(BlockError::Failed(failure)) = beyond else { panic!("{beyond:?}") };
+    assert_eq!(failure.status, Status::OutOfRange);
+}
+
+/// The pauses are those in which the driver goes on to look, ends that, and has ended it. Whatever
+/// comes first on a busy machine, every request is answered; one that nobody saw would never be.
+#[test]
+fn a_request_that_comes_when_polling_ends_is_seen() {
+    let (system, _device) = system();
+    let session = system.connect().open("nvme0").unwrap();
+    let mut requests = Requests::new(session, 4096).unwrap();
+    for tag in 0..2000 {
+        let request = Request {
+            tag,
+            operation: Operation::Read,
+            is_polled: true,
+            memory: 0,
+            disk: 1,
+            offset: 512 * tag,
+            length: 512,
+            at: 0,
+            generation: 0,
+        };
+        requests.send(&request).unwrap();
+        let too_long = async {
+            smol::Timer::after(Duration::from_secs(60)).await;
+            panic!("request {tag} is not answered");
+        };
+        let completion = smol::block_on(smol::future::or(requests.completion_async(), too_long));
+        assert_eq!(completion.unwrap().tag, tag);
+        let until = Instant::now() + Duration::from_micros(tag * 7 % 200);
+        while Instant::now() < until {
+            std::hint::spin_loop();
+        }
+    }
 }
 
 #[test]

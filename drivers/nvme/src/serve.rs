@@ -208,7 +208,8 @@ impl Nvme {
                 std::hint::spin_loop();
             }
         }
-        if self.idle_turns >= LINGER {
+        // Without a polled queue, as after a reset, nobody would come back to look.
+        if self.idle_turns >= LINGER || self.transfers.polled().is_none() {
             self.clients.iter_mut().for_each(Client::end_polling);
         }
         self.settle();

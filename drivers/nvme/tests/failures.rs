@@ -177,14 +177,17 @@ fn heads_and_queues_in_completions_are_of_no_use_to_us_and_harmless() {
 
 #[test]
 fn a_controller_that_only_lies_is_given_up_and_everybody_is_told() {
-    let mut client = client();
-    with(&client, |faults| faults.lies.extend([Lie::CommandId(0xffff); 20]));
-    client.send(read());
-    assert_eq!(outcome(&client.wait(LONG)), Err(Status::NotResponding));
-    assert_eq!(client.failure(read()), Status::NotResponding, "at once");
-    let mut health = client.rig.client::<block_api::Client>().health();
-    client.rig.settle();
-    assert_eq!(health.poll(), Some(Err(IOReturn::NOT_RESPONDING)));
+    for is_polled in [false, true] {
+        let mut client = client();
+        let read = block_api::Request { is_polled, ..read() };
+        with(&client, |faults| faults.lies.extend([Lie::CommandId(0xffff); 20]));
+        client.send(read);
+        assert_eq!(outcome(&client.wait(LONG)), Err(Status::NotResponding));
+        assert_eq!(client.failure(read), Status::NotResponding, "at once");
+        let mut health = client.rig.client::<block_api::Client>().health();
+        client.rig.settle();
+        assert_eq!(health.poll(), Some(Err(IOReturn::NOT_RESPONDING)));
+    }
 }
 
 #[test]

@@ -83,6 +83,10 @@ pub const CASES: &[Case] = &[
 /// Requests under way.
 const DEPTH: u64 = 32;
 
+/// Completions after which a client sends again: so that neither side waits for the whole depth of
+/// the other.
+const TOGETHER: usize = 4;
+
 /// Blocks of the disk, and of the client's memory.
 const BLOCKS: u64 = 1024;
 const BLOCK: u64 = 4096;
@@ -219,11 +223,11 @@ fn instructions_per_read(side: Side, effort: Effort) -> Result<Vec<f64>> {
 }
 
 fn counted_reads(effort: Effort) -> u64 {
-    effort.of(320, 64)
+    effort.of(64, 32)
 }
 
 fn run_counted(reader: &mut impl Reader, effort: Effort) -> Result<()> {
-    run(reader, 320)?;
+    run(reader, 64)?;
     instructions::begin()?;
     for times in [1, 2] {
         run(reader, times * counted_reads(effort))?;
@@ -288,7 +292,7 @@ impl Client {
             }
             consumer.wait(available, Duration::MAX)?;
             let mut failure = Ok(());
-            consumer.dequeue_batch(DEPTH as usize, |entry| {
+            consumer.dequeue_batch(TOGETHER, |entry| {
                 let mut bytes = [0; block_api::LONGEST_COMPLETION];
                 let bytes = &mut bytes[..entry.size().min(block_api::LONGEST_COMPLETION)];
                 let whole = entry.read_at(0, bytes);
