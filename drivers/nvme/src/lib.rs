@@ -2,10 +2,11 @@
 //!
 //! From the outside in: [`Nvme`] below is the service, with its start and stop and the calls of its
 //! clients. `client.rs` has their data queues and memory, `serve.rs` takes and answers their
-//! requests, `transfer.rs` has the way of a request through the controller. `bring_up.rs` takes the controller
-//! from any state to one that works, `recovery.rs` does what is to be done when it does not.
-//! `admin.rs` and `io_queue.rs` are its queues as we use them, `rings.rs` as the controller sees
-//! them; `alone.rs` is `transfer.rs` for its benchmark. `command.rs`, `prp.rs`, `identify.rs`, `health.rs`, `status.rs` and `regs.rs` are formats.
+//! requests, `transfer.rs` has the way of a request through the controller, and `alone.rs` that way
+//! without the rest, for its benchmark. `bring_up.rs` takes the controller from any state to one that
+//! works, `recovery.rs` does what is to be done when it does not. `admin.rs` and `io_queue.rs` are
+//! its queues as we use them, `rings.rs` as the controller sees them. `command.rs`, `prp.rs`,
+//! `identify.rs`, `health.rs`, `status.rs` and `regs.rs` are formats.
 //!
 //! Everything runs on one serial queue. A call to a client or to the controller never waits.
 //!

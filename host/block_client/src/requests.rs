@@ -1,15 +1,19 @@
 //! Requests and completions of one session, and its memory.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 
-use block_api::{COMPLETIONS, Completion, Disk, Health, REQUESTS, Request, Status};
-use iohost_client::{ClientMemory, QueueConsumer, QueueProducer, Session, WaitError};
+use block_api::{COMPLETIONS, Completion, Disk, Health, REQUEST_LENGTH, REQUESTS, Request, Status};
+use iohost_client::{ClientMemory, QueueConsumer, QueueError, QueueProducer, Session, WaitError};
+use slab::Slab;
 
 use crate::BlockError;
 
 /// How often a wait looks whether there is another driver.
 const LOOK: Duration = Duration::from_millis(100);
+
+/// Completions that are taken together.
+const BATCH: usize = 32;
 
 /// The way to all disks of one session.
 ///
@@ -25,13 +29,19 @@ pub struct Requests {
     completions: QueueConsumer,
     memory: ClientMemory,
     generation: u64,
-    /// What is not answered, by tag.
-    under_way: HashMap<u64, Request>,
-    /// Completions that were taken and not given to anybody yet.
-    taken: VecDeque<Completion>,
+    under_way: UnderWay,
     entry: Vec<u8>,
     /// Last, so that the queues are not the ones to find out that it has ended.
     session: Session,
+}
+
+/// Requests that were sent, until somebody is given their completions.
+#[derive(Debug, Default)]
+struct UnderWay {
+    /// What is not answered, by the tag that it has in the queue.
+    requests: Slab<Request>,
+    /// Completions that were taken out of the queue.
+    taken: VecDeque<Completion>,
 }
 
 impl Requests {
@@ -48,8 +58,7 @@ impl Requests {
             memory: session.map_memory(memory_type, Some(memory))?,
             // If it has changed meanwhile, that is found out as it always is.
             generation,
-            under_way: HashMap::new(),
-            taken: VecDeque::new(),
+            under_way: UnderWay::default(),
             entry: Vec::new(),
             session,
         })
@@ -83,18 +92,18 @@ impl Requests {
     /// Sends a request, and waits for room if the queue is full. Its tag is not that of another one
     /// under way; its generation is filled in here.
     pub fn send(&mut self, request: &Request) -> Result<(), BlockError> {
-        let request = Request { generation: self.generation, ..*request };
-        self.requests.send(&request.to_bytes())?;
-        self.under_way.insert(request.tag, request);
+        let tag = self.under_way.requests.vacant_key();
+        self.requests.send(&as_sent(request, tag, self.generation))?;
+        self.under_way.requests.insert(*request);
         Ok(())
     }
 
     /// As [`send`](Self::send), for a task. A future that is dropped before it is ready has sent
     /// nothing.
     pub async fn send_async(&mut self, request: &Request) -> Result<(), BlockError> {
-        let request = Request { generation: self.generation, ..*request };
-        self.requests.send_async(&request.to_bytes()).await?;
-        self.under_way.insert(request.tag, request);
+        let tag = self.under_way.requests.vacant_key();
+        self.requests.send_async(&as_sent(request, tag, self.generation)).await?;
+        self.under_way.requests.insert(*request);
         Ok(())
     }
 
@@ -105,8 +114,8 @@ impl Requests {
             if let Some(completion) = self.next_taken()? {
                 return Ok(completion);
             }
-            match self.completions.receive_within(&mut self.entry, LOOK) {
-                Ok(()) => self.take()?,
+            match self.completions.wait(LOOK) {
+                Ok(()) => self.take_all()?,
                 Err(WaitError::TimedOut { .. }) => {}
                 Err(err) => return Err(err.into()),
             }
@@ -126,7 +135,7 @@ impl Requests {
                 Ok(false)
             };
             if smol::future::or(received, looks).await? {
-                self.take()?;
+                self.under_way.keep(&self.entry)?;
             }
         }
     }
@@ -136,21 +145,23 @@ impl Requests {
         if self.session.generation() != self.generation {
             self.carry_on()?;
         }
-        Ok(self.taken.pop_front())
+        Ok(self.under_way.taken.pop_front())
     }
 
-    /// Keeps the entry that was received, if it answers a request.
-    fn take(&mut self) -> Result<(), BlockError> {
-        let completion = Completion::from_bytes(&self.entry).map_err(|_| BlockError::Malformed)?;
-        match &completion.outcome {
-            // It was sent again, or will be.
-            Err(failure) if failure.status == Status::Stale => {}
-            _ if self.under_way.remove(&completion.tag).is_some() => {
-                self.taken.push_back(completion);
+    /// Takes completions that are there, together.
+    fn take_all(&mut self) -> Result<(), BlockError> {
+        let Self { completions, under_way, entry, .. } = self;
+        let mut kept = Ok(());
+        let taken = completions.ring().dequeue_batch(BATCH, |found| {
+            found.copy_to(entry);
+            if kept.is_ok() {
+                kept = under_way.keep(entry);
             }
-            _ => return Err(BlockError::Malformed),
+        });
+        match taken {
+            Ok(_) | Err(QueueError::Underrun) => kept,
+            Err(err) => Err(WaitError::from(err).into()),
         }
-        Ok(())
     }
 
     /// Sends everything that is not answered to the driver that is there now. The order is that of
@@ -158,7 +169,7 @@ impl Requests {
     fn carry_on(&mut self) -> Result<(), BlockError> {
         let generation = self.session.generation();
         while self.completions.try_receive(&mut self.entry)? {
-            self.take()?;
+            self.under_way.keep(&self.entry)?;
         }
         let bytes = self.memory.len();
         let memory_type = block_api::memory_type(0, bytes as u64);
@@ -171,12 +182,32 @@ impl Requests {
         }
         self.memory = memory;
         self.generation = generation;
-        let left: Vec<Request> = self.under_way.values().copied().collect();
-        for request in left {
-            self.send(&request)?;
+        for (tag, request) in &self.under_way.requests {
+            self.requests.send(&as_sent(request, tag, generation))?;
         }
         Ok(())
     }
+}
+
+impl UnderWay {
+    /// Keeps a completion, if it answers a request.
+    fn keep(&mut self, entry: &[u8]) -> Result<(), BlockError> {
+        let Completion { tag, outcome } =
+            Completion::from_bytes(entry).map_err(|_| BlockError::Malformed)?;
+        if matches!(&outcome, Err(failure) if failure.status == Status::Stale) {
+            // It was sent again, or will be.
+            return Ok(());
+        }
+        let request = usize::try_from(tag).ok().and_then(|tag| self.requests.try_remove(tag));
+        let Request { tag, .. } = request.ok_or(BlockError::Malformed)?;
+        self.taken.push_back(Completion { tag, outcome });
+        Ok(())
+    }
+}
+
+/// A request as it stands in the queue.
+fn as_sent(request: &Request, tag: usize, generation: u64) -> [u8; REQUEST_LENGTH] {
+    Request { tag: tag as u64, generation, ..*request }.to_bytes()
 }
 
 /// The numbers of the disks of a driver.
