@@ -23,12 +23,12 @@ restart = { hang_seconds = 0 }"
 await "the driver" is_ready
 
 slices=$(part_of 12)
-tenths=15 # of a second that a slice takes
+seconds=2
 
 # kernel PATTERN SIZE DEPTH: reads per second.
 kernel() {
     fio --name=reads --filename="/dev/$disk" --direct=1 --ioengine=io_uring --rw="$1" --bs="$2" --iodepth="$3" \
-        --time_based --runtime="${tenths}00ms" --output-format=terse >/tmp/fio.log 2>&1 || fail "fio: $(cat /tmp/fio.log)"
+        --time_based --runtime=$seconds --output-format=terse >/tmp/fio.log 2>&1 || fail "fio: $(cat /tmp/fio.log)"
     grep '^3;' /tmp/fio.log | cut -d';' -f8
 }
 
@@ -37,7 +37,7 @@ iohosts() {
     pattern=
     [ "$1" = randread ] || pattern=--sequential
     # shellcheck disable=SC2086 # nothing or one word
-    iohost --json block bench disk $pattern --size "$2" --depth "$3" --seconds 2 ${4:-} >/tmp/bench.log 2>&1 || fail "$(cat /tmp/bench.log)"
+    iohost --json block bench disk $pattern --size "$2" --depth "$3" --seconds $seconds ${4:-} >/tmp/bench.log 2>&1 || fail "$(cat /tmp/bench.log)"
     sed -n 's/.*"per_second": *\([0-9]*\).*/\1/p' /tmp/bench.log
 }
 
