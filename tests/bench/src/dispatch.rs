@@ -7,7 +7,7 @@
 
 mod contenders;
 
-use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Barrier, Mutex, mpsc};
 use std::thread;
@@ -18,7 +18,7 @@ use iohost_dispatch::{Block, Queue};
 use iohost_driver::IODispatchQueue;
 
 use crate::driver::Lender;
-use crate::latency::{CLOCK, one_way};
+use crate::latency::{CLOCK, Handled, one_way};
 use crate::machine::Cores;
 use crate::rounds::{Better, Case, Effort, Metric, Peer};
 use contenders::{Contender, HandOver, RecordedQueue, Serial, Synchronous};
@@ -178,10 +178,10 @@ fn link<S: Serial>(serial: &'static S, left: u64) {
 /// From before the call to the closure, whose thread sleeps.
 fn async_to_idle<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
     let serial = start_and_pin::<S>()?;
-    static RAN_AT: AtomicU64 = AtomicU64::new(0);
-    let samples = one_way(effort, &RAN_AT, || {
+    static HANDLED: Handled = Handled::not_yet();
+    let samples = one_way(effort, &HANDLED, || {
         let sent = CLOCK.now();
-        serial.run_later(|| RAN_AT.store(CLOCK.now(), Release));
+        serial.run_later(|| HANDLED.now());
         sent
     });
     Ok(vec![samples.p50])

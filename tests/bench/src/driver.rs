@@ -1,6 +1,5 @@
 //! A driver that lends its queue, its interrupt and its device to the benchmarks.
 
-use std::sync::atomic::{AtomicU64, Ordering::Release};
 use std::sync::{Arc, OnceLock};
 
 use anyhow::{Context, Result};
@@ -16,7 +15,7 @@ use iohost_memory::SharedMemory;
 use iohost_memory::flight_recorder::Recorder;
 use iohost_testkit::FakeDevice;
 
-use crate::latency::CLOCK;
+use crate::latency::Handled;
 
 pub struct Lender {
     /// Owned, so that it stays.
@@ -30,7 +29,7 @@ pub struct Lent {
 }
 
 /// When the handler of the driver's interrupt ran last.
-pub static HANDLED: AtomicU64 = AtomicU64::new(0);
+pub static HANDLED: Handled = Handled::not_yet();
 
 static DEFAULT_QUEUE: OnceLock<IODispatchQueue<Lender>> = OnceLock::new();
 static DEVICE: OnceLock<IOPCIDevice> = OnceLock::new();
@@ -77,7 +76,7 @@ impl IOService for Lender {
     fn start(device: IOPCIDevice, queue: &IODispatchQueue<Self>) -> iohost_driver::Result<Self> {
         device.configure_interrupts(InterruptType::Messaged, 1, 1)?;
         let interrupt = IOInterruptDispatchSource::create(&device, 0, queue, |_: &mut Self, _| {
-            HANDLED.store(CLOCK.now(), Release);
+            HANDLED.now();
         })?;
         interrupt.set_enable(true)?;
         let _ = DEFAULT_QUEUE.set(queue.clone());

@@ -6,7 +6,6 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Release};
 use std::thread;
 
 use anyhow::Result;
@@ -16,7 +15,7 @@ use mio::unix::SourceFd;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 
 use crate::driver;
-use crate::latency::{CLOCK, one_sample, one_way};
+use crate::latency::{CLOCK, Handled, one_sample, one_way};
 use crate::machine::Cores;
 use crate::rounds::{Better, Case, Effort, Metric, Peer, Side, this_program};
 use crate::system_calls;
@@ -77,8 +76,7 @@ pub const CASES: &[Case] = &[
 struct Handling {
     /// Makes an event. Returns when, in time of [`CLOCK`].
     raise: Box<dyn Fn() -> u64>,
-    /// When the handler ran last.
-    handled: &'static AtomicU64,
+    handled: &'static Handled,
 }
 
 type Start = fn() -> Result<Handling>;
@@ -129,8 +127,8 @@ pub fn other_end(case: &str, side: Side) -> Result<()> {
 fn on_the_engine() -> Result<Handling> {
     let engine = Box::leak(Box::new(Engine::start()?));
     let queue = Queue::create(engine, "bench", Default::default())?;
-    let (signal, handled) = (Arc::new(Signal::new()?), new_time());
-    let handler = move |_| handled.store(CLOCK.now(), Release);
+    let (signal, handled) = (Arc::new(Signal::new()?), not_yet());
+    let handler = move |_| handled.now();
     let source =
         InterruptSource::create(&queue, signal.clone(), InterruptLine::Edge, CLOCK, handler)?;
     source.set_enable(true, None)?;
@@ -152,7 +150,7 @@ fn in_a_driver() -> Result<Handling> {
 }
 
 fn epoll_thread() -> Result<Handling> {
-    let (signal, handled) = (Arc::new(Signal::new()?), new_time());
+    let (signal, handled) = (Arc::new(Signal::new()?), not_yet());
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
     epoll.add(&signal, EpollEvent::new(EpollFlags::EPOLLIN, 0))?;
     let waited_for = signal.clone();
@@ -161,7 +159,7 @@ fn epoll_thread() -> Result<Handling> {
         loop {
             let woken = epoll.wait(&mut events, EpollTimeout::NONE);
             if woken.is_ok() && waited_for.take() > 0 {
-                handled.store(CLOCK.now(), Release);
+                handled.now();
             }
         }
     });
@@ -169,7 +167,7 @@ fn epoll_thread() -> Result<Handling> {
 }
 
 fn mio_thread() -> Result<Handling> {
-    let (signal, handled) = (Arc::new(Signal::new()?), new_time());
+    let (signal, handled) = (Arc::new(Signal::new()?), not_yet());
     let mut poll = mio::Poll::new()?;
     let descriptor = signal.as_fd().as_raw_fd();
     let readable = mio::Interest::READABLE;
@@ -180,15 +178,15 @@ fn mio_thread() -> Result<Handling> {
         loop {
             let woken = poll.poll(&mut events, None);
             if woken.is_ok() && waited_for.take() > 0 {
-                handled.store(CLOCK.now(), Release);
+                handled.now();
             }
         }
     });
     Ok(Handling { raise: raise(signal), handled })
 }
 
-fn new_time() -> &'static AtomicU64 {
-    Box::leak(Box::default())
+fn not_yet() -> &'static Handled {
+    Box::leak(Box::new(Handled::not_yet()))
 }
 
 fn raise(signal: Arc<Signal>) -> Box<dyn Fn() -> u64> {

@@ -19,8 +19,26 @@ pub struct OneWay {
     pub p99: f64,
 }
 
-/// `send` returns when it sent; the handler puts the time into `handled`.
-pub fn one_way(effort: Effort, handled: &AtomicU64, send: impl Fn() -> u64) -> OneWay {
+/// When the handler ran, in time of [`CLOCK`].
+///
+/// The sender looks at it until it is there, so it has a pair of cache lines for itself: what else
+/// the handler's side writes must not be fetched away from it.
+#[repr(align(128))]
+pub struct Handled(AtomicU64);
+
+impl Handled {
+    pub const fn not_yet() -> Self {
+        Self(AtomicU64::new(0))
+    }
+
+    /// To be called first by the handler.
+    pub fn now(&self) {
+        self.0.store(CLOCK.now(), Release);
+    }
+}
+
+/// `send` returns when it sent.
+pub fn one_way(effort: Effort, handled: &Handled, send: impl Fn() -> u64) -> OneWay {
     let (warm, count) = (effort.of(200, 5), effort.of(2_000, 50));
     let mut samples = Vec::new();
     for _ in 0..warm + count {
@@ -31,11 +49,11 @@ pub fn one_way(effort: Effort, handled: &AtomicU64, send: impl Fn() -> u64) -> O
 }
 
 /// One of them, after a pause.
-pub fn one_sample(handled: &AtomicU64, send: impl Fn() -> u64) -> u64 {
+pub fn one_sample(handled: &Handled, send: impl Fn() -> u64) -> u64 {
     spin_until(|| CLOCK.now(), CLOCK.now() + GAP_NS);
-    handled.store(0, Release);
+    handled.0.store(0, Release);
     let sent = send();
-    spin_until(|| handled.load(Acquire), 1).saturating_sub(sent)
+    spin_until(|| handled.0.load(Acquire), 1).saturating_sub(sent)
 }
 
 /// Spins, so that this core is awake and its caches are warm, until `value` is at least `least`.
