@@ -10,15 +10,16 @@ use std::sync::{Arc, Mutex};
 use iohost_interface::IOReturn;
 use iohost_memory::flight_recorder::Kind;
 
-use crate::handler::{Handler, HandlerSlot};
+use crate::handler::{Handler, HandlerSlot, NotNow};
+use crate::source::{Receiver, Watch};
 use crate::waiter::Waiter;
-use crate::{Block, DescriptorSource, NO_PANIC, Queue};
+use crate::{Block, NO_PANIC, Queue};
 
 /// Has a handler run on a queue for each write to an eventfd, or one call for several. Starts
 /// enabled.
 pub struct BellSource {
     core: Arc<BellCore>,
-    source: Mutex<Option<DescriptorSource<OwnedFd>>>,
+    watch: Mutex<Option<Watch<OwnedFd, Arc<BellCore>>>>,
 }
 
 struct BellCore {
@@ -50,15 +51,14 @@ impl BellSource {
             handler: HandlerSlot::new(Some(Box::new(move |()| handler()))),
             waiter: Waiter::default(),
         });
-        let delivering = core.clone();
-        let source = DescriptorSource::create(queue, bell, move || delivering.deliver())?;
-        Ok(Self { core, source: Mutex::new(Some(source)) })
+        let watch = Watch::create(queue, bell, core.clone())?;
+        Ok(Self { core, watch: Mutex::new(Some(watch)) })
     }
 
     /// Has the handler called once more, as if the bell had been rung.
     pub fn nudge(&self) {
-        if let Some(source) = &*self.source.lock().expect(NO_PANIC) {
-            source.nudge();
+        if let Some(watch) = &*self.watch.lock().expect(NO_PANIC) {
+            watch.nudge();
         }
     }
 
@@ -111,9 +111,8 @@ impl BellSource {
         state.enabled = false;
         drop(state);
         self.core.waiter.cancel();
-        let source = self.source.lock().expect(NO_PANIC).take();
-        drop(source);
-        self.core.handler.replace(None);
+        let watch = self.watch.lock().expect(NO_PANIC).take();
+        drop(watch);
         if let Some(done) = done {
             self.core.queue.dispatch_async(done);
         }
@@ -144,23 +143,28 @@ impl BellSource {
     }
 }
 
-impl BellCore {
-    /// On the queue.
-    fn deliver(&self) {
+impl Receiver for Arc<BellCore> {
+    fn receive(&self, again: impl FnOnce()) {
         let mut state = self.state.lock().expect(NO_PANIC);
         if !state.enabled {
             state.kept = true;
             return;
         }
-        // Under the lock, so that a handler that is set meanwhile learns what was kept. Nobody finds
-        // it running: the source of the descriptor makes one call at a time.
-        let Ok(handler) = self.handler.start(|| ()) else {
-            state.kept = true;
-            return;
+        // Under the lock, so that a handler that is set meanwhile learns what was kept.
+        let handler = match self.handler.start(again) {
+            Ok(handler) => handler,
+            Err(not_now) => {
+                state.kept |= not_now == NotNow::Absent;
+                return;
+            }
         };
         drop(state);
         let _told = self.waiter.delivering();
         self.queue.recorded(Kind::Bell, 0, 0, || handler.call(()));
+    }
+
+    fn end(&self) {
+        self.handler.replace(None);
     }
 }
 

@@ -12,8 +12,9 @@ use iohost_interface::IOReturn;
 use iohost_memory::flight_recorder::Kind;
 
 use crate::handler::{Handler, HandlerSlot};
+use crate::source::{Receiver, Watch};
 use crate::waiter::Waiter;
-use crate::{Block, DescriptorSource, NO_PANIC, Queue};
+use crate::{Block, NO_PANIC, Queue};
 
 /// What a handler is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +37,7 @@ pub enum InterruptLine {
 /// Has a handler run on a queue for the counts of an eventfd. Starts disabled.
 pub struct InterruptSource {
     core: Arc<InterruptCore>,
-    source: Mutex<Option<DescriptorSource<Arc<Signal>>>>,
+    watch: Mutex<Option<Watch<Arc<Signal>, Arc<InterruptCore>>>>,
 }
 
 struct InterruptCore {
@@ -85,9 +86,8 @@ impl InterruptSource {
             handler: HandlerSlot::new(Some(Box::new(handler))),
             waiter: Waiter::default(),
         });
-        let delivering = core.clone();
-        let source = DescriptorSource::create(queue, signal, move || delivering.deliver())?;
-        Ok(Self { core, source: Mutex::new(Some(source)) })
+        let watch = Watch::create(queue, signal, core.clone())?;
+        Ok(Self { core, watch: Mutex::new(Some(watch)) })
     }
 
     /// Replaces the handler from the next delivery on. Nothing is replayed. Without a handler
@@ -131,9 +131,8 @@ impl InterruptSource {
         state.enabled = false;
         drop(state);
         self.core.waiter.cancel();
-        let source = self.source.lock().expect(NO_PANIC).take();
-        drop(source);
-        self.core.handler.replace(None);
+        let watch = self.watch.lock().expect(NO_PANIC).take();
+        drop(watch);
         if let Some(done) = done {
             self.core.queue.dispatch_async(done);
         }
@@ -185,18 +184,17 @@ impl InterruptSource {
     }
 
     fn nudge(&self) {
-        if let Some(source) = &*self.source.lock().expect(NO_PANIC) {
-            source.nudge();
+        if let Some(watch) = &*self.watch.lock().expect(NO_PANIC) {
+            watch.nudge();
         }
     }
 }
 
-impl InterruptCore {
-    /// On the queue: one call for all that came.
-    fn deliver(&self) {
-        // Taken before the count is, so that it cannot go meanwhile and the count with it. Nobody
-        // finds it running: the source of the descriptor makes one call at a time.
-        let Ok(handler) = self.handler.start(|| ()) else { return };
+impl Receiver for Arc<InterruptCore> {
+    /// One call for all that came.
+    fn receive(&self, again: impl FnOnce()) {
+        // Taken before the count is, so that it cannot go meanwhile and the count with it.
+        let Ok(handler) = self.handler.start(again) else { return };
         let mut state = self.state.lock().expect(NO_PANIC);
         if !state.enabled {
             return;
@@ -212,6 +210,12 @@ impl InterruptCore {
         self.unmask();
     }
 
+    fn end(&self) {
+        self.handler.replace(None);
+    }
+}
+
+impl InterruptCore {
     /// Moves the kernel's count into ours; `false` when there was none.
     fn collect(&self, state: &mut State) -> bool {
         let count = self.signal.take();

@@ -27,40 +27,42 @@ pub(crate) enum Then {
     RunHere,
 }
 
-/// Has a handler run on a queue whenever a descriptor becomes readable.
-///
-/// The handler is called at least once after each event (a write to an eventfd, a packet that
-/// arrived), never twice at a time, and reads until there is nothing left. Dropping the source
-/// stops it: no handler starts afterwards, one in progress ends on its own.
-pub struct DescriptorSource<F: AsFd + Send + Sync + 'static> {
-    feed: Arc<Feed<F>>,
+/// What is called, on its queue, when a descriptor became readable.
+pub(crate) trait Receiver: Send + Sync + 'static {
+    /// Reads what there is. Called by one thread at a time, but for a handler that sleeps on its
+    /// queue: what finds it running has `again` called after it returned.
+    fn receive(&self, again: impl FnOnce());
+
+    /// The source has ended: no handler starts after this.
+    fn end(&self);
+}
+
+/// Watches a descriptor for a receiver, until it is dropped.
+pub(crate) struct Watch<F: AsFd + Send + Sync + 'static, R: Receiver> {
+    feed: Arc<Feed<F, R>>,
     token: u64,
 }
 
-/// What a source shares with the engine and with its queue.
-struct Feed<F> {
+/// What a watch shares with the engine and with its queue.
+struct Feed<F, R> {
     fd: F,
     queue: Queue,
     /// A delivery waits on the queue; one is enough, however many events come.
     scheduled: AtomicBool,
-    handler: HandlerSlot<()>,
-    this: Weak<Feed<F>>,
+    receiver: R,
+    this: Weak<Feed<F, R>>,
 }
 
-impl<F: AsFd + Send + Sync + 'static> DescriptorSource<F> {
+impl<F: AsFd + Send + Sync + 'static, R: Receiver> Watch<F, R> {
     /// Watches `fd` from now on. A descriptor that is readable already leads to a call.
     ///
     /// Errors: what `epoll_ctl` says, such as `PermissionDenied` for a plain file.
-    pub fn create(
-        queue: &Queue,
-        fd: F,
-        mut handler: impl FnMut() + Send + 'static,
-    ) -> io::Result<Self> {
+    pub(crate) fn create(queue: &Queue, fd: F, receiver: R) -> io::Result<Self> {
         let feed = Arc::new_cyclic(|this| Feed {
             fd,
             queue: queue.clone(),
             scheduled: AtomicBool::new(false),
-            handler: HandlerSlot::new(Some(Box::new(move |()| handler()))),
+            receiver,
             this: this.clone(),
         });
         let watched: Arc<dyn Watched> = feed.clone();
@@ -68,29 +70,13 @@ impl<F: AsFd + Send + Sync + 'static> DescriptorSource<F> {
         Ok(Self { feed, token })
     }
 
-    /// The descriptor.
-    pub fn descriptor(&self) -> &F {
-        &self.feed.fd
-    }
-
-    /// The queue the handler runs on.
-    pub fn queue(&self) -> &Queue {
-        &self.feed.queue
-    }
-
-    /// What the engine sees of it.
-    #[cfg(all(test, loom))]
-    pub(crate) fn watched(&self) -> Arc<dyn Watched> {
-        self.feed.clone()
-    }
-
-    /// Has the handler called once more, event or not.
-    pub fn nudge(&self) {
+    /// Has the receiver called once more, event or not.
+    pub(crate) fn nudge(&self) {
         self.feed.became_ready(Then::Schedule);
     }
 }
 
-impl<F: AsFd + Send + Sync + 'static> Watched for Feed<F> {
+impl<F: AsFd + Send + Sync + 'static, R: Receiver> Watched for Feed<F, R> {
     fn became_ready(&self, then: Then) {
         // [event]
         if self.scheduled.swap(true, AcqRel) {
@@ -105,28 +91,81 @@ impl<F: AsFd + Send + Sync + 'static> Watched for Feed<F> {
     }
 }
 
-impl<F: AsFd + Send + Sync + 'static> Deliver for Feed<F> {
+impl<F: AsFd + Send + Sync + 'static, R: Receiver> Deliver for Feed<F, R> {
     fn deliver(&self) {
         // Cleared before the handler reads: an event during the handler leads to one more call.
         // [event] pairs with `became_ready`: an event that found the flag set came before this
         // exchange, which therefore sees it, and so does the handler. A plain store would not say.
         self.scheduled.swap(false, order(Step::AcquireEvents, AcqRel));
-        // A handler that sleeps on its queue is called once more after it returned.
-        if let Ok(handler) = self.handler.start(|| self.became_ready(Then::Schedule)) {
-            handler.call(());
-        }
+        self.receiver.receive(|| self.became_ready(Then::Schedule));
     }
 }
 
-impl<F: AsFd + Send + Sync + 'static> Drop for DescriptorSource<F> {
+impl<F: AsFd + Send + Sync + 'static, R: Receiver> Drop for Watch<F, R> {
     fn drop(&mut self) {
         self.feed.queue.engine().forget(&self.feed.fd, self.token);
-        self.feed.handler.replace(None);
+        self.feed.receiver.end();
+    }
+}
+
+/// Has a handler run on a queue whenever a descriptor becomes readable.
+///
+/// The handler is called at least once after each event (a write to an eventfd, a packet that
+/// arrived), never twice at a time, and reads until there is nothing left. Dropping the source
+/// stops it: no handler starts afterwards, one in progress ends on its own.
+pub struct DescriptorSource<F: AsFd + Send + Sync + 'static> {
+    watch: Watch<F, HandlerSlot<()>>,
+}
+
+impl<F: AsFd + Send + Sync + 'static> DescriptorSource<F> {
+    /// Watches `fd` from now on. A descriptor that is readable already leads to a call.
+    ///
+    /// Errors: what `epoll_ctl` says, such as `PermissionDenied` for a plain file.
+    pub fn create(
+        queue: &Queue,
+        fd: F,
+        mut handler: impl FnMut() + Send + 'static,
+    ) -> io::Result<Self> {
+        let handler = HandlerSlot::new(Some(Box::new(move |()| handler())));
+        Ok(Self { watch: Watch::create(queue, fd, handler)? })
+    }
+
+    /// The descriptor.
+    pub fn descriptor(&self) -> &F {
+        &self.watch.feed.fd
+    }
+
+    /// The queue the handler runs on.
+    pub fn queue(&self) -> &Queue {
+        &self.watch.feed.queue
+    }
+
+    /// What the engine sees of it.
+    #[cfg(all(test, loom))]
+    pub(crate) fn watched(&self) -> Arc<dyn Watched> {
+        self.watch.feed.clone()
+    }
+
+    /// Has the handler called once more, event or not.
+    pub fn nudge(&self) {
+        self.watch.nudge();
+    }
+}
+
+impl Receiver for HandlerSlot<()> {
+    fn receive(&self, again: impl FnOnce()) {
+        if let Ok(handler) = self.start(again) {
+            handler.call(());
+        }
+    }
+
+    fn end(&self) {
+        self.replace(None);
     }
 }
 
 impl<F: AsFd + Send + Sync + 'static> fmt::Debug for DescriptorSource<F> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DescriptorSource").field("queue", &self.feed.queue).finish()
+        f.debug_struct("DescriptorSource").field("queue", self.queue()).finish()
     }
 }

@@ -1,12 +1,13 @@
 //! Sources: counting, latching, deadlines, the end. On a manual engine with virtual time, so
 //! each step is one the test takes.
 
+use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use iohost_dispatch::{
-    Clock, DescriptorSource, Engine, EngineClock, InterruptEvent, InterruptLine, InterruptSource,
-    Queue, QueueOptions, Signal, TimerSource,
+    BellSource, Clock, DescriptorSource, Engine, EngineClock, InterruptEvent, InterruptLine,
+    InterruptSource, Queue, QueueOptions, Signal, TimerSource,
 };
 use iohost_interface::IOReturn;
 
@@ -396,4 +397,29 @@ fn a_descriptor_event_while_its_handler_panics_asleep_is_not_forgotten() {
     signal.raise();
     assert_eq!(bench.settled(), ["took 1", "took 1"]);
     drop(source);
+}
+
+#[test]
+fn a_bell_that_rings_while_its_handler_sleeps_is_heard_once_the_handler_returned() {
+    let bench = Bench::new();
+    let queue = reentrant(&bench);
+    let signal = Signal::new().unwrap();
+    let bell = signal.as_fd().try_clone_to_owned().unwrap();
+    let (seen, on) = (bench.seen.clone(), queue.clone());
+    let source = BellSource::create(&queue, bell, move || {
+        let first = seen.lock().unwrap().is_empty();
+        seen.lock().unwrap().push("heard".to_owned());
+        if first {
+            signal.raise();
+            let (waker, relay) = (on.clone(), on.clone());
+            on.dispatch_async(move || {
+                relay.dispatch_async(move || assert_eq!(waker.wakeup(7), Ok(true)));
+            });
+            assert_eq!(on.sleep(7, None), Ok(()));
+            seen.lock().unwrap().push("returned".to_owned());
+        }
+    })
+    .unwrap();
+    source.nudge();
+    assert_eq!(bench.settled(), ["heard", "returned", "heard"]);
 }
