@@ -111,6 +111,7 @@ impl Nvme {
             namespace,
             data: (self.admin.identified.address(), 0),
             dwords: [structure, 0, 0, 0],
+            ..Command::default()
         };
         self.ask(asked, command);
     }
@@ -122,6 +123,7 @@ impl Nvme {
             namespace: u32::MAX,
             data: (address, 0),
             dwords: [page | (bytes / 4 - 1) << 16, 0, 0, 0],
+            ..Command::default()
         };
         self.ask(asked, command);
     }

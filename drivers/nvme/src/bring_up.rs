@@ -190,6 +190,7 @@ impl Nvme {
                 let data = self.admin.identified.to_vec();
                 self.controller = Controller::parse(&data).map_err(|err| err.to_string())?;
                 self.transfers.most_bytes = self.controller.most_bytes;
+                self.transfers.uses_sgls = self.controller.takes_sgls;
                 self.ask_for_queues();
             }
             Asked::QueueCount => {

@@ -31,8 +31,9 @@ pub const COMPLETION: usize = 16;
 pub struct Command {
     pub opcode: u8,
     pub namespace: u32,
-    /// The data pointer: two PRP entries, or an entry and the address of a list.
+    /// The data pointer: two PRP entries, or an entry and the address of a list; or an SGL descriptor.
     pub data: (u64, u64),
+    pub has_sgl: bool,
     /// Command dwords 10 to 13.
     pub dwords: [u32; 4],
 }
@@ -42,6 +43,7 @@ impl Command {
     pub fn to_bytes(self, id: u16) -> [u8; COMMAND] {
         let mut entry = [0; COMMAND];
         entry[0] = self.opcode;
+        entry[1] = if self.has_sgl { 1 << 6 } else { 0 };
         entry[2..4].copy_from_slice(&id.to_le_bytes());
         entry[4..8].copy_from_slice(&self.namespace.to_le_bytes());
         entry[24..32].copy_from_slice(&self.data.0.to_le_bytes());
@@ -53,6 +55,13 @@ impl Command {
         entry[52..56].copy_from_slice(&d.to_le_bytes());
         entry
     }
+}
+
+/// The SGL descriptor of bytes that the controller finds in one place: a data block (section 4.4.1).
+#[inline]
+pub fn data_block(address: u64, length: u32) -> (u64, u64) {
+    // Its type, in the last byte, is 0.
+    (address, length.into())
 }
 
 /// A completion, as it was found. None of it is believed yet.

@@ -18,6 +18,8 @@ pub struct Controller {
     /// Aborts that can be under way at a time.
     pub aborts: usize,
     pub has_shadow_doorbells: bool,
+    /// I/O commands can have an SGL, of data that begins at a multiple of 4.
+    pub takes_sgls: bool,
     pub has_dataset_management: bool,
     pub has_write_zeroes: bool,
     pub has_write_cache: bool,
@@ -59,6 +61,7 @@ impl Controller {
             most_namespaces,
             aborts: usize::from(data[258]) + 1,
             has_shadow_doorbells: u16_at(data, 256) >> 8 & 1 == 1,
+            takes_sgls: matches!(u32_at(data, 536) & 3, 1 | 2),
             has_dataset_management: optional >> 2 & 1 == 1,
             has_write_zeroes: optional >> 3 & 1 == 1,
             has_write_cache: data[525] & 1 == 1,

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, VecDeque};
 use block_api::{Failure, Operation, Status};
 use iohost_driver::prelude::*;
 
-use crate::command::{Command, Completion, io};
+use crate::command::{Command, Completion, data_block, io};
 use crate::identify::Namespace;
 use crate::io_queue::{Ended, IoQueue, Part, Request, Requests};
 use crate::memory::Shared;
@@ -31,6 +31,8 @@ pub struct Transfers {
     pub namespaces: BTreeMap<u32, Namespace>,
     /// The most bytes of one command.
     pub most_bytes: u64,
+    /// One descriptor says where data is, however long: no list is written.
+    pub uses_sgls: bool,
     /// Half seconds in which something was under way.
     pub ticks: u32,
     /// A command has worked since this was looked at.
@@ -51,6 +53,7 @@ impl Transfers {
             count: 0,
             namespaces: BTreeMap::new(),
             most_bytes: prp::MOST_BYTES,
+            uses_sgls: false,
             ticks: 0,
             has_worked: false,
             requests: Requests::default(),
@@ -136,7 +139,7 @@ impl Transfers {
         let part = Part { length, attempts: part.attempts + 1, ..part };
         let Some(id) = queue.take_slot(part, self.ticks) else { return };
         let at = usize::from(id) * LIST;
-        let command = command_for(request, &namespace, part, &queue.lists, at);
+        let command = command_for(request, &namespace, part, self.uses_sgls, &queue.lists, at);
         queue.rings.push(id, command);
     }
 
@@ -246,6 +249,7 @@ fn command_for(
     request: &Request,
     namespace: &Namespace,
     part: Part,
+    uses_sgls: bool,
     lists: &Shared,
     at: usize,
 ) -> Command {
@@ -259,7 +263,12 @@ fn command_for(
             let through = request.operation == Operation::WriteThrough;
             let is_read = request.operation == Operation::Read;
             command.opcode = if is_read { io::READ } else { io::WRITE };
-            command.data = prp::describe(request.address + part.start, part.length, lists, at);
+            let address = request.address + part.start;
+            command.has_sgl = uses_sgls;
+            command.data = match uses_sgls {
+                true => data_block(address, part.length as u32),
+                false => prp::describe(address, part.length, lists, at),
+            };
             let flags = if through { THROUGH } else { 0 };
             command.dwords = [first as u32, (first >> 32) as u32, (blocks - 1) as u32 | flags, 0];
         }

@@ -343,10 +343,12 @@ proptest! {
         mdts in 0_u8..4,
         entries in prop_oneof![Just(2_u16), Just(5), Just(64)],
         shadow_doorbells in any::<bool>(),
+        sgls in any::<bool>(),
         steps in prop::collection::vec((0_u8..5, 0_u64..48, 1_u64..16, 0_u64..2048, any::<bool>()), 1..20),
     ) {
         const BLOCKS: u64 = 64;
-        let options = Options { mdts, queue_entries: entries, shadow_doorbells, ..Options::default() };
+        let options =
+            Options { mdts, queue_entries: entries, shadow_doorbells, sgls, ..Options::default() };
         let mut client = Client::of(options, vec![disk(block as u32, BLOCKS)]);
         let mut expected = vec![0; (BLOCKS * block) as usize];
         for (seed, (operation, first, count, at, is_polled)) in steps.into_iter().enumerate() {

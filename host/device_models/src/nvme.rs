@@ -10,8 +10,8 @@
 //!
 //! What it has: all admin and I/O commands that 1.4 makes mandatory for an I/O controller (figures
 //! 139 and 346), write zeroes, dataset management (deallocate), shadow doorbells (section 5.7),
-//! asynchronous events for namespaces that come and go. What it has not: SGLs, metadata, fused
-//! commands, reservations, firmware, format, namespace management.
+//! asynchronous events for namespaces that come and go, SGLs of data blocks and segments. What it has
+//! not: metadata, fused commands, reservations, firmware, format, namespace management.
 //!
 //! A command is executed within the doorbell write that brings it, unless commands are
 //! [held](Nvme::hold_io). What can go wrong on purpose is in [`Faults`].
@@ -25,6 +25,7 @@
 
 mod admin;
 mod command;
+mod data;
 mod identify;
 mod io;
 mod logs;
@@ -33,6 +34,7 @@ mod options;
 mod prp;
 mod queues;
 mod registers;
+mod sgl;
 
 use std::collections::{BTreeMap, VecDeque};
 

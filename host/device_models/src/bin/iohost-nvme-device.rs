@@ -43,6 +43,10 @@ struct Arguments {
     /// Take shadow doorbells.
     #[arg(long)]
     shadow_doorbells: bool,
+
+    /// Take scatter gather lists.
+    #[arg(long)]
+    sgls: bool,
 }
 
 /// Where the blocks of a namespace are.
@@ -106,6 +110,7 @@ fn main() -> ExitCode {
             mdts: arguments.mdts,
             msi_x_vectors: arguments.msi_x_vectors,
             shadow_doorbells: arguments.shadow_doorbells,
+            sgls: arguments.sgls,
             ..Options::default()
         };
         let namespaces = arguments.namespaces.iter().map(Backing::open);

@@ -2,7 +2,7 @@
 
 use super::command::{Command, Status};
 use super::queues::{CompletionQueue, SubmissionQueue};
-use super::{EVENT_REQUESTS, Namespace, Nvme, Shadow, identify, prp};
+use super::{EVENT_REQUESTS, Namespace, Nvme, Shadow, data, identify};
 use crate::model::Bus;
 
 const BROADCAST: u32 = u32::MAX;
@@ -17,7 +17,7 @@ impl Nvme {
         let fault = faults.clone().find(|(opcode, _)| *opcode == command.opcode);
         let result = match fault {
             Some((_, status)) => Err(Status::from_bits(*status)),
-            None => command.check_flags().and_then(|()| self.admin(bus, &command)),
+            None => command.check_flags(false).and_then(|()| self.admin(bus, &command)),
         };
         match result {
             Ok(None) => {}
@@ -58,7 +58,7 @@ impl Nvme {
         if interrupts && vector >= vectors {
             return Err(Status::INVALID_VECTOR);
         }
-        let queue = CompletionQueue::new(command.prp1, size, interrupts.then_some(vector));
+        let queue = CompletionQueue::new(command.data.0, size, interrupts.then_some(vector));
         self.completion.insert(id, queue);
         Ok(0)
     }
@@ -73,7 +73,7 @@ impl Nvme {
         if self.submission.contains_key(&id) {
             return Err(Status::INVALID_QUEUE_ID);
         }
-        self.submission.insert(id, SubmissionQueue::new(command.prp1, size, completion));
+        self.submission.insert(id, SubmissionQueue::new(command.data.0, size, completion));
         Ok(0)
     }
 
@@ -89,7 +89,7 @@ impl Nvme {
         if command.dword(11) & 1 == 0 || !self.registers.entry_sizes_are_set() {
             return Err(Status::INVALID_FIELD);
         }
-        if !command.prp1.is_multiple_of(self.registers.page()) {
+        if !command.data.0.is_multiple_of(self.registers.page()) {
             return Err(Status::PRP_OFFSET_INVALID);
         }
         Ok((id, size))
@@ -159,8 +159,8 @@ impl Nvme {
             data[*at..at + bytes.len()].copy_from_slice(bytes);
         }
         let len = identify::SIZE as u64;
-        let runs = prp::resolve(bus, self.registers.page(), command.prp1, command.prp2, len)?;
-        prp::write(bus, &runs, &data);
+        let runs = data::resolve(bus, self.registers.page(), command, len)?;
+        data::write(bus, &runs, &data);
         Ok(0)
     }
 
@@ -270,7 +270,7 @@ impl Nvme {
 
     /// Section 5.7.
     fn configure_shadow(&mut self, bus: &mut Bus<'_>, command: &Command) -> Result<u32, Status> {
-        let (doorbells, event_indices) = (command.prp1, command.prp2);
+        let (doorbells, event_indices) = command.data;
         let page = self.registers.page();
         if !doorbells.is_multiple_of(page) || !event_indices.is_multiple_of(page) {
             return Err(Status::INVALID_FIELD);

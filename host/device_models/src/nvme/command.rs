@@ -5,14 +5,17 @@
 pub(super) struct Command {
     pub(super) opcode: u8,
     /// Fused operation and PRP or SGL: bits 15:8.
-    pub(super) flags: u8,
+    flags: u8,
     pub(super) id: u16,
     pub(super) nsid: u32,
-    pub(super) prp1: u64,
-    pub(super) prp2: u64,
+    /// The data pointer: two PRP entries, or an SGL descriptor.
+    pub(super) data: (u64, u64),
     /// Command dwords 10 to 15.
     pub(super) dwords: [u32; 6],
 }
+
+/// The data pointer is an SGL descriptor: bits 15:14 of dword 0.
+const SGL: u8 = 0x40;
 
 impl Command {
     pub(super) fn from_bytes(entry: &[u8; 64]) -> Self {
@@ -25,8 +28,7 @@ impl Command {
             flags: entry[1],
             id: (dword(0) >> 16) as u16,
             nsid: dword(1),
-            prp1: qword(6),
-            prp2: qword(8),
+            data: (qword(6), qword(8)),
             dwords: [10, 11, 12, 13, 14, 15].map(dword),
         }
     }
@@ -36,9 +38,14 @@ impl Command {
         self.dwords[number - 10]
     }
 
-    /// Refuses what the controller does not do: fused commands and SGLs.
-    pub(super) fn check_flags(&self) -> Result<(), Status> {
-        if self.flags & 0xc3 == 0 { Ok(()) } else { Err(Status::INVALID_FIELD) }
+    /// Refuses what the controller does not do: fused commands, and SGLs where it takes none.
+    pub(super) fn check_flags(&self, takes_sgls: bool) -> Result<(), Status> {
+        let known = if takes_sgls { SGL } else { 0 };
+        if self.flags & 0xc3 & !known == 0 { Ok(()) } else { Err(Status::INVALID_FIELD) }
+    }
+
+    pub(super) fn has_sgl(&self) -> bool {
+        self.flags & SGL != 0
     }
 }
 
@@ -81,6 +88,10 @@ impl Status {
     pub(super) const INTERNAL_ERROR: Self = Self(0x006);
     pub(super) const ABORT_REQUESTED: Self = Self(0x007);
     pub(super) const INVALID_NAMESPACE: Self = Self(0x00b | DO_NOT_RETRY);
+    pub(super) const SGL_SEGMENT_INVALID: Self = Self(0x00d | DO_NOT_RETRY);
+    pub(super) const SGL_COUNT_INVALID: Self = Self(0x00e | DO_NOT_RETRY);
+    pub(super) const SGL_LENGTH_INVALID: Self = Self(0x00f | DO_NOT_RETRY);
+    pub(super) const SGL_TYPE_INVALID: Self = Self(0x011 | DO_NOT_RETRY);
     pub(super) const PRP_OFFSET_INVALID: Self = Self(0x013 | DO_NOT_RETRY);
     pub(super) const WRITE_PROTECTED: Self = Self(0x020 | DO_NOT_RETRY);
     pub(super) const OUT_OF_RANGE: Self = Self(0x080 | DO_NOT_RETRY);

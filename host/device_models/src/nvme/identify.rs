@@ -52,6 +52,7 @@ pub(super) fn controller(options: &Options, namespaces: u32) -> Vec<u8> {
     let optional_io = if options.optional_commands { 1_u16 << 2 | 1 << 3 } else { 0 };
     data.put(520, optional_io.to_le_bytes());
     data.put(525, [1]); // VWC: there is a volatile write cache
+    data.put(536, u32::from(options.sgls).to_le_bytes()); // SGLS: wherever a host likes
     let name = b"nqn.2024-01.org.iohost:emulated";
     data.0[768..768 + name.len()].copy_from_slice(name);
     data.put(2048, 2500_u16.to_le_bytes()); // power state 0: 25 W at most

@@ -1,7 +1,7 @@
 //! I/O commands of the NVM command set (section 6).
 
 use super::command::{Command, Status};
-use super::{Namespace, Nvme, prp};
+use super::{Namespace, Nvme, data};
 use crate::model::Bus;
 
 const FLUSH: u8 = 0x00;
@@ -15,7 +15,7 @@ const BROADCAST: u32 = u32::MAX;
 
 impl Nvme {
     pub(super) fn execute_io(&mut self, bus: &mut Bus<'_>, queue: u16, command: Command) {
-        let result = command.check_flags().and_then(|()| self.io(bus, &command));
+        let result = command.check_flags(self.options.sgls).and_then(|()| self.io(bus, &command));
         if matches!(result, Err(Status::UNRECOVERED_READ | Status::WRITE_FAULT)) {
             self.statistics.media_errors += 1;
         }
@@ -58,17 +58,17 @@ impl Nvme {
             if !namespace.has(first, count) {
                 return Err(Status::OUT_OF_RANGE);
             }
-            let runs = prp::resolve(bus, page, command.prp1, command.prp2, bytes)?;
+            let runs = data::resolve(bus, page, command, bytes)?;
             let mut data = vec![0; bytes as usize];
             namespace.read(first, &mut data).map_err(|_| Status::UNRECOVERED_READ)?;
-            prp::write(bus, &runs, &data);
+            data::write(bus, &runs, &data);
             self.statistics.read_commands += 1;
             self.statistics.blocks_read += units;
             return Ok(());
         }
         check_write(namespace, first, count)?;
-        let runs = prp::resolve(bus, page, command.prp1, command.prp2, bytes)?;
-        namespace.write(first, &prp::read(bus, &runs)).map_err(|_| Status::WRITE_FAULT)?;
+        let runs = data::resolve(bus, page, command, bytes)?;
+        namespace.write(first, &data::read(bus, &runs)).map_err(|_| Status::WRITE_FAULT)?;
         self.statistics.write_commands += 1;
         self.statistics.blocks_written += units;
         let force_unit_access = command.dword(12) >> 30 & 1 == 1;
@@ -79,8 +79,8 @@ impl Nvme {
     fn deallocate(&mut self, bus: &mut Bus<'_>, command: &Command) -> Result<(), Status> {
         let ranges = u64::from(command.dword(10) & 0xff) + 1;
         let page = self.registers.page();
-        let runs = prp::resolve(bus, page, command.prp1, command.prp2, ranges * 16)?;
-        let list = prp::read(bus, &runs);
+        let runs = data::resolve(bus, page, command, ranges * 16)?;
+        let list = data::read(bus, &runs);
         if command.dword(11) & 1 << 2 == 0 {
             return Ok(());
         }

@@ -1,7 +1,7 @@
 //! Log pages (section 5.14.1), and what they count.
 
 use super::command::{Command, Status};
-use super::{Nvme, prp};
+use super::{Nvme, data};
 use crate::model::Bus;
 
 const ERRORS: u8 = 0x01;
@@ -70,8 +70,8 @@ impl Nvme {
         data.drain(..offset as usize);
         data.resize(bytes as usize, 0);
         let page_size = self.registers.page();
-        let runs = prp::resolve(bus, page_size, command.prp1, command.prp2, bytes)?;
-        prp::write(bus, &runs, &data);
+        let runs = data::resolve(bus, page_size, command, bytes)?;
+        data::write(bus, &runs, &data);
         Ok(0)
     }
 

@@ -21,6 +21,8 @@ pub struct Options {
     pub ready_timeout: u8,
     /// Whether it takes `Doorbell Buffer Config`.
     pub shadow_doorbells: bool,
+    /// Whether I/O commands can have SGLs.
+    pub sgls: bool,
     /// Whether it takes write zeroes and dataset management.
     pub optional_commands: bool,
 }
@@ -36,6 +38,7 @@ impl Default for Options {
             doorbell_stride: 0,
             ready_timeout: 2,
             shadow_doorbells: false,
+            sgls: false,
             optional_commands: true,
         }
     }

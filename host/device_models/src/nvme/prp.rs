@@ -1,10 +1,8 @@
-//! Physical region pages (section 4.3): where a command's data is.
+//! Physical region pages (section 4.3).
 
 use super::command::Status;
+use super::data::{Runs, take};
 use crate::model::Bus;
-
-/// Runs of the host's memory, in order: address and bytes.
-pub(super) type Runs = Vec<(u64, usize)>;
 
 /// Where `len` bytes are that a command describes by two entries, or an entry and a list.
 pub(super) fn resolve(
@@ -69,33 +67,4 @@ fn take_page(runs: &mut Runs, left: &mut u64, entry: u64, page: u64) -> Result<(
     }
     take(runs, left, entry, page);
     Ok(())
-}
-
-fn take(runs: &mut Runs, left: &mut u64, address: u64, most: u64) {
-    let count = most.min(*left);
-    *left -= count;
-    match runs.last_mut() {
-        Some((start, len)) if *start + *len as u64 == address => *len += count as usize,
-        _ => runs.push((address, count as usize)),
-    }
-}
-
-/// Copies the host's bytes.
-pub(super) fn read(bus: &mut Bus<'_>, runs: &Runs) -> Vec<u8> {
-    let mut data = vec![0; runs.iter().map(|(_, len)| len).sum()];
-    let mut at = 0;
-    for (address, len) in runs {
-        bus.dma_read(*address, &mut data[at..at + len]);
-        at += len;
-    }
-    data
-}
-
-/// Copies bytes to the host.
-pub(super) fn write(bus: &mut Bus<'_>, runs: &Runs, data: &[u8]) {
-    let mut at = 0;
-    for (address, len) in runs {
-        bus.dma_write(*address, &data[at..at + len]);
-        at += len;
-    }
 }

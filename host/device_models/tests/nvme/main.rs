@@ -181,6 +181,63 @@ fn pages_of_a_list_are_used_in_their_order_also_across_lists() {
 }
 
 #[test]
+fn data_is_found_by_scatter_gather_lists() {
+    let mut host = Host::started(Options { sgls: true, ..Options::default() }, vec![disk()]);
+    host.make_queue_pair(1, 16, None);
+    let page = |number: u64| MEMORY + number * PAGE;
+    for number in 0..3_u8 {
+        host.memory.write_at(usize::from(number) * PAGE as usize, &[number + 1; PAGE as usize]);
+    }
+    let (block, segment, last) = (0x00_u64 << 56, 0x20_u64 << 56, 0x30_u64 << 56);
+    let put = |place: u64, descriptors: &[(u64, u64)]| {
+        let bytes = descriptors
+            .iter()
+            .flat_map(|(address, rest)| [address.to_le_bytes(), rest.to_le_bytes()].concat());
+        host.memory.write_at((place - MEMORY) as usize, &bytes.collect::<Vec<u8>>());
+    };
+    // Nine blocks of 512 bytes: 512, nothing and 3072 bytes, a segment further on 1024.
+    put(
+        page(8) + 16,
+        &[(page(2), block | 512), (0, block), (page(0), block | 3072), (page(9), last | 16)],
+    );
+    put(page(9), &[(page(1) + 4, block | 1024)]);
+    put(page(10), &[(page(11), segment | 16)]);
+    put(page(11), &[(page(10), segment | 16)]);
+    put(page(12), &[(page(0), 0x10 << 56 | 512)]);
+    let with = |first: u64, second: u64| host::Entry {
+        flags: 0x40,
+        prp1: first,
+        prp2: second,
+        ..host.io(0x01, 0, 9)
+    };
+    let (listed, direct) = (with(page(8) + 16, segment | 64), with(page(0) + 4, block | 4608));
+    let wrong = [
+        (with(page(0), block | 4096), 0x00f),
+        (with(page(0), block | 5120), 0x00f),
+        (with(page(9), last | 16), 0x00f),
+        (with(page(9), last | 17), 0x00d),
+        (with(page(9), last), 0x00d),
+        (with(page(10), segment | 16), 0x00e),
+        (with(page(9), last | 1 << 31), 0x00e),
+        (with(page(0), 0x10 << 56 | 4608), 0x011),
+        (with(page(12), last | 16), 0x011),
+        (with(page(9), segment | 16), 0x011),
+        (host::Entry { flags: 0x80, ..listed }, 0x002),
+        (host::Entry { flags: 0xc0, ..listed }, 0x002),
+    ];
+    assert_eq!(host.run(1, &listed), Ok(0));
+    let written = host.function.with_model(|nvme, _| nvme.namespace(1).unwrap().peek(0, 4608));
+    let expected = [vec![3; 512], vec![1; 3072], vec![2; 1024]].concat();
+    assert!(written == expected);
+    for (entry, status) in wrong {
+        assert_eq!(host.run(1, &entry), Err(status), "{entry:x?}");
+    }
+    assert_eq!(host.run(1, &direct), Ok(0));
+    let written = host.function.with_model(|nvme, _| nvme.namespace(1).unwrap().peek(0, 4608));
+    assert!(written == [vec![1; 4092], vec![2; 516]].concat());
+}
+
+#[test]
 fn what_cannot_be_done_says_why() {
     let namespaces = vec![disk(), disk().read_only()];
     let mut host = Host::started(Options { mdts: 1, ..Options::default() }, namespaces);
