@@ -65,8 +65,11 @@ fn line(text: impl fmt::Display) {
 /// A table with a header and as little else as possible.
 pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Dynamic);
-    table.set_header(header.to_vec());
+    table.load_style(presets::NOTHING).set_header(header.to_vec());
+    // A serial console says that it is 0 columns wide: it does not know.
+    if table.width() != Some(0) {
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+    }
     table
 }
 

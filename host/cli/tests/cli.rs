@@ -1,5 +1,7 @@
 //! The command as it is typed, without a daemon or with one that gets no device.
 
+use std::fs::File;
+use std::io::Read;
 use std::process::Output;
 
 use assert_cmd::Command;
@@ -99,4 +101,19 @@ fn a_file_for_the_demo_that_is_not_there_is_named_before_anything_else() {
     let output = iohost(&["demo", "/nowhere.bin"]);
     assert_eq!(output.status.code(), Some(2));
     assert!(error(&output).starts_with("iohost: /nowhere.bin cannot be read"));
+}
+
+#[test]
+fn a_terminal_that_does_not_know_its_width_gets_whole_words() {
+    let terminal = nix::pty::openpty(None, None).unwrap();
+    let mut explain = {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_iohost"));
+        command.arg("explain").stdout(terminal.slave).spawn().unwrap()
+    };
+    let mut text = String::new();
+    // It ends with an error when nobody has the other end any more.
+    let _ = File::from(terminal.master).read_to_string(&mut text);
+    assert!(explain.wait().unwrap().success());
+    let code = text.lines().find(|line| line.starts_with(" no-such-disk "));
+    assert!(code.is_some_and(|line| line.contains("has no disk of this number")), "{text}");
 }
