@@ -3,6 +3,7 @@
 use iohost_driver::prelude::*;
 
 use crate::Nvme;
+use crate::bring_up::State;
 use crate::command::{Command, admin};
 use crate::memory::{PAGE, Shared};
 use crate::rings::Rings;
@@ -67,8 +68,8 @@ impl AdminQueue {
         })
     }
 
-    pub(crate) fn reset(&mut self) {
-        self.rings.reset();
+    /// Forgets what is under way, as does a controller that is reset.
+    pub(crate) fn forget_all(&mut self) {
         self.slots.fill(None);
     }
 
@@ -130,6 +131,10 @@ impl Nvme {
 
     /// Takes the completions of the admin queue.
     pub(crate) fn look_at_admin(&mut self) {
+        if !matches!(self.state, State::Identifying | State::Running) {
+            // What a controller writes while it is being disabled is for nobody.
+            return;
+        }
         while let Some(completion) = self.admin.rings.next() {
             let slot = self.admin.slots.get_mut(usize::from(completion.id));
             let Some(UnderWay { asked, .. }) = slot.and_then(Option::take) else {

@@ -121,7 +121,7 @@ impl Nvme {
     pub(crate) fn begin_reset(&mut self) {
         self.keep_what_is_under_way();
         self.transfers.doorbells.uses_shadow = false;
-        self.admin.reset();
+        self.admin.forget_all();
         self.transfers.doorbells.bar.write(regs::CC, Configuration::empty());
         self.state = State::Quieting { deadline: self.deadline() };
         self.look_at_state();
@@ -163,6 +163,7 @@ impl Nvme {
     }
 
     fn enable(&mut self) {
+        self.admin.rings.reset();
         let bar = &self.transfers.doorbells.bar;
         let (submission, completion) = self.admin.rings.addresses();
         let last = u32::from(self.admin.rings.entries() - 1);
@@ -266,6 +267,7 @@ impl Nvme {
                 .push(queue.map_err(|err| format!("memory for queue {id}: {err}"))?);
         }
         for (place, queue) in self.transfers.queues[..self.transfers.count].iter_mut().enumerate() {
+            queue.rings.reset();
             queue.is_polled = place > 0 && place + 1 == self.transfers.count;
             queue.vector = match queue.is_polled {
                 true => NO_VECTOR,

@@ -108,12 +108,10 @@ impl IoQueue {
         slots.filter(|(_, slot)| slot.part.is_some())
     }
 
-    /// Forgets what is under way, after a reset of the controller, and begins anew.
-    pub fn reset(&mut self) -> Vec<Part> {
+    /// Takes out what is under way, which a controller that is reset forgets.
+    pub fn take_all(&mut self) -> Vec<Part> {
         let ids: Vec<u16> = self.under_way().map(|(id, _)| id).collect();
-        let parts = ids.into_iter().filter_map(|id| self.give_back(id)).collect();
-        self.rings.reset();
-        parts
+        ids.into_iter().filter_map(|id| self.give_back(id)).collect()
     }
 }
 

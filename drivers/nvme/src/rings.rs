@@ -67,7 +67,8 @@ impl Rings {
         rings
     }
 
-    /// Begins anew, after a reset of the controller.
+    /// Begins anew, with a controller that was disabled and is not ready any more: until then it
+    /// still writes completions.
     pub fn reset(&mut self) {
         // A completion of before must not look like one of the first round.
         self.completion.clear();

@@ -209,7 +209,7 @@ impl Transfers {
         for place in 0..self.count {
             let queue = &mut self.queues[place];
             let backlog = std::mem::take(&mut queue.backlog);
-            for part in queue.reset() {
+            for part in queue.take_all() {
                 if part.attempts < MOST_ATTEMPTS {
                     self.homeless.push_back(part);
                     continue;

@@ -146,6 +146,29 @@ fn fatal_status_leads_to_a_reset_and_everything_is_done_again() {
 }
 
 #[test]
+fn what_completes_while_the_controller_is_disabled_is_not_taken_for_what_comes_after() {
+    let mut client = client();
+    with(&client, |faults| faults.completes_when_disabled = true);
+    // So that those completions are behind what the same commands get when they are done again.
+    for _ in 0..8 {
+        client.run(read()).unwrap();
+    }
+    client.rig.model(|model, _| model.hold_io());
+    for _ in 0..16 {
+        client.send(read());
+    }
+    client.rig.settle();
+    client.rig.model(|model, _| model.break_down());
+    let found = client.wait(LONG);
+    assert_eq!(found.len(), 16);
+    assert!(found.iter().all(|completion| completion.outcome.is_ok()), "{found:?}");
+    for _ in 0..16 {
+        client.run(read()).unwrap();
+    }
+    assert_eq!(client.rig.model(|model, _| model.disablings()), 1, "for the fatal status only");
+}
+
+#[test]
 fn completions_that_cannot_be_lead_to_a_reset_and_no_request_is_lost() {
     let mut garbage = [0xff; 16];
     garbage[14] = 0x01;

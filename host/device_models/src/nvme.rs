@@ -155,10 +155,14 @@ impl Nvme {
 
     /// Executes what is held, and holds no more. A controller that has broken down forgets it.
     pub fn release_io(&mut self, bus: &mut Bus<'_>) {
-        self.is_holding = false;
         if !self.registers.is_running() {
             self.held.clear();
         }
+        self.execute_what_is_held(bus);
+    }
+
+    fn execute_what_is_held(&mut self, bus: &mut Bus<'_>) {
+        self.is_holding = false;
         while let Some((queue, command)) = self.held.pop_front() {
             self.execute_io(bus, queue, command);
         }
@@ -202,6 +206,11 @@ impl Nvme {
     /// Doorbell writes that reached the controller.
     pub fn doorbell_writes(&self) -> u64 {
         self.statistics.doorbells
+    }
+
+    /// How often the host disabled the controller.
+    pub fn disablings(&self) -> u64 {
+        self.statistics.disablings
     }
 
     /// I/O commands that were executed.
@@ -423,7 +432,13 @@ impl DeviceModel for Nvme {
         match self.registers.write(bus, &self.faults, offset, data) {
             Wanted::Nothing => {}
             Wanted::Enable => self.enable(bus),
-            Wanted::Reset => self.reset_controller(bus),
+            Wanted::Reset => {
+                self.statistics.disablings += 1;
+                if self.faults.completes_when_disabled {
+                    self.execute_what_is_held(bus);
+                }
+                self.reset_controller(bus);
+            }
             Wanted::Shutdown => {
                 for namespace in self.namespaces.values_mut() {
                     namespace.flush();

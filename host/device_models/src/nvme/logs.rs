@@ -23,6 +23,7 @@ pub(super) struct Statistics {
     pub(super) media_errors: u64,
     pub(super) errors: u64,
     pub(super) doorbells: u64,
+    pub(super) disablings: u64,
 }
 
 /// An entry of the error log.

@@ -83,6 +83,8 @@ pub struct Faults {
     pub swallow_admin: u32,
     /// The next so many I/O commands are never completed.
     pub swallow_io: u32,
+    /// What is [held](super::Nvme::hold_io) is completed while the controller is being disabled.
+    pub completes_when_disabled: bool,
     /// `Abort` says that it did not abort.
     pub ignores_abort: bool,
     /// Admin commands with these opcodes fail with this status: code type and code.
