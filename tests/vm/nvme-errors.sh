@@ -56,6 +56,8 @@ await "a reset" grep -q "the controller is reset" /tmp/daemon.log
 monitor "block_set_io_throttle slow 0 0 0 0 0 0"
 wait $bench || fail "a request was not done: $(cat /tmp/bench.log)"
 grep -e "late" -e "is reset" /tmp/daemon.log | tail -n 2
+# QEMU completes what is under way while the controller is being disabled.
+grep "not under way" /tmp/daemon.log && fail "a completion of before the reset was taken for one after it"
 [ "$(status incarnation)" = 1 ] || fail "the driver was started again: $(iohost crashes)"
 
 echo "--- a controller that is unplugged"
