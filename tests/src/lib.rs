@@ -9,4 +9,4 @@
 
 mod system;
 
-pub use system::{Emulated, Ended, System, built_files, eventually, program};
+pub use system::{Emulated, Ended, System, built_files, copy_program, eventually, program};

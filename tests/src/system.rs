@@ -330,6 +330,15 @@ pub fn program(name: &str) -> Command {
     Command::new(binary(name))
 }
 
+/// Copies a program or script to where it is to be started from.
+///
+/// The copy is written by another process: a child that another test starts meanwhile could hold a
+/// file of ours open for writing, and a program that is open so is not run (ETXTBSY).
+pub fn copy_program(source: &Path, target: &Path) {
+    let copied = Command::new("install").arg(source).arg(target).status().unwrap();
+    assert!(copied.success(), "{copied}");
+}
+
 /// A file that cargo built beside this test, after seeing to it that it is built.
 fn binary(name: &str) -> PathBuf {
     built_files().join(name)

@@ -2,13 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use iohost_interface::IOReturn;
-use iohost_tests::{Emulated, System, eventually};
+use iohost_tests::{Emulated, System, copy_program, eventually};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::Value;
@@ -392,8 +391,8 @@ fn kill_process(pid: u32, signal: Signal) {
 }
 
 fn script(folder: &Path, text: &str) -> PathBuf {
-    let file = folder.join("hook");
-    fs::write(&file, format!("#!/bin/sh\n{text}\n")).unwrap();
-    fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+    let (draft, file) = (folder.join("draft"), folder.join("hook"));
+    fs::write(&draft, format!("#!/bin/sh\n{text}\n")).unwrap();
+    copy_program(&draft, &file);
     file
 }

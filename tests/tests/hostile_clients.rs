@@ -401,7 +401,7 @@ fn who_may_open_a_service_and_who_may_bind_goes_by_user_and_group() {
     std::fs::set_permissions(system.path(""), everybody(0o755)).unwrap();
     std::fs::set_permissions(system.socket(), everybody(0o666)).unwrap();
     let program = system.path("iohost");
-    std::fs::copy(iohost_tests::built_files().join("iohost"), &program).unwrap();
+    iohost_tests::copy_program(&iohost_tests::built_files().join("iohost"), &program);
     let as_nobody = |group: u32, arguments: &[&str]| {
         use std::os::unix::process::CommandExt;
         let mut command = std::process::Command::new(&program);

@@ -162,17 +162,19 @@ impl Call {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::fs::PermissionsExt;
     use std::time::Instant;
 
     use super::*;
 
     const WATCHDOG: Duration = Duration::from_secs(60);
 
+    /// The file is written by another process: a child that another test starts meanwhile could
+    /// hold one of ours open for writing, and a program that is open so is not run (ETXTBSY).
     fn script(folder: &std::path::Path, text: &str) -> PathBuf {
-        let file = folder.join("hook");
-        fs::write(&file, format!("#!/bin/sh\n{text}\n")).unwrap();
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o755)).unwrap();
+        let (draft, file) = (folder.join("draft"), folder.join("hook"));
+        fs::write(&draft, format!("#!/bin/sh\n{text}\n")).unwrap();
+        let copied = Command::new("install").arg(&draft).arg(&file).status().unwrap();
+        assert!(copied.success(), "{copied}");
         file
     }
 
