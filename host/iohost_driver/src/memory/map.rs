@@ -122,7 +122,9 @@ impl IOMemoryMap {
     #[inline]
     pub fn write_at(&self, offset: usize, data: &[u8]) -> Result<()> {
         self.check(offset, data.len())?;
-        ensure!(!self.read_only, IOReturn::NOT_WRITABLE, "the mapping is for reading only");
+        if self.read_only {
+            return Err(not_writable());
+        }
         match &self.bytes {
             Bytes::Memory(view) => view.write_at(offset, data),
             Bytes::Device(registers) => registers.write_at(offset, data),
@@ -133,14 +135,21 @@ impl IOMemoryMap {
     #[inline]
     fn check(&self, offset: usize, len: usize) -> Result<()> {
         let fits = offset.checked_add(len).is_some_and(|end| end as u64 <= self.length());
-        ensure!(
-            fits,
-            IOReturn::OVERRUN,
-            "{len} bytes at {offset} of a mapping of {} bytes",
-            self.length()
-        );
-        Ok(())
+        if fits { Ok(()) } else { Err(overrun(offset, len, self.length())) }
     }
+}
+
+// Apart, so that an access that is in order is short enough to be inlined.
+
+#[cold]
+fn overrun(offset: usize, len: usize, length: u64) -> Error {
+    let words = format!("{len} bytes at {offset} of a mapping of {length} bytes");
+    Error::new(IOReturn::OVERRUN, words)
+}
+
+#[cold]
+fn not_writable() -> Error {
+    Error::new(IOReturn::NOT_WRITABLE, "the mapping is for reading only")
 }
 
 impl Registers {
@@ -153,6 +162,7 @@ impl Registers {
     }
 
     /// The range was checked.
+    #[inline(never)]
     fn read_at(&self, offset: usize, data: &mut [u8]) {
         for (at, part) in accesses(self.lead + offset, data.len()) {
             let data = &mut data[part];
@@ -166,6 +176,7 @@ impl Registers {
     }
 
     /// The range was checked.
+    #[inline(never)]
     fn write_at(&self, offset: usize, data: &[u8]) {
         for (at, part) in accesses(self.lead + offset, data.len()) {
             let data = &data[part];
