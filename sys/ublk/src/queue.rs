@@ -35,8 +35,8 @@ pub struct Queue {
     ring: IoUring,
     descriptors: Descriptors,
     file: File,
-    /// Tags that the kernel will say something about, now or later.
-    waiting: u16,
+    /// Tags that the kernel will not ask with any more.
+    ended: u16,
 }
 
 /// Something that is asked.
@@ -79,7 +79,7 @@ impl Queue {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
         let descriptors = Descriptors::map(&file)?;
         let ring = IoUring::new(DEPTH.into())?;
-        let mut queue = Self { ring, descriptors, file, waiting: 0 };
+        let mut queue = Self { ring, descriptors, file, ended: 0 };
         for tag in 0..DEPTH {
             const FETCH: u32 = nix::request_code_readwrite!(b'u', 0x20, COMMAND_LENGTH) as u32;
             queue.command(FETCH, tag, 0);
@@ -92,20 +92,20 @@ impl Queue {
     pub fn take(&mut self) -> Option<Asked> {
         loop {
             let completion = self.ring.completion().next()?;
-            self.waiting -= 1;
             // Everything but 0 means that the tag does not come again: the device is stopped, or
             // the kernel found something wrong with an answer, which it fails by itself then.
             if completion.result() == 0 {
                 let tag = completion.user_data() as u16;
                 return Some(self.descriptors.read(tag));
             }
+            self.ended += 1;
         }
     }
 
-    /// Whether nothing will be asked any more, as far as is known after [`take`](Self::take) had
-    /// nothing, and nothing is unanswered.
+    /// Whether everything is answered and nothing will be asked any more, as far as
+    /// [`take`](Self::take) has seen.
     pub fn is_over(&self) -> bool {
-        self.waiting == 0
+        self.ended == Self::TAGS
     }
 
     /// Answers what was asked: with the bytes that were read or written, or zero for the other
@@ -157,13 +157,12 @@ impl Queue {
         // SAFETY: the command names no memory of ours, and the file is open as long as the ring.
         unsafe { self.ring.submission().push(&entry.user_data(tag.into())) }
             .expect("there is room for as many as there are tags");
-        self.waiting += 1;
     }
 }
 
 impl fmt::Debug for Queue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Queue({:?}, {} with the kernel)", self.file, self.waiting)
+        write!(f, "Queue({:?}, {} tags ended)", self.file, self.ended)
     }
 }
 

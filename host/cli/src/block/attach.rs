@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 
 use iohost_block::BlockError;
@@ -17,7 +17,8 @@ use crate::CommandError;
 use crate::options::{DiskOptions, Options};
 use crate::output::Output;
 
-/// This thread serves; another one starts the device, and stops it when a signal says so.
+/// This thread serves; another one starts the device, and stops it when a signal says so. What is in
+/// use is not stopped.
 pub(super) fn attach(
     options: &Options,
     output: Output,
@@ -33,23 +34,24 @@ pub(super) fn attach(
     let device = attached.device().clone();
     let text = format!("disk {number} of {} is {}", which.service, device.node().display());
     let value = json!({ "disk": number, "device": device.node() });
-    let starter = thread::spawn(move || {
-        let started = device.start();
-        match &started {
-            Ok(()) => {
-                output.result(&value, text);
-                stop_at_a_signal(output, &device, signals);
-            }
+    let (told, started) = mpsc::channel();
+    thread::spawn(move || {
+        let outcome = device.start();
+        let is_started = outcome.is_ok();
+        let _ = told.send(outcome);
+        if is_started {
+            output.result(&value, text);
+            stop_at_a_signal(output, &device, signals);
+        } else {
             // So that there is nothing more to serve.
-            Err(_) => drop(device.stop()),
+            let _ = device.stop();
         }
-        started
     });
     attached.serve().map_err(refused)?;
-    // Somebody else may have stopped it; then the other thread waits for a signal for ever.
-    match starter.is_finished() {
-        true => starter.join().unwrap_or(Ok(())).map_err(|err| refused(err.into())),
-        false => Ok(()),
+    match started.try_recv() {
+        Ok(Err(err)) => Err(failure(&err).into()),
+        // It was stopped, by a signal or by somebody else.
+        _ => Ok(()),
     }
 }
 
