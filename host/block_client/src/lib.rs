@@ -20,7 +20,7 @@
 //! blocks has a form for tasks beside it. [`Pipeline`] has many operations under way at a time. Below
 //! both is [`Requests`]: single requests, with their bytes
 //! in memory that the device reaches in place, for who wants no copy or an order of its own. [`nbd`]
-//! serves a disk to programs that know nothing of us.
+//! and [`ublk`] serve a disk to programs that know nothing of us.
 
 #![forbid(unsafe_code)]
 
@@ -28,6 +28,7 @@ mod device;
 pub mod nbd;
 mod pipeline;
 mod requests;
+pub mod ublk;
 
 pub use block_api::{Completion, Disk, Failure, Health, Operation, Request, Status};
 pub use device::BlockDevice;
@@ -36,6 +37,8 @@ pub use requests::Requests;
 
 use iohost_client::{ClientError, NoAccess, WaitError};
 use iohost_interface::IOReturn;
+use iohost_ublk::UblkError;
+use nix::errno::Errno;
 
 /// Why a disk did not do what it should.
 #[derive(Debug, thiserror::Error)]
@@ -67,10 +70,31 @@ pub enum BlockError {
     /// The memory does not allow it.
     #[error("the session's memory: {0}")]
     Memory(#[from] NoAccess),
+    /// The kernel does not want it as a block device.
+    #[error(transparent)]
+    Ublk(#[from] UblkError),
     /// The driver put something into its queue that is no completion, or one of a request that was
     /// not sent.
     #[error("the driver's queue has something that is no completion of ours")]
     Malformed,
+}
+
+impl BlockError {
+    /// The number that a program is told which knows Linux's errors only.
+    pub(crate) fn errno(&self) -> Errno {
+        match self {
+            BlockError::Failed(failure) => match failure.status {
+                Status::ReadOnly => Errno::EPERM,
+                Status::OutOfRange => Errno::ENOSPC,
+                Status::NotAligned | Status::Malformed => Errno::EINVAL,
+                Status::Unsupported => Errno::EOPNOTSUPP,
+                Status::Gone => Errno::ESHUTDOWN,
+                _ => Errno::EIO,
+            },
+            BlockError::Queue(_) => Errno::ESHUTDOWN,
+            _ => Errno::EIO,
+        }
+    }
 }
 
 /// Refuses what the driver would refuse in part.

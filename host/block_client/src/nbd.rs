@@ -12,7 +12,8 @@ use std::future::Future;
 use std::io;
 use std::os::unix::net::UnixStream;
 
-use block_api::{Disk, Operation, Status};
+use block_api::{Disk, Operation};
+use nix::errno::Errno;
 use smol::Async;
 use smol::io::{AsyncReadExt, AsyncWriteExt};
 
@@ -84,13 +85,9 @@ const COMMAND_WRITE_ZEROES: u16 = 6;
 /// "Force unit access", of a command.
 const THROUGH: u16 = 1;
 
-const EPERM: u32 = 1;
-const EIO: u32 = 5;
-const EINVAL: u32 = 22;
-const ENOSPC: u32 = 28;
-const EOVERFLOW: u32 = 75;
-const ENOTSUP: u32 = 95;
-const ESHUTDOWN: u32 = 108;
+// Errors have Linux's numbers in the protocol.
+const EINVAL: u32 = Errno::EINVAL as u32;
+const EOVERFLOW: u32 = Errno::EOVERFLOW as u32;
 
 /// Serves one client until it leaves. Blocks.
 ///
@@ -274,7 +271,7 @@ impl<E: Export> Client<'_, E> {
                 asked.by_tag.insert(tag, Reply { cookie, bytes, is_flush_due });
                 Ok(())
             }
-            Err(err) => self.reply(cookie, errno(&err), &[]).await,
+            Err(err) => self.reply(cookie, err.errno() as u32, &[]).await,
         }
     }
 
@@ -285,7 +282,7 @@ impl<E: Export> Client<'_, E> {
             Err(err) => {
                 asked.bytes = 0;
                 for (_, Reply { cookie, .. }) in std::mem::take(&mut asked.by_tag) {
-                    self.reply(cookie, errno(&err), &[]).await?;
+                    self.reply(cookie, err.errno() as u32, &[]).await?;
                 }
                 return Ok(());
             }
@@ -304,14 +301,14 @@ impl<E: Export> Client<'_, E> {
                 }
                 Err(err) => {
                     asked.bytes -= bytes;
-                    return self.reply(cookie, errno(&err), &[]).await;
+                    return self.reply(cookie, err.errno() as u32, &[]).await;
                 }
             }
         }
         asked.bytes -= bytes;
         match outcome {
             Ok(()) => self.reply(cookie, 0, &data).await,
-            Err(err) => self.reply(cookie, errno(&err), &[]).await,
+            Err(err) => self.reply(cookie, err.errno() as u32, &[]).await,
         }
     }
 
@@ -431,22 +428,6 @@ fn wanted_information(data: &[u8]) -> Option<Vec<u16>> {
     (rest.len() == usize::from(u16::from_be_bytes(*count)) * 2).then(|| numbers.collect())
 }
 
-/// The protocol's number for a failure.
-fn errno(err: &BlockError) -> u32 {
-    match err {
-        BlockError::Failed(failure) => match failure.status {
-            Status::ReadOnly => EPERM,
-            Status::OutOfRange => ENOSPC,
-            Status::NotAligned | Status::Malformed => EINVAL,
-            Status::Unsupported => ENOTSUP,
-            Status::Gone => ESHUTDOWN,
-            _ => EIO,
-        },
-        BlockError::Queue(_) => ESHUTDOWN,
-        _ => EIO,
-    }
-}
-
 fn broken(words: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, words)
 }
@@ -457,7 +438,7 @@ mod tests {
     use std::io::{Read, Write};
     use std::thread;
 
-    use block_api::Failure;
+    use block_api::{Failure, Status};
 
     use super::*;
 
@@ -632,9 +613,12 @@ mod tests {
         assert_eq!(request(&mut stream, [0, COMMAND_TRIM], 512, 512, &[]).0, 0);
         assert_eq!(request(&mut stream, read, 512, 512, &[]), (0, vec![0; 512]));
         assert_eq!(request(&mut stream, [0, COMMAND_FLUSH], 0, 0, &[]).0, 0);
-        assert_eq!(request(&mut stream, [0, COMMAND_WRITE_ZEROES], 0, 512, &[]).0, ENOTSUP);
-        assert_eq!(request(&mut stream, read, 63 * 512, 512, &[]).0, EIO);
-        assert_eq!(request(&mut stream, read, 1 << 40, 512, &[]).0, ENOSPC);
+        assert_eq!(
+            request(&mut stream, [0, COMMAND_WRITE_ZEROES], 0, 512, &[]).0,
+            Errno::EOPNOTSUPP as u32
+        );
+        assert_eq!(request(&mut stream, read, 63 * 512, 512, &[]).0, Errno::EIO as u32);
+        assert_eq!(request(&mut stream, read, 1 << 40, 512, &[]).0, Errno::ENOSPC as u32);
         assert_eq!(request(&mut stream, read, 0, u32::MAX, &[]).0, EOVERFLOW);
         assert_eq!(request(&mut stream, [0, 99], 0, 0, &[]).0, EINVAL);
         assert_eq!(request(&mut stream, [0, COMMAND_WRITE], 0, 512, &[1; 512]).0, 0);

@@ -1,5 +1,7 @@
 //! `iohost block`: disks, for people.
 
+mod attach;
+
 use std::fs::File;
 use std::io::{self, IsTerminal, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -35,6 +37,8 @@ pub(crate) fn run(
         }
         BlockCommand::Write { disk, file, offset } => write(options, output, disk, file, *offset),
         BlockCommand::Export { disk, at } => export(options, output, disk, at),
+        BlockCommand::Attach(disk) => attach::attach(options, output, disk),
+        BlockCommand::Detach { number, force } => attach::detach(output, *number, *force),
         BlockCommand::Bench { disk, depth, size, seconds, sequential, polled, write } => {
             let plan = Plan {
                 depth: *depth,

@@ -385,6 +385,27 @@ Examples:
         at: PathBuf,
     },
 
+    /// Make a disk a block device, /dev/ublkbN, and serve it until it is interrupted.
+    #[command(after_help = "\
+Needs root, and Linux 6.4 or later with ublk (modprobe ublk_drv). The name of the block device is
+printed when it can be used. Unmount it before you interrupt this: it goes on until then.
+
+Examples:
+  iohost block attach nvme0
+  mount /dev/ublkb0 /mnt")]
+    Attach(DiskOptions),
+
+    /// Take a block device away that `attach` has made, also when its process has died.
+    Detach {
+        /// The N of /dev/ublkbN.
+        #[arg(value_name = "N")]
+        number: u32,
+
+        /// Also when it is mounted or in use: what was not written is lost.
+        #[arg(long)]
+        force: bool,
+    },
+
     /// Measure how fast it reads, at random places.
     Bench {
         #[command(flatten)]

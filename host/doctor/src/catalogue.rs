@@ -886,6 +886,31 @@ catalogue! {
         check: "iohost block info SERVICE",
         fix: "Name bytes that the disk has.",
     }
+    NoUblk = "no-ublk", None, {
+        means: "The kernel has no ublk that could make a disk of ours a block device.",
+        why: "Block devices that a process serves are ublk's, with user copy, which came with Linux 6.4; Debian 12's kernel \
+              has none.",
+        check: "ls /dev/ublk-control; modinfo ublk_drv",
+        fix: "modprobe ublk_drv, or export the disk over NBD: iohost block export",
+    }
+    UblkDenied = "ublk-denied", None, {
+        means: "This user may not make block devices.",
+        why: "A block device is there for the whole machine, so ublk is root's.",
+        check: "ls -l /dev/ublk-control",
+        fix: "Run it as root.",
+    }
+    BlockInUse = "block-in-use", None, {
+        means: "The block device is mounted, or another program has it for itself.",
+        why: "What was not written yet would be lost.",
+        check: "fuser -vm /dev/ublkbN; cat /proc/mounts",
+        fix: "Unmount it first.",
+    }
+    NoSuchBlockDevice = "no-such-block-device", None, {
+        means: "There is no ublk device of this number.",
+        why: "The number is the N of /dev/ublkbN and /dev/ublkcN.",
+        check: "ls /dev/ublkc*",
+        fix: "Name one that is there.",
+    }
     BlockFailed = "block-failed", None, {
         means: "A disk did not do what it should.",
         why: "The message has the kind of failure and the device's words.",

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Weak;
 
 use iohost_interface::IOReturn;
@@ -153,6 +153,39 @@ impl ClientMemory {
         Ok(())
     }
 
+    /// Reads bytes of a file into the memory, without a copy in between.
+    ///
+    /// Errors: `InvalidInput` for what [`write_at`](Self::write_at) refuses; `UnexpectedEof` for a
+    /// file that has fewer bytes, and what `pread(2)` says, after a part may have been read.
+    pub fn read_from(
+        &self,
+        offset: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        position: u64,
+    ) -> io::Result<()> {
+        self.check(offset, len).map_err(invalid)?;
+        if !self.is_writable() {
+            return Err(invalid(NoAccess::ReadOnly));
+        }
+        self.0.read_from(offset, len, file, position)
+    }
+
+    /// Writes bytes of the memory to a file, without a copy in between.
+    ///
+    /// Errors: `InvalidInput` for what [`read_at`](Self::read_at) refuses; what `pwrite(2)` says,
+    /// after a part may have been written.
+    pub fn write_to(
+        &self,
+        offset: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        position: u64,
+    ) -> io::Result<()> {
+        self.check(offset, len).map_err(invalid)?;
+        self.0.write_to(offset, len, file, position)
+    }
+
     /// Where it starts in this process, for code in another language. Page-aligned; a write faults
     /// unless it [`is_writable`](Self::is_writable).
     pub fn address(&self) -> *mut u8 {
@@ -166,4 +199,8 @@ impl ClientMemory {
             _ => Err(NoAccess::Outside { offset, len, size }),
         }
     }
+}
+
+fn invalid(err: NoAccess) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, err)
 }

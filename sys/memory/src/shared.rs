@@ -5,7 +5,7 @@
 // pointers only.
 
 use std::ffi::{CStr, c_void};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
@@ -81,7 +81,7 @@ impl SharedMemory {
     /// Errors: `InvalidInput` for a length of zero; whatever `memfd_create` and `mmap` say.
     pub fn create(name: &CStr, len: usize) -> io::Result<Self> {
         if len == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "shared memory of no bytes"));
+            return Err(io::Error::new(ErrorKind::InvalidInput, "shared memory of no bytes"));
         }
         let fd = memfd_create(name, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)?;
         nix::unistd::ftruncate(&fd, len.try_into().map_err(io::Error::other)?)?;
@@ -99,7 +99,7 @@ impl SharedMemory {
     pub fn create_huge(name: &CStr, len: usize) -> io::Result<Self> {
         if len == 0 || !len.is_multiple_of(HUGE_PAGE) {
             let reason = format!("{len:#x} bytes are no whole number of huge pages");
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+            return Err(io::Error::new(ErrorKind::InvalidInput, reason));
         }
         let flags = MFdFlags::MFD_CLOEXEC
             | MFdFlags::MFD_ALLOW_SEALING
@@ -171,6 +171,55 @@ impl SharedMemory {
         unsafe { copy_in(target, data) }
     }
 
+    /// Reads bytes of a file into the memory, without a copy in between.
+    ///
+    /// Errors: `UnexpectedEof` for a file that has fewer, and what `pread(2)` says; a part may have
+    /// been read. Panics as [`write_at`](Self::write_at).
+    pub fn read_from(
+        &self,
+        offset: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        position: u64,
+    ) -> io::Result<()> {
+        self.check(offset, len);
+        assert!(self.is_writable, "writing to memory that is mapped for reading only");
+        each_part(len, ErrorKind::UnexpectedEof, |done| {
+            let at = libc::off64_t::try_from(position + done as u64).map_err(io::Error::other)?;
+            // SAFETY: `check` showed that `offset + len` is inside the mapping, and `done < len`.
+            let target = unsafe { self.map.base.add(offset + done) };
+            // SAFETY: `check` showed that the bytes up to `len` are mapped for writing, and the
+            // seals keep them so. No reference points to them.
+            let read =
+                unsafe { libc::pread64(file.as_raw_fd(), target.as_ptr().cast(), len - done, at) };
+            Ok(nix::errno::Errno::result(read)? as usize)
+        })
+    }
+
+    /// Writes bytes of the memory to a file, without a copy in between.
+    ///
+    /// Errors: `WriteZero` for a file that takes no more, and what `pwrite(2)` says; a part may have
+    /// been written. Panics as [`read_at`](Self::read_at).
+    pub fn write_to(
+        &self,
+        offset: usize,
+        len: usize,
+        file: BorrowedFd<'_>,
+        position: u64,
+    ) -> io::Result<()> {
+        self.check(offset, len);
+        each_part(len, ErrorKind::WriteZero, |done| {
+            let at = libc::off64_t::try_from(position + done as u64).map_err(io::Error::other)?;
+            // SAFETY: `check` showed that `offset + len` is inside the mapping, and `done < len`.
+            let source = unsafe { self.map.base.add(offset + done) };
+            // SAFETY: `check` showed that the bytes up to `len` are mapped, and the seals keep them
+            // so. A peer that writes them meanwhile: see "Copies that race with the peer".
+            let written =
+                unsafe { libc::pwrite64(file.as_raw_fd(), source.as_ptr().cast(), len - done, at) };
+            Ok(nix::errno::Errno::result(written)? as usize)
+        })
+    }
+
     /// A word that both sides read and write whole.
     ///
     /// Panics when it is not inside the memory or not at a multiple of eight, or the memory is mapped
@@ -197,6 +246,25 @@ impl SharedMemory {
             self.len()
         );
     }
+}
+
+/// Does a transfer of `len` bytes in as many parts as it takes. `transfer` is told how many are done,
+/// and says how many it has done; none is the failure `at_end`.
+fn each_part(
+    len: usize,
+    at_end: ErrorKind,
+    mut transfer: impl FnMut(usize) -> io::Result<usize>,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        match transfer(done) {
+            Ok(0) => return Err(at_end.into()),
+            Ok(part) => done += part,
+            Err(err) if err.kind() == ErrorKind::Interrupted => {}
+            Err(err) => return Err(err),
+        }
+    }
+    Ok(())
 }
 
 /// Copies bytes out of a mapping.
@@ -397,6 +465,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn bytes_go_to_a_file_and_back_without_the_memorys_being_lent() {
+        let memory = SharedMemory::create(c"test", 8192).unwrap();
+        let file = memfd_create(c"file", MFdFlags::MFD_CLOEXEC).unwrap();
+        memory.write_at(5000, b"hello");
+        memory.write_to(5000, 5, file.as_fd(), 1 << 33).unwrap();
+        memory.read_from(1, 5, file.as_fd(), 1 << 33).unwrap();
+        let mut seen = [0; 5];
+        memory.read_at(1, &mut seen);
+        assert_eq!(&seen, b"hello");
+        let err = memory.read_from(0, 6, file.as_fd(), 1 << 33).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::UnexpectedEof, "the file ends after five bytes");
+        memory.write_to(0, 1, file.as_fd(), u64::MAX).unwrap_err();
+        let outside = || memory.read_from(8190, 5, file.as_fd(), 1 << 33);
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(outside)).is_err());
+    }
+
+    #[test]
     fn two_mappings_of_one_file_see_the_same_bytes() {
         let ours = SharedMemory::create(c"test", 100).unwrap();
         let theirs = SharedMemory::attach(ours.as_fd().try_clone_to_owned().unwrap(), 100).unwrap();
@@ -416,11 +501,11 @@ mod tests {
                 memory.read_at(HUGE_PAGE - 3, &mut seen);
                 assert_eq!(&seen, b"end");
             }
-            Err(err) => assert_eq!(err.kind(), io::ErrorKind::OutOfMemory, "{err}"),
+            Err(err) => assert_eq!(err.kind(), ErrorKind::OutOfMemory, "{err}"),
         }
         for len in [0, 4096, HUGE_PAGE + 1] {
             let err = SharedMemory::create_huge(c"huge", len).unwrap_err();
-            assert_eq!(err.kind(), io::ErrorKind::InvalidInput, "{len}: {err}");
+            assert_eq!(err.kind(), ErrorKind::InvalidInput, "{len}: {err}");
         }
     }
 
@@ -450,7 +535,7 @@ mod tests {
         let again = reading.try_clone().unwrap();
         let refused = SharedMemory::attach(again, len).unwrap_err();
         let AttachError::Map(err) = refused else { panic!("{refused:?}") };
-        assert_eq!(err.kind(), io::ErrorKind::PermissionDenied);
+        assert_eq!(err.kind(), ErrorKind::PermissionDenied);
         let theirs = SharedMemory::attach_read_only(reading, len).unwrap();
         let mut seen = [0; 5];
         theirs.read_at(0, &mut seen);

@@ -5,7 +5,6 @@
 mkdir -p /tools
 mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144,ro,cache=mmap tools /tools
 export PATH=$PATH:/tools
-modprobe -a nbd
 
 # nvme_addresses: of all NVMe controllers, a line each, in the order of their ports.
 nvme_addresses() {
@@ -18,6 +17,7 @@ nvme_addresses() {
 # attach NBD SERVICE DISK BLOCK: the kernel has the disk of the service as /dev/NBD, in blocks of BLOCK bytes, by way of
 # the NBD server. Process $server is that.
 attach() {
+    modprobe nbd
     iohost block export "$2" --disk "$3" "/tmp/$1.socket" >"/tmp/$1.log" 2>&1 &
     server=$!
     await "the socket of $1" test -S "/tmp/$1.socket"
@@ -35,15 +35,26 @@ detach() {
     rm "/tmp/$1.socket"
 }
 
-# no_errors: of disks, in the kernel's log.
-no_errors() {
-    ! dmesg | grep -e 'I/O error' -e 'EXT4-fs error' -e 'nbd.*timed out' || fail "the kernel has seen errors"
+# attach_ublk BLOCK_DEVICE ARGUMENT...: the kernel has a disk, as /dev/BLOCK_DEVICE, by ublk. Process $server is what
+# serves it.
+attach_ublk() {
+    local device=$1
+    shift
+    iohost block attach "$@" >"/tmp/$device.log" 2>&1 &
+    server=$!
+    await "/dev/$device" grep "/dev/$device" "/tmp/$device.log"
+    [ -b "/dev/$device" ] || fail "there is no /dev/$device"
 }
 
-# fio_rounds NBD BLOCK SECONDS: four jobs at once, at depths of 1, 4, 16 and 64, read and write at random, each in 2 MiB
+# no_errors: of disks, in the kernel's log.
+no_errors() {
+    ! dmesg | grep -e 'I/O error' -e 'EXT4-fs error' -e 'nbd.*timed out' -e 'ublk.*fail' || fail "the kernel has seen errors"
+}
+
+# fio_rounds BLOCK_DEVICE BLOCK SECONDS: four jobs at once, at depths of 1, 4, 16 and 64, read and write at random, each in 2 MiB
 # of its own, in requests from BLOCK bytes to 64 KiB, with flushes in between; then each reads what it has written
 # and compares checksums. That again and again, with other places and sizes, until so many seconds are over. It ends at the
-# first error, with fio's words in /tmp/NBD.fio.log.
+# first error, with fio's words in /tmp/BLOCK_DEVICE.fio.log.
 fio_rounds() {
     local end=$(($(uptime_seconds) + $3)) depth round=0
     cat >"/tmp/$1.fio" <<END
@@ -79,7 +90,7 @@ uptime_seconds() {
     cut -d. -f1 /proc/uptime
 }
 
-# kill_hosts NBD: the one driver host is killed every second, but not before the one after it has served something, until
+# kill_hosts BLOCK_DEVICE: the one driver host is killed every second, but not before the one after it has served something, until
 # process $fio has ended. The count is in $kills.
 kill_hosts() {
     local before pid
@@ -101,7 +112,7 @@ is_next() {
     [ "$(status incarnation)" = "$1" ] && is_ready
 }
 
-# done_requests NBD: that the kernel has had done.
+# done_requests BLOCK_DEVICE: that the kernel has had done.
 done_requests() {
     awk '{ print $1 + $5 }' "/sys/block/$1/stat"
 }
