@@ -290,19 +290,14 @@ impl<E: Export> Client<'_, E> {
         let Some(Reply { cookie, bytes, is_flush_due }) = asked.by_tag.remove(&tag) else {
             return Ok(());
         };
-        let outcome = outcome.map_err(BlockError::from);
+        let mut outcome = outcome.map_err(BlockError::from);
         if is_flush_due && outcome.is_ok() {
             let flush =
                 Work { operation: Operation::Flush, offset: 0, length: 0, data: Vec::new() };
-            match self.export.begin(tag, flush) {
-                Ok(()) => {
-                    asked.by_tag.insert(tag, Reply { cookie, bytes, is_flush_due: false });
-                    return Ok(());
-                }
-                Err(err) => {
-                    asked.bytes -= bytes;
-                    return self.reply(cookie, err.errno() as u32, &[]).await;
-                }
+            outcome = self.export.begin(tag, flush);
+            if outcome.is_ok() {
+                asked.by_tag.insert(tag, Reply { cookie, bytes, is_flush_due: false });
+                return Ok(());
             }
         }
         asked.bytes -= bytes;
