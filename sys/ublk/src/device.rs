@@ -39,9 +39,9 @@ pub struct Properties {
     pub is_read_only: bool,
     /// Writes can be lost with the power until there was a flush. Without it, nobody flushes.
     pub has_write_cache: bool,
-    /// Whether [`Order::Discard`] is asked.
+    /// Whether [`Order::Discard`](crate::Order::Discard) is asked.
     pub can_discard: bool,
-    /// Whether [`Order::WriteZeroes`] is asked; the kernel writes zeroes otherwise.
+    /// Whether [`Order::WriteZeroes`](crate::Order::WriteZeroes) is asked; the kernel writes zeroes otherwise.
     pub can_write_zeroes: bool,
 }
 
