@@ -25,6 +25,7 @@ pub const CASES: &[Case] = &[
         metrics: &[
             Metric { name: "arm_of_100k_ns", better: Better::Lower },
             Metric { name: "rearm_of_100k_ns", better: Better::Lower },
+            Metric { name: "put_off_of_100k_ns", better: Better::Lower },
             Metric { name: "cancel_of_100k_ns", better: Better::Lower },
         ],
         ours: |effort| costs(effort, 100_000),
@@ -68,6 +69,8 @@ const BLOCK: usize = 50;
 struct Armed {
     timers: Vec<TimerSource>,
     base: u64,
+    /// Earlier than all others, so that moving them leaves the kernel's timer alone.
+    _earliest: TimerSource,
     _engine: Engine,
 }
 
@@ -80,7 +83,9 @@ impl Armed {
         let queue = Queue::create(&engine, "bench", Default::default())?;
         let create = |_| TimerSource::create(&queue, |_| unreachable!("hours ahead"));
         let timers = (0..count).map(create).collect();
-        let armed = Self { timers, base: CLOCK.now(), _engine: engine };
+        let (base, earliest) = (CLOCK.now(), create(count));
+        earliest.wake_at(CLOCK, base + HOUR / 2, 0)?;
+        let armed = Self { timers, base, _earliest: earliest, _engine: engine };
         (0..count).for_each(|timer| armed.arm(&(timer, random.time())));
         Ok(armed)
     }
@@ -94,23 +99,30 @@ impl Armed {
     }
 }
 
-/// What `count` timers cost each: arming one that was taken back, moving it, taking it back. Taken
-/// in the order they were made in: a hundred fit into the first cache and a hundred thousand into
-/// none, and this is as far as the processor can help.
+/// What `count` timers cost each: arming one that was taken back, moving it to an earlier time, of
+/// which the engine has to hear, or to a later one, of which it has not, taking it back. Taken in the
+/// order they were made in: a hundred fit into the first cache and a hundred thousand into none, and
+/// this is as far as the processor can help.
 fn costs(effort: Effort, count: usize) -> Result<Vec<f64>> {
     let mut random = Random::new();
     let armed = Armed::new(count, &mut random)?;
-    let [mut arm, mut rearm, mut cancel] = [const { Vec::new() }; 3];
-    // Each block works on other timers, half of all apart.
+    let [mut arm, mut rearm, mut put_off, mut cancel] = [const { Vec::new() }; 4];
+    // Each block works on other timers, a quarter of all apart.
+    let quarter = count / BLOCK / 4;
     let block = |number: usize| (0..BLOCK).map(move |place| (number * BLOCK + place) % count);
     for number in 0..effort.of(8_000, 4) as usize {
-        let moves: Vec<Move> = block(number).map(|timer| (timer, random.time())).collect();
+        let earlier = HOUR - (number * BLOCK / count) as u64 * EARLIER;
+        let moves: Vec<Move> =
+            block(number).map(|timer| (timer, earlier - random.next() % EARLIER)).collect();
         rearm.push(ns_each(&moves, |to| armed.arm(to)));
-        let timers: Vec<usize> = block(number + count / BLOCK / 2).collect();
+        let moves: Vec<Move> =
+            block(number + quarter).map(|timer| (timer, LATEST + random.time())).collect();
+        put_off.push(ns_each(&moves, |to| armed.arm(to)));
+        let timers: Vec<usize> = block(number + 2 * quarter).collect();
         cancel.push(ns_each(&timers, |&timer| armed.set_enable(timer, false)));
         arm.push(ns_each(&timers, |&timer| armed.set_enable(timer, true)));
     }
-    Ok([arm, rearm, cancel].map(|costs| median(costs.into_iter())).to_vec())
+    Ok([arm, rearm, put_off, cancel].map(|costs| median(costs.into_iter())).to_vec())
 }
 
 /// Moving one of `count` timers, on our engine.
@@ -179,6 +191,10 @@ fn ns_each<T>(block: &[T], operation: impl FnMut(&T)) -> f64 {
 /// Random enough times lie between one and two hours ahead.
 const HOUR: u64 = 3_600_000_000_000;
 const LATEST: u64 = 2 * HOUR;
+
+/// Times of one round of moves to earlier ones lie within this. Some thousand rounds are less than
+/// half an hour.
+const EARLIER: u64 = 100_000_000;
 
 /// A generator that starts the same each time (xorshift; Marsaglia, 2003).
 struct Random(u64);

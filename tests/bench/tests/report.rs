@@ -84,6 +84,7 @@ const PROMISED: &[(&str, &str, &[&str])] = &[
     ("restart", "idle_driver_host_pss_kib", &["a process that waits"]),
     ("timers", "arm_of_100k_ns", &["ours of 100"]),
     ("timers", "rearm_of_100k_ns", &["ours of 100"]),
+    ("timers", "put_off_of_100k_ns", &["ours of 100"]),
     ("timers", "cancel_of_100k_ns", &["ours of 100"]),
     ("timers", "put_off_of_1_ns", &["tokio"]),
     ("timers", "move_of_1_ns", &["tokio"]),
