@@ -96,4 +96,10 @@ attach_ublk ublkb0 disk
 iohost block detach 0
 wait $server || fail "the server has ended with $?: $(cat /tmp/ublkb0.log)"
 [ ! -e /dev/ublkc0 ] || fail "the device is still there"
+
+echo "--- the disk is taken away"
+attach_ublk ublkb0 disk
+iohost unbind disk
+! dd if=/dev/ublkb0 of=/tmp/some bs=64k count=1 2>/dev/null || fail "something was read from a disk that is gone"
+server_ends ublkb0
 stop_daemon

@@ -5,9 +5,8 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 
-use block_api::{Disk, Operation, Request};
+use block_api::{Completion, Disk, Operation, Request};
 use iohost_client::Session;
 use iohost_ublk::{Asked, Order, Properties, Queue};
 pub use iohost_ublk::{UblkDevice, UblkError};
@@ -36,7 +35,7 @@ pub struct Attached {
 
 /// Removed when it is dropped.
 #[derive(Debug)]
-struct Removed(Arc<UblkDevice>);
+struct Removed(UblkDevice);
 
 #[derive(Debug)]
 struct Server {
@@ -45,8 +44,8 @@ struct Server {
     disk: Disk,
     /// Bytes of the memory for each tag.
     most_at_once: u64,
-    /// What has no answer.
-    under_way: HashMap<u64, Asked>,
+    /// What has no answer, by tag.
+    under_way: HashMap<u64, Request>,
     /// Why nothing goes to the disk any more.
     end: Option<Errno>,
 }
@@ -61,7 +60,7 @@ impl Attached {
         let disk = requests.describe(disk)?;
         let most_at_once = disk.most_at_once.clamp(LEAST_AT_ONCE, MOST_AT_ONCE);
         let most_at_once = most_at_once / LEAST_AT_ONCE * LEAST_AT_ONCE;
-        let device = Removed(Arc::new(UblkDevice::add(&Properties {
+        let device = Removed(UblkDevice::add(&Properties {
             block: disk.block,
             bytes: disk.bytes(),
             most_at_once: most_at_once as u32,
@@ -69,20 +68,15 @@ impl Attached {
             has_write_cache: disk.has_write_cache,
             can_discard: disk.can_discard,
             can_write_zeroes: disk.can_write_zeroes,
-        })?));
+        })?);
         let queue = device.0.queue()?;
         let (under_way, end) = (HashMap::new(), None);
         Ok(Self { server: Server { queue, requests, disk, most_at_once, under_way, end }, device })
     }
 
     /// The device, to start and to stop it.
-    pub fn device(&self) -> &Arc<UblkDevice> {
+    pub fn device(&self) -> &UblkDevice {
         &self.device.0
-    }
-
-    /// What the disk is.
-    pub fn info(&self) -> &Disk {
-        &self.server.disk
     }
 
     /// Does what the kernel asks, until the device is stopped. Blocks.
@@ -136,17 +130,16 @@ impl Server {
 
     /// Sends a request of the kernel's to the disk, or says why not.
     fn begin(&mut self, asked: Asked) {
-        let sent = match self.end {
-            Some(errno) => Err(errno),
-            None => self.send(&asked),
-        };
-        match sent {
-            Ok(()) => drop(self.under_way.insert(asked.tag.into(), asked)),
+        match self.send(&asked) {
+            Ok(request) => drop(self.under_way.insert(request.tag, request)),
             Err(errno) => self.queue.answer(asked.tag, Err(errno)),
         }
     }
 
-    fn send(&mut self, asked: &Asked) -> Result<(), Errno> {
+    fn send(&mut self, asked: &Asked) -> Result<Request, Errno> {
+        if let Some(errno) = self.end {
+            return Err(errno);
+        }
         let request = request(asked, &self.disk, self.most_at_once)?;
         if asked.order == Order::Write {
             let (at, len) = (request.at as usize, request.length as usize);
@@ -155,48 +148,46 @@ impl Server {
             read.map_err(|_| Errno::EIO)?;
         }
         // There is room in the queue for as many requests as there are tags.
-        self.requests.send(&request).map_err(|err| self.give_up(&err))
+        self.requests.send(&request).map_err(|err| self.give_up(&err))?;
+        Ok(request)
     }
 
-    /// Answers a request of the kernel's with what became of the disk's; all of them when there will
-    /// be nothing more.
-    fn answer(&mut self, completion: Result<block_api::Completion, BlockError>) {
-        let completion = match completion {
+    /// Answers a request of the kernel's with what became of the disk's.
+    fn answer(&mut self, completion: Result<Completion, BlockError>) {
+        let Completion { tag, outcome } = match completion {
             Ok(completion) => completion,
             Err(err) => {
-                let errno = self.give_up(&err);
-                for (_, asked) in self.under_way.drain() {
-                    self.queue.answer(asked.tag, Err(errno));
-                }
+                self.give_up(&err);
                 return;
             }
         };
-        let Some(asked) = self.under_way.remove(&completion.tag) else { return };
-        let outcome = match completion.outcome {
-            Ok(()) => self.done(&asked),
+        let Some(request) = self.under_way.remove(&tag) else { return };
+        let outcome = match outcome {
+            Ok(()) => self.done(&request),
             Err(failure) => Err(BlockError::from(failure).errno()),
         };
-        self.queue.answer(asked.tag, outcome);
+        self.queue.answer(tag as u16, outcome);
     }
 
     /// What the kernel is told of something that was done, after it was given the bytes.
-    fn done(&self, asked: &Asked) -> Result<u32, Errno> {
-        let (tag, length) = (asked.tag, asked.length);
-        match asked.order {
-            Order::Read => {
-                let at = usize::from(tag) * self.most_at_once as usize;
-                let (file, position) = (self.queue.file(), Queue::position(tag));
-                let written = self.requests.memory().write_to(at, length as usize, file, position);
-                written.map_err(|_| Errno::EIO)?;
-                Ok(length as u32)
-            }
-            Order::Write => Ok(length as u32),
-            _ => Ok(0),
+    fn done(&self, request: &Request) -> Result<u32, Errno> {
+        if request.operation == Operation::Read {
+            let (at, len) = (request.at as usize, request.length as usize);
+            let position = Queue::position(request.tag as u16);
+            let written = self.requests.memory().write_to(at, len, self.queue.file(), position);
+            written.map_err(|_| Errno::EIO)?;
         }
+        Ok(if request.operation.has_data() { request.length as u32 } else { 0 })
     }
 
+    /// There will be no more completions: everything fails, what is under way and what is asked later.
     fn give_up(&mut self, err: &BlockError) -> Errno {
-        *self.end.insert(err.errno())
+        let errno = err.errno();
+        self.end = Some(errno);
+        for (tag, _) in self.under_way.drain() {
+            self.queue.answer(tag as u16, Err(errno));
+        }
+        errno
     }
 }
 

@@ -182,17 +182,11 @@ impl SharedMemory {
         file: BorrowedFd<'_>,
         position: u64,
     ) -> io::Result<()> {
-        self.check(offset, len);
         assert!(self.is_writable, "writing to memory that is mapped for reading only");
-        each_part(len, ErrorKind::UnexpectedEof, |done| {
-            let at = libc::off64_t::try_from(position + done as u64).map_err(io::Error::other)?;
-            // SAFETY: `check` showed that `offset + len` is inside the mapping, and `done < len`.
-            let target = unsafe { self.map.base.add(offset + done) };
-            // SAFETY: `check` showed that the bytes up to `len` are mapped for writing, and the
-            // seals keep them so. No reference points to them.
-            let read =
-                unsafe { libc::pread64(file.as_raw_fd(), target.as_ptr().cast(), len - done, at) };
-            Ok(nix::errno::Errno::result(read)? as usize)
+        self.transfer(offset, len, position, ErrorKind::UnexpectedEof, |target, len, at| {
+            // SAFETY: `transfer` names mapped bytes of ours, which the assertion showed to be
+            // writable, and the seals keep them so. No reference points to them.
+            unsafe { libc::pread64(file.as_raw_fd(), target.as_ptr().cast(), len, at) }
         })
     }
 
@@ -207,17 +201,37 @@ impl SharedMemory {
         file: BorrowedFd<'_>,
         position: u64,
     ) -> io::Result<()> {
+        self.transfer(offset, len, position, ErrorKind::WriteZero, |source, len, at| {
+            // SAFETY: `transfer` names mapped bytes of ours, and the seals keep them so. A peer that
+            // writes them meanwhile: see "Copies that race with the peer".
+            unsafe { libc::pwrite64(file.as_raw_fd(), source.as_ptr().cast(), len, at) }
+        })
+    }
+
+    /// Has a system call read or write bytes, in as many parts as it takes: it is told where they
+    /// start, how many there are, and where they are in the file. None done is the failure `at_end`.
+    fn transfer(
+        &self,
+        offset: usize,
+        len: usize,
+        position: u64,
+        at_end: ErrorKind,
+        call: impl Fn(NonNull<u8>, usize, libc::off64_t) -> isize,
+    ) -> io::Result<()> {
         self.check(offset, len);
-        each_part(len, ErrorKind::WriteZero, |done| {
+        let mut done = 0;
+        while done < len {
             let at = libc::off64_t::try_from(position + done as u64).map_err(io::Error::other)?;
             // SAFETY: `check` showed that `offset + len` is inside the mapping, and `done < len`.
-            let source = unsafe { self.map.base.add(offset + done) };
-            // SAFETY: `check` showed that the bytes up to `len` are mapped, and the seals keep them
-            // so. A peer that writes them meanwhile: see "Copies that race with the peer".
-            let written =
-                unsafe { libc::pwrite64(file.as_raw_fd(), source.as_ptr().cast(), len - done, at) };
-            Ok(nix::errno::Errno::result(written)? as usize)
-        })
+            let start = unsafe { self.map.base.add(offset + done) };
+            match nix::errno::Errno::result(call(start, len - done, at)) {
+                Ok(0) => return Err(at_end.into()),
+                Ok(part) => done += part as usize,
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(())
     }
 
     /// A word that both sides read and write whole.
@@ -246,25 +260,6 @@ impl SharedMemory {
             self.len()
         );
     }
-}
-
-/// Does a transfer of `len` bytes in as many parts as it takes. `transfer` is told how many are done,
-/// and says how many it has done; none is the failure `at_end`.
-fn each_part(
-    len: usize,
-    at_end: ErrorKind,
-    mut transfer: impl FnMut(usize) -> io::Result<usize>,
-) -> io::Result<()> {
-    let mut done = 0;
-    while done < len {
-        match transfer(done) {
-            Ok(0) => return Err(at_end.into()),
-            Ok(part) => done += part,
-            Err(err) if err.kind() == ErrorKind::Interrupted => {}
-            Err(err) => return Err(err),
-        }
-    }
-    Ok(())
 }
 
 /// Copies bytes out of a mapping.

@@ -21,14 +21,14 @@ const COMMAND_LENGTH: usize = 32;
 /// What a command is, as `include/uapi/linux/ublk_cmd.h` numbers it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Command {
-    /// Writes its buffer, as the other one for asking does.
+    /// The kernel writes the buffer.
     GetInfo,
-    /// Reads and writes its buffer.
+    /// The kernel reads and writes the buffer.
     Add,
     Remove,
     Start,
     Stop,
-    /// Reads its buffer.
+    /// The kernel reads the buffer.
     SetParameters,
 }
 
@@ -101,12 +101,13 @@ fn submit(
     // returns, and it does not return before the command has ended (or was never begun).
     unsafe { ring.submission().push(&entry) }.expect("a new ring has room for one");
     loop {
-        match ring.submit_and_wait(1) {
-            Ok(_) => {}
-            // A signal is no reason to leave: the kernel has the buffer.
-            Err(err) if err.kind() == ErrorKind::Interrupted => {}
-            Err(err) if !ring.submission().is_empty() => return Err(err),
-            Err(err) => unreachable!("waiting for a command that was taken: {err}"),
+        let waited = ring.submit_and_wait(1);
+        // A command that the kernel has taken is waited for whatever it says: it has the buffer.
+        if let Err(err) = waited
+            && err.kind() != ErrorKind::Interrupted
+            && !ring.submission().is_empty()
+        {
+            return Err(err);
         }
         if let Some(done) = ring.completion().next() {
             return match done.result() {

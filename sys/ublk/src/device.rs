@@ -9,19 +9,17 @@ use std::process;
 use crate::control::{Command, command};
 use crate::{Queue, UblkError};
 
-/// Requests of a device that are under way at a time.
-pub(crate) const DEPTH: u16 = 64;
-
 /// `UBLK_F_USER_COPY`.
 const USER_COPY: u64 = 1 << 7;
 
 /// Bytes of a sector, which is what the kernel counts in, whatever the blocks are.
-const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 
 /// A block device that a process serves. The crate's documentation has the order of its calls.
 ///
-/// Callable from any thread. Dropping it does nothing to the device.
-#[derive(Debug)]
+/// Callable from any thread. It names the device only: its clones are the same one, and dropping
+/// them does nothing to it.
+#[derive(Clone, Debug)]
 pub struct UblkDevice {
     number: u32,
 }
@@ -41,7 +39,8 @@ pub struct Properties {
     pub has_write_cache: bool,
     /// Whether [`Order::Discard`](crate::Order::Discard) is asked.
     pub can_discard: bool,
-    /// Whether [`Order::WriteZeroes`](crate::Order::WriteZeroes) is asked; the kernel writes zeroes otherwise.
+    /// Whether [`Order::WriteZeroes`](crate::Order::WriteZeroes) is asked; the kernel writes zeroes
+    /// otherwise.
     pub can_write_zeroes: bool,
 }
 
@@ -74,11 +73,6 @@ impl UblkDevice {
     pub fn find(number: u32) -> Result<Self, UblkError> {
         command(Command::GetInfo, number, 0, &mut Info::new(0).0)?;
         Ok(Self { number })
-    }
-
-    /// The N of its nodes.
-    pub fn number(&self) -> u32 {
-        self.number
     }
 
     /// The block device, which is there from start to stop.
@@ -137,7 +131,7 @@ impl Info {
         const QUEUES: u16 = 1;
         let mut bytes = [0; 64];
         bytes[0..2].copy_from_slice(&QUEUES.to_ne_bytes());
-        bytes[2..4].copy_from_slice(&DEPTH.to_ne_bytes());
+        bytes[2..4].copy_from_slice(&Queue::TAGS.to_ne_bytes());
         bytes[8..12].copy_from_slice(&most_at_once.to_ne_bytes());
         bytes[12..16].copy_from_slice(&u32::MAX.to_ne_bytes());
         bytes[24..32].copy_from_slice(&USER_COPY.to_ne_bytes());

@@ -14,14 +14,11 @@ use io_uring::{IoUring, opcode, types};
 use nix::errno::Errno;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-use crate::device::DEPTH;
+use crate::device::SECTOR;
 
 /// Bytes of `struct ublksrv_io_desc`, and of `struct ublksrv_io_cmd`.
 const DESCRIPTOR_LENGTH: usize = 24;
 const COMMAND_LENGTH: usize = 16;
-
-/// Bytes of a sector, which is what the kernel counts in.
-const SECTOR: u64 = 512;
 
 /// All that is asked of one device, for the thread that has taken it.
 ///
@@ -29,7 +26,8 @@ const SECTOR: u64 = 512;
 /// [`answered`](Self::answer). What was answered reaches the kernel by [`submit`](Self::submit). A
 /// queue that is dropped leaves its device stopped.
 ///
-/// Readable, for `poll(2)` and its kin, when something is asked.
+/// Readable, for `poll(2)` and its kin, when something is asked. The kernel deals with the thread
+/// that opened it, so it stays there.
 pub struct Queue {
     /// First, so that its commands end before the file they are for.
     ring: IoUring,
@@ -73,14 +71,14 @@ pub enum Order {
 
 impl Queue {
     /// How many requests are under way at most.
-    pub const TAGS: u16 = DEPTH;
+    pub const TAGS: u16 = 64;
 
     pub(crate) fn open(path: &str) -> io::Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(path)?;
         let descriptors = Descriptors::map(&file)?;
-        let ring = IoUring::new(DEPTH.into())?;
+        let ring = IoUring::new(Self::TAGS.into())?;
         let mut queue = Self { ring, descriptors, file, ended: 0 };
-        for tag in 0..DEPTH {
+        for tag in 0..Self::TAGS {
             const FETCH: u32 = nix::request_code_readwrite!(b'u', 0x20, COMMAND_LENGTH) as u32;
             queue.command(FETCH, tag, 0);
         }
@@ -179,16 +177,11 @@ struct Descriptors {
     len: NonZeroUsize,
 }
 
-// SAFETY: the mapping is not bound to a thread, and reading it through `&self` is all there is.
-unsafe impl Send for Descriptors {}
-
 impl Descriptors {
     fn map(file: &File) -> io::Result<Self> {
         // UBLKSRV_CMD_BUF_OFFSET; the number of the queue is zero.
         const AT: i64 = 0;
-        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?;
-        let page = page.and_then(|size| usize::try_from(size).ok()).unwrap_or(4096);
-        let len = (usize::from(DEPTH) * DESCRIPTOR_LENGTH).next_multiple_of(page);
+        let len = usize::from(Queue::TAGS) * DESCRIPTOR_LENGTH;
         let len = NonZeroUsize::new(len).expect("there are tags");
         // SAFETY: a mapping at a place that the kernel chooses takes no memory from anybody.
         let base =
@@ -198,7 +191,7 @@ impl Descriptors {
 
     /// What is asked with a tag, after the kernel has said so.
     fn read(&self, tag: u16) -> Asked {
-        assert!(tag < DEPTH, "the kernel has asked with tag {tag} of {DEPTH}");
+        assert!(tag < Queue::TAGS, "the kernel has asked with tag {tag}");
         // SAFETY: the mapping has a descriptor for each tag.
         let at = unsafe { self.base.add(usize::from(tag) * DESCRIPTOR_LENGTH) };
         // SAFETY: as above, and bytes need no alignment. The kernel changes it when the tag was

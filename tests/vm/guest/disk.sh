@@ -51,8 +51,8 @@ no_errors() {
     ! dmesg | grep -e 'I/O error' -e 'EXT4-fs error' -e 'nbd.*timed out' -e 'ublk.*fail' || fail "the kernel has seen errors"
 }
 
-# fio_rounds BLOCK_DEVICE BLOCK SECONDS: four jobs at once, at depths of 1, 4, 16 and 64, read and write at random, each in 2 MiB
-# of its own, in requests from BLOCK bytes to 64 KiB, with flushes in between; then each reads what it has written
+# fio_rounds BLOCK_DEVICE BLOCK SECONDS: four jobs at once, at depths of 1, 4, 16 and 64, read and write at random, each in
+# 2 MiB of its own, in requests from BLOCK bytes to 64 KiB, with flushes in between; then each reads what it has written
 # and compares checksums. That again and again, with other places and sizes, until so many seconds are over. It ends at the
 # first error, with fio's words in /tmp/BLOCK_DEVICE.fio.log.
 fio_rounds() {
@@ -90,8 +90,8 @@ uptime_seconds() {
     cut -d. -f1 /proc/uptime
 }
 
-# kill_hosts BLOCK_DEVICE: the one driver host is killed every second, but not before the one after it has served something, until
-# process $fio has ended. The count is in $kills.
+# kill_hosts BLOCK_DEVICE: the one driver host is killed every second, but not before the one after it has served something,
+# until process $fio has ended. The count is in $kills.
 kill_hosts() {
     local before pid
     kills=0

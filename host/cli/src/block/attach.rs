@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread;
 
 use iohost_block::BlockError;
@@ -64,7 +64,7 @@ fn signals() -> io::Result<UnixStream> {
     Ok(read)
 }
 
-fn stop_at_a_signal(output: Output, device: &Arc<UblkDevice>, mut signals: UnixStream) {
+fn stop_at_a_signal(output: Output, device: &UblkDevice, mut signals: UnixStream) {
     while signals.read_exact(&mut [0]).is_ok() {
         match device.stop_unless_in_use() {
             Err(err @ UblkError::InUse { .. }) => output.error(&failure(&err)),
