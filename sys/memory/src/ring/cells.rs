@@ -152,8 +152,12 @@ impl Cells {
         }
     }
 
-    /// Has the processor fetch the beginning of an entry at offset `at` of the ring, to be read soon.
+    /// Has the processor fetch the beginning of an entry at offset `at` of the ring, to be read now.
     /// Any offset will do.
+    ///
+    /// An entry has a size and so mostly lies on two lines, and how far a copy goes is known only when
+    /// the first has come: this asks the other processor for both at once. Not before the entry is
+    /// there, which would take the lines from the producer that is about to write them.
     #[inline]
     pub(super) fn will_read(&self, at: u32) {
         let start = self.base.as_ptr().wrapping_add(MEMORY_HEADER_SIZE + at as usize);

@@ -220,8 +220,7 @@ impl<N: Notify> Consumer<N> {
     #[inline]
     pub fn is_data_available(&self) -> bool {
         let available = self.ring.cells.tail().load(Relaxed) != self.head;
-        if !available {
-            // So that it comes together with the tail at the next look.
+        if available {
             self.ring.cells.will_read(self.head);
         }
         available
@@ -398,8 +397,7 @@ impl<N: Notify> Consumer<N> {
         match self.ring.check_index(Index::Tail, tail) {
             Ok(tail) => {
                 self.tail = tail;
-                if tail == self.head {
-                    // So that it comes together with the tail at the next look.
+                if tail != self.head {
                     self.ring.cells.will_read(self.head);
                 }
                 Ok(())
