@@ -17,12 +17,7 @@ slow=$(nvme_addresses | sed -n 2p)
 
 start() {
     : >/tmp/daemon.log
-    start_daemon "name = \"disk\"
-address = \"$1\"
-driver = \"nvme\"
-bind = true
-restart = { hang_seconds = 0 }"
-    await "the driver" is_ready
+    start_disk "$1" "restart = { hang_seconds = 0 }"
 }
 
 # Bytes at 8 and 16 MiB, see tests/vm/outside/nvme-errors.sh.

@@ -9,11 +9,7 @@
 
 modprobe -a crc32c_generic ext4
 address=$(nvme_addresses)
-start_daemon "name = \"disk\"
-address = \"$address\"
-driver = \"nvme\"
-bind = true"
-await "the driver" is_ready
+start_disk "$address"
 [ "$(pci_driver "$address")" = vfio-pci ] || fail "$address is bound to '$(pci_driver "$address")'"
 iohost block info disk | head -n 5
 

@@ -7,12 +7,7 @@
 # deadline: 1500
 . /share/tests/guest/disk.sh
 
-start_daemon "name = \"disk\"
-address = \"$(nvme_addresses)\"
-driver = \"nvme\"
-bind = true
-restart = { hang_seconds = 0 }"
-await "the driver" is_ready
+start_disk "$(nvme_addresses)" "restart = { hang_seconds = 0 }"
 attach nbd0 disk 1 512
 fio_rounds nbd0 512 "$(part_of 600)" || fail "fio: $(cat /tmp/nbd0.fio.log)"
 echo "fio         $(cat /tmp/nbd0.fio.rounds) rounds without an error, each $(cat /tmp/nbd0.fio.last)"

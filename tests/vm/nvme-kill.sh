@@ -7,12 +7,7 @@
 # deadline: 1500
 . /share/tests/guest/disk.sh
 
-start_daemon "name = \"disk\"
-address = \"$(nvme_addresses)\"
-driver = \"nvme\"
-bind = true
-restart = { most = 10000, pause_seconds = 0, hang_seconds = 0 }"
-await "the driver" is_ready
+start_disk "$(nvme_addresses)" "restart = { most = 10000, pause_seconds = 0, hang_seconds = 0 }"
 attach nbd0 disk 1 512
 fio_rounds nbd0 512 "$(part_of 600)" &
 fio=$!

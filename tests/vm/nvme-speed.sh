@@ -15,12 +15,7 @@ theirs=$(nvme_addresses | sed -n 1p)
 await "the kernel's disk" test -e "/sys/bus/pci/devices/$theirs/nvme"
 disk=$(cd "/sys/bus/pci/devices/$theirs/nvme" && echo nvme*/nvme*n1)
 disk=${disk##*/}
-start_daemon "name = \"disk\"
-address = \"$(nvme_addresses | sed -n 2p)\"
-driver = \"nvme\"
-bind = true
-restart = { hang_seconds = 0 }"
-await "the driver" is_ready
+start_disk "$(nvme_addresses | sed -n 2p)" "restart = { hang_seconds = 0 }"
 
 slices=$(part_of 12)
 seconds=2

@@ -13,12 +13,7 @@
 # deadline: 1200
 . /share/tests/guest/disk.sh
 
-start_daemon "name = \"disk\"
-address = \"$(nvme_addresses)\"
-driver = \"nvme\"
-bind = true
-restart = { most = 10000, pause_seconds = 0, hang_seconds = 0 }"
-await "the driver" is_ready
+start_disk "$(nvme_addresses)" "restart = { most = 10000, pause_seconds = 0, hang_seconds = 0 }"
 
 echo "--- without ublk"
 expect_refusal "$(refusal block attach disk)" no-ublk "has not loaded it" "modprobe ublk_drv"

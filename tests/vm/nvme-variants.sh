@@ -28,13 +28,7 @@ seconds=$(part_of 60)
 variant() {
     echo "--- $2"
     : >/tmp/daemon.log
-    start_daemon "name = \"disk\"
-address = \"$(nvme_addresses | sed -n "$1p")\"
-driver = \"nvme\"
-bind = true
-restart = { hang_seconds = 0 }
-${3:-}"
-    await "the driver" is_ready
+    start_disk "$(nvme_addresses | sed -n "$1p")" "restart = { hang_seconds = 0 }" "${3:-}"
     await "the driver to say '$2'" grep -q "the controller works.*$2" /tmp/daemon.log
 }
 

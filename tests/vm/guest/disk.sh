@@ -14,6 +14,15 @@ nvme_addresses() {
     done
 }
 
+# start_disk ADDRESS [LINE]...: the daemon, with our driver on that controller as service `disk`, configured by further lines.
+# It runs when this returns.
+start_disk() {
+    local address=$1
+    shift
+    start_daemon "$(printf '%s\n' 'name = "disk"' "address = \"$address\"" 'driver = "nvme"' 'bind = true' "$@")"
+    await "the driver" is_ready
+}
+
 # attach NBD SERVICE DISK BLOCK: the kernel has the disk of the service as /dev/NBD, in blocks of BLOCK bytes, by way of
 # the NBD server. Process $server is that.
 attach() {
