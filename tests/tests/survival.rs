@@ -369,6 +369,21 @@ fn what_was_sent_before_a_client_has_heard_of_its_next_driver_is_not_done() {
 }
 
 #[test]
+fn a_client_whose_bells_are_full_and_block_holds_up_no_driver() {
+    let (system, _device) = System::with_edu();
+    let (_hostile, queues) = system.open_raw("edu0");
+    let kept = system.connect().open("edu0").unwrap();
+    for bell in queues.chunks(3).flat_map(|queue| &queue[1..]) {
+        // One that it only hears takes nothing.
+        let _ = nix::unistd::write(bell, &(u64::MAX - 1).to_ne_bytes());
+        nix::fcntl::fcntl(bell, nix::fcntl::FcntlArg::F_SETFL(nix::fcntl::OFlag::empty())).unwrap();
+    }
+    // The next driver host wakes the clients of all sessions.
+    kill_driver(&system, &kept, Death::Killed);
+    assert_eq!(kept.client::<edu_api::Client>().unwrap().factorial(5).wait(), Ok(120));
+}
+
+#[test]
 fn garbage_that_a_client_leaves_behind_while_its_driver_is_away_ends_its_session_alone() {
     let (system, device) = System::with_edu();
     let kept = system.connect().open("edu0").unwrap();

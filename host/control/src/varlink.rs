@@ -15,7 +15,9 @@
 //!
 //! The reply to `Open` carries descriptors beside it: the session's socket (`SOCK_SEQPACKET`),
 //! then for each queue, in the order of the reply, its memory (a sealed memfd), its data-available
-//! eventfd and its data-serviced eventfd.
+//! bell and its data-serviced bell. The bell that the client rings, data-available of a queue to the
+//! driver and data-serviced of one to the client, is an eventfd. The one that it hears is an epoll set,
+//! which reports each ring once: nothing that a client does to it can hold the driver up.
 
 use std::os::fd::OwnedFd;
 

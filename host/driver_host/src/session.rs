@@ -26,7 +26,8 @@ use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket, encode_resumed};
 use iohost_interface::{
-    ActionTarget, Arguments, ClientFile, Completion, IOReturn, ReplySink, with_sources,
+    ActionTarget, Arguments, ClientFile, Completion, Description, Direction, IOReturn, ReplySink,
+    with_sources,
 };
 use iohost_memory::ring::{Bell, Ledger, Ring};
 use log::warn;
@@ -121,7 +122,7 @@ impl Sessions {
         let ledger = Ledger::attach(ledger.map_err(|err| err.to_string())?);
         let ledger = ledger.map_err(|err| with_sources(&err))?;
         if generation > 1 {
-            recover(&ledger, &offered.queues)?;
+            self.recover(&ledger, id, &offered.queues)?;
         }
         let queues = offered.queues.iter().map(SessionQueue::try_clone);
         let queues = queues.collect::<io::Result<_>>().map_err(|err| err.to_string())?;
@@ -324,6 +325,32 @@ impl Sessions {
         }
     }
 
+    /// Brings the queues of a session to where its last driver wanted them, and wakes the client: that
+    /// driver may have died between a change and its notification. What the client rings is left
+    /// alone, since it could make that block, and the driver finds its entries when it sets a handler.
+    fn recover(&self, ledger: &Ledger, id: u64, queues: &[SessionQueue]) -> Result<(), String> {
+        if ledger.has_links() {
+            let attached = queues.iter().map(|queue| {
+                let memory = queue.memory.try_clone().map_err(|err| err.to_string())?;
+                Ring::attach(memory, u64::from(queue.bytes)).map_err(|err| with_sources(&err))
+            });
+            ledger.recover(&attached.collect::<Result<Vec<_>, String>>()?);
+        }
+        let description = self.driver.description_for(self.driver.client_type(id));
+        let description = description.map(|text| Description::parse(&text)).transpose();
+        let description = description.map_err(|err| with_sources(&err))?;
+        let declared = description.into_iter().flat_map(|description| description.queues);
+        for (queue, declared) in queues.iter().zip(declared) {
+            let bell = match declared.direction {
+                Direction::ToDriver => &queue.serviced,
+                Direction::ToClient => &queue.available,
+            };
+            let bell = bell.try_clone().map_err(|err| err.to_string())?;
+            Bell::from(bell).ring().map_err(|err| err.to_string())?;
+        }
+        Ok(())
+    }
+
     /// Ends a session, but not inside this call, which can be one of the driver's.
     fn end_later(self: &Arc<Self>, id: u64, reason: String) {
         let sessions = self.clone();
@@ -348,25 +375,6 @@ impl Sessions {
         self.driver.session_closed(id);
         true
     }
-}
-
-/// Brings the queues of a session to where its last driver wanted them, and wakes both sides: that
-/// driver may have died between a change and its notification.
-fn recover(ledger: &Ledger, queues: &[SessionQueue]) -> Result<(), String> {
-    if ledger.has_links() {
-        let attached = queues.iter().map(|queue| {
-            let memory = queue.memory.try_clone().map_err(|err| err.to_string())?;
-            Ring::attach(memory, u64::from(queue.bytes)).map_err(|err| with_sources(&err))
-        });
-        ledger.recover(&attached.collect::<Result<Vec<_>, String>>()?);
-    }
-    for queue in queues {
-        for bell in [&queue.available, &queue.serviced] {
-            let bell = bell.try_clone().map_err(|err| err.to_string())?;
-            Bell::from(bell).ring().map_err(|err| err.to_string())?;
-        }
-    }
-    Ok(())
 }
 
 /// Where the answer to one call goes.

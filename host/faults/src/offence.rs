@@ -143,6 +143,7 @@ impl RawSession {
             for index in [0, 4, 64] {
                 memory.write_at(index, &(4 * random.u32(..QUEUE_BYTES / 4)).to_ne_bytes());
             }
+            // One of them takes it: the other is there to be heard.
             Bell::from(available).notify();
             Bell::from(serviced).notify();
         }

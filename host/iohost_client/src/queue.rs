@@ -69,7 +69,7 @@ impl Line {
 
     /// Takes the notification, so that the descriptor is readable for a later one only.
     fn quiet(&self) -> Result<(), WaitError> {
-        self.doorway.bell().clear().map(drop).map_err(WaitError::Wait)
+        self.doorway.take().map(drop).map_err(WaitError::Wait)
     }
 }
 

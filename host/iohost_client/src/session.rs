@@ -57,8 +57,9 @@ pub enum WhenAway {
 struct QueueParts {
     bytes: u32,
     memory: OwnedFd,
-    data_available: Bell,
-    data_serviced: Bell,
+    /// One of the two is a bell to ring, the other a listener: by the queue's direction.
+    data_available: OwnedFd,
+    data_serviced: OwnedFd,
 }
 
 impl Session {
@@ -81,8 +82,8 @@ impl Session {
             Some(QueueParts {
                 bytes: queue.bytes,
                 memory: next(),
-                data_available: next().into(),
-                data_serviced: next().into(),
+                data_available: next(),
+                data_serviced: next(),
             })
         });
         let queues = Mutex::new(queues.collect());
@@ -203,7 +204,7 @@ impl Session {
     /// daemon and is not usable.
     pub fn producer(&self, queue: ToDriver) -> Result<QueueProducer, ClientError> {
         let (ring, parts) = self.take(queue.0, Direction::ToDriver)?;
-        let ring = Producer::new(ring, parts.data_available)
+        let ring = Producer::new(ring, Bell::from(parts.data_available))
             .map_err(|source| ClientError::Queue { place: queue.0, source })?;
         Ok(QueueProducer::new(ring, self.line(parts.data_serviced)?))
     }
@@ -213,7 +214,7 @@ impl Session {
     /// Errors: as [`producer`](Self::producer).
     pub fn consumer(&self, queue: ToClient) -> Result<QueueConsumer, ClientError> {
         let (ring, parts) = self.take(queue.0, Direction::ToClient)?;
-        let ring = Consumer::new(ring, parts.data_serviced)
+        let ring = Consumer::new(ring, Bell::from(parts.data_serviced))
             .map_err(|source| ClientError::Queue { place: queue.0, source })?;
         Ok(QueueConsumer::new(ring, self.line(parts.data_available)?))
     }
@@ -231,17 +232,17 @@ impl Session {
         Ok((ring, Bells { data_available, data_serviced }))
     }
 
-    fn line(&self, bell: Bell) -> Result<Line, ClientError> {
+    fn line(&self, listener: OwnedFd) -> Result<Line, ClientError> {
         // The other end of the session's socket is the driver host's and, while another driver host is
         // to come, the daemon's. So its end is the end of the session.
         let peer = Some(Peer::Connection(self.calls.duplicate()?));
-        Ok(Line::new(Doorway::new(bell, peer)?))
+        Ok(Line::new(Doorway::at(listener, peer)?))
     }
 }
 
 struct Bells {
-    data_available: Bell,
-    data_serviced: Bell,
+    data_available: OwnedFd,
+    data_serviced: OwnedFd,
 }
 
 impl Drop for Session {

@@ -91,6 +91,8 @@ impl<End: RingEnd> IODataQueueDispatchSource<End> {
     /// Something that can be rung to have the handler called, as the other end does; in this process
     /// or, as a descriptor, in another one. `CopyDataAvailableHandler` and `CopyDataServicedHandler`.
     ///
+    /// It is the client's bell, too: a hostile one can have [`Bell::ring`] block.
+    ///
     /// Errors: `NOT_READY` while there is no handler, `NO_RESOURCES` when no descriptor is left.
     pub fn copy_handler(&self) -> Result<Bell> {
         if !self.has_handler.load(Relaxed) {

@@ -255,8 +255,8 @@ impl Control {
     /// Opens a session. queue_bytes are the bytes of each queue's ring, in the order of the
     /// interface; absent for the default. client_type is the kind of client; absent for the first.
     /// Beside the reply: the session's socket, then for each
-    /// queue its memory, its data-available eventfd and its data-serviced eventfd. The session
-    /// ends when its socket closes.
+    /// queue its memory, its data-available bell and its data-serviced bell: an eventfd to ring, an
+    /// epoll set to hear. The session ends when its socket closes.
     #[zlink(return_fds)]
     async fn open(
         &self,

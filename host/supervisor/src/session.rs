@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use iohost_control::host::{Failure, OpenSession, QueueSize};
 use iohost_event::Packets;
-use iohost_interface::Description;
+use iohost_interface::{self as interface, Description, Direction};
 use iohost_memory::ring::{Bell, Ledger, Ring, RingError};
 
 /// What a session's two sides share.
@@ -124,10 +124,27 @@ impl SessionMemory {
         [socket.as_fd(), self.ledger.as_fd()].into_iter().chain(self.of_queues()).collect()
     }
 
-    /// The descriptors for the client, with its end of the socket; the ledger is not for it.
-    pub(crate) fn for_client(&self, socket: Packets) -> io::Result<Vec<OwnedFd>> {
-        let queues = self.of_queues().map(|fd| fd.try_clone_to_owned());
-        [Ok(socket.into())].into_iter().chain(queues).collect()
+    /// The descriptors for the client, with its end of the socket; the ledger is not for it. `queues`
+    /// are those of its interface. What the driver host rings for it, it hears only.
+    pub(crate) fn for_client(
+        &self,
+        socket: Packets,
+        queues: &[interface::Queue],
+    ) -> io::Result<Vec<OwnedFd>> {
+        let mut fds = vec![socket.into()];
+        for (queue, declared) in self.queues.iter().zip(queues) {
+            let QueueMemory { ring, data_available, data_serviced, .. } = queue;
+            fds.push(ring.memory().as_ref().as_fd().try_clone_to_owned()?);
+            fds.extend(match declared.direction {
+                Direction::ToDriver => {
+                    [data_available.try_clone()?.into(), data_serviced.listener()?]
+                }
+                Direction::ToClient => {
+                    [data_available.listener()?, data_serviced.try_clone()?.into()]
+                }
+            });
+        }
+        Ok(fds)
     }
 
     /// The highest number of a call that was begun. A driver host wrote it, and it is for its client.

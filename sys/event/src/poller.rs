@@ -1,7 +1,7 @@
 //! An epoll set.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -86,6 +86,19 @@ impl Poller {
             Err(err) => return Err(err.into()),
         };
         Ok(())
+    }
+}
+
+/// A set that was made elsewhere. Of a descriptor that is none, every method says `EINVAL`.
+impl From<OwnedFd> for Poller {
+    fn from(fd: OwnedFd) -> Self {
+        Self { epoll: Epoll(fd) }
+    }
+}
+
+impl From<Poller> for OwnedFd {
+    fn from(poller: Poller) -> Self {
+        poller.epoll.0
     }
 }
 

@@ -97,8 +97,8 @@
 //!
 //! The next owner of an end carries on from the indices: [`Producer::new`] and [`Consumer::new`] also
 //! take back what the flag of the dead one promised. What it owed and had not sent is not known, so
-//! whoever hands the end on rings both bells once. An entry that was taken but not dealt with is lost
-//! with its taker; [`Producer::exchange`] takes it when its result is there, not before.
+//! whoever hands the end on rings the other end's bell once. An entry that was taken but not dealt
+//! with is lost with its taker; [`Producer::exchange`] takes it when its result is there, not before.
 //!
 //! # A hostile peer
 //!

@@ -400,7 +400,7 @@ impl Actor {
                 .map(|(queue, bytes)| Queue { name: queue.name.clone(), bytes: *bytes })
                 .collect(),
         };
-        let fds = memory.for_client(theirs).map_err(crate::no_resources)?;
+        let fds = memory.for_client(theirs, &interface.queues).map_err(crate::no_resources)?;
         Ok((memory, drivers, token, opened, fds))
     }
 

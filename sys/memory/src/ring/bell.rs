@@ -94,9 +94,9 @@ pub enum WaitError {
 /// It holds at most one notification: ringing a bell that has been rung changes nothing for the
 /// other side.
 ///
-/// The daemon or the driver host makes the bells. A peer that shares one can make the descriptor
-/// blocking (the flag belongs to the open file, not to the process); taking a notification does not
-/// depend on the flag, ringing does.
+/// Who has the descriptor can make it blocking for all that have it (the flag belongs to the open
+/// file, not to the process) and fill the counter, and then a ring blocks. So a peer that is not
+/// trusted gets a bell only to ring it, and to hear one its [`listener`](Self::listener).
 #[derive(Debug)]
 pub struct Bell {
     fd: OwnedFd,
@@ -112,6 +112,18 @@ impl Bell {
     /// The same bell under another descriptor.
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self { fd: self.fd.try_clone()? })
+    }
+
+    /// A descriptor for whoever is to hear this bell and must not be able to do anything to it: a
+    /// [`Doorway`] is made [`at`](Doorway::at) it. It is readable from a ring to the next report, and
+    /// hears rings that came before once. An epoll set, so `epoll_wait(2)` takes the report.
+    ///
+    /// Errors: what `epoll_ctl(2)` says of a descriptor that cannot be waited for, or when this
+    /// process has no more descriptors.
+    pub fn listener(&self) -> io::Result<OwnedFd> {
+        let watched = Poller::new()?;
+        watched.watch(self, RUNG)?;
+        Ok(watched.into())
     }
 
     /// Tells the other side.
@@ -202,32 +214,40 @@ impl Peer {
 /// of its peer. Its descriptor is readable while there is something to wait no longer for.
 #[derive(Debug)]
 pub struct Doorway {
-    bell: Bell,
-    _peer: Option<Peer>,
-    /// A wait is one system call: the set reports each ring once, also if nobody reads the bell.
+    /// A wait is one system call: the set reports each ring once, and nobody reads the bell.
     watched: Poller,
+    _peer: Option<Peer>,
 }
 
 const RUNG: u64 = 0;
 const GONE: u64 = 1;
 
 impl Doorway {
-    /// `bell` is rung by the other end. Without `peer` one that died looks like one that is silent.
+    /// `bell` is rung by the other end, by a descriptor of its own. Without `peer` one that died looks
+    /// like one that is silent.
     ///
-    /// Errors: what `epoll_ctl(2)` says of a descriptor that cannot be waited for, or when this
-    /// process has no more descriptors.
+    /// Errors: as [`Bell::listener`].
     pub fn new(bell: Bell, peer: Option<Peer>) -> io::Result<Self> {
-        let watched = Poller::new()?;
-        watched.watch(&bell, RUNG)?;
+        Self::at(bell.listener()?, peer)
+    }
+
+    /// As [`new`](Self::new), at the [`listener`](Bell::listener) of a bell that this process does not
+    /// have.
+    ///
+    /// Errors: what `epoll_ctl(2)` says, also of a descriptor that is no listener.
+    pub fn at(listener: OwnedFd, peer: Option<Peer>) -> io::Result<Self> {
+        let watched = Poller::from(listener);
         if let Some(peer) = &peer {
             peer.watch(&watched)?;
         }
-        Ok(Self { bell, _peer: peer, watched })
+        Ok(Self { watched, _peer: peer })
     }
 
-    /// What the other end rings.
-    pub fn bell(&self) -> &Bell {
-        &self.bell
+    /// Takes the notification, if there is one. Does not block.
+    pub fn take(&self) -> io::Result<bool> {
+        let mut reports = Ready::new(2);
+        self.watched.wait(&mut reports, Some(Duration::ZERO))?;
+        Ok(reports.tokens().any(|token| token == RUNG))
     }
 
     /// Sleeps until there is something to report. `false` when the deadline passed before. The
@@ -313,11 +333,27 @@ mod tests {
 
     #[test]
     fn a_peer_that_rings_without_end_does_not_keep_a_waiter_past_its_time() {
-        let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
-        line.bell().ring().unwrap();
+        let bell = Bell::new().unwrap();
+        let line = Doorway::at(bell.listener().unwrap(), None).unwrap();
+        bell.ring().unwrap();
         assert_eq!(line.wait(deadline()).unwrap(), Wake::Rung, "in time");
-        line.bell().ring().unwrap();
+        bell.ring().unwrap();
         assert_eq!(line.wait(Some(Instant::now())).unwrap(), Wake::TimedOut, "too late");
+    }
+
+    #[test]
+    fn a_listener_hears_each_ring_once_and_cannot_ring() {
+        let bell = Bell::new().unwrap();
+        bell.ring().unwrap();
+        let listener = bell.listener().unwrap();
+        assert!(nix::unistd::write(&listener, &1_u64.to_ne_bytes()).is_err());
+        let line = Doorway::at(listener, None).unwrap();
+        assert!(line.take().unwrap(), "of a ring before it was there");
+        assert!(!line.take().unwrap());
+        bell.ring().unwrap();
+        bell.ring().unwrap();
+        assert!(line.take().unwrap());
+        assert!(!line.take().unwrap(), "two rings are one notification");
     }
 
     #[test]
@@ -331,8 +367,9 @@ mod tests {
     fn a_notification_comes_before_a_hang_up() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let peer = Some(Peer::Connection(ours.into()));
-        let line = Doorway::new(Bell::new().unwrap(), peer).unwrap();
-        line.bell().ring().unwrap();
+        let bell = Bell::new().unwrap();
+        let line = Doorway::at(bell.listener().unwrap(), peer).unwrap();
+        bell.ring().unwrap();
         drop(theirs);
         assert_eq!(line.wait(deadline()).unwrap(), Wake::Rung);
         assert_eq!(line.wait(deadline()).unwrap(), Wake::HungUp);
