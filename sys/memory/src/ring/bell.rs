@@ -116,7 +116,8 @@ impl Bell {
 
     /// A descriptor for whoever is to hear this bell and must not be able to do anything to it: a
     /// [`Doorway`] is made [`at`](Doorway::at) it. It is readable from a ring to the next report, and
-    /// hears rings that came before once. An epoll set, so `epoll_wait(2)` takes the report.
+    /// hears rings that came before once. An epoll set, so `epoll_wait(2)` takes the report. With the
+    /// last descriptor of the bell goes what was not reported yet.
     ///
     /// Errors: what `epoll_ctl(2)` says of a descriptor that cannot be waited for, or when this
     /// process has no more descriptors.
@@ -217,6 +218,8 @@ pub struct Doorway {
     /// A wait is one system call: the set reports each ring once, and nobody reads the bell.
     watched: Poller,
     _peer: Option<Peer>,
+    /// So that the last ring of an end that is gone is heard.
+    _bell: Option<Bell>,
 }
 
 const RUNG: u64 = 0;
@@ -228,7 +231,8 @@ impl Doorway {
     ///
     /// Errors: as [`Bell::listener`].
     pub fn new(bell: Bell, peer: Option<Peer>) -> io::Result<Self> {
-        Self::at(bell.listener()?, peer)
+        let doorway = Self::at(bell.listener()?, peer)?;
+        Ok(Self { _bell: Some(bell), ..doorway })
     }
 
     /// As [`new`](Self::new), at the [`listener`](Bell::listener) of a bell that this process does not
@@ -240,7 +244,7 @@ impl Doorway {
         if let Some(peer) = &peer {
             peer.watch(&watched)?;
         }
-        Ok(Self { watched, _peer: peer })
+        Ok(Self { watched, _peer: peer, _bell: None })
     }
 
     /// Takes the notification, if there is one. Does not block.
@@ -373,6 +377,15 @@ mod tests {
         drop(theirs);
         assert_eq!(line.wait(deadline()).unwrap(), Wake::Rung);
         assert_eq!(line.wait(deadline()).unwrap(), Wake::HungUp);
+    }
+
+    #[test]
+    fn the_last_ring_of_an_end_that_is_gone_is_heard() {
+        let bell = Bell::new().unwrap();
+        let line = Doorway::new(bell.try_clone().unwrap(), None).unwrap();
+        bell.ring().unwrap();
+        drop(bell);
+        assert!(line.take().unwrap());
     }
 
     #[test]
