@@ -152,17 +152,17 @@ impl Cells {
         }
     }
 
-    /// Has the processor fetch the beginning of an entry at offset `at` of the ring, to be read now.
-    /// Any offset will do.
+    /// Has the processor fetch the beginning of an entry at offset `at` of the ring, to be read now,
+    /// with nothing beyond the `count` bytes that are there. Any offset and count will do.
     ///
     /// An entry has a size and so mostly lies on two lines, and how far a copy goes is known only when
     /// the first has come: this asks the other processor for both at once. Not before the entry is
     /// there, which would take the lines from the producer that is about to write them.
     #[inline]
-    pub(super) fn will_read(&self, at: u32) {
+    pub(super) fn will_read(&self, at: u32, count: u32) {
         let start = self.base.as_ptr().wrapping_add(MEMORY_HEADER_SIZE + at as usize);
-        for line in [0, CACHE_LINE] {
-            let byte = start.wrapping_add(line);
+        for offset in [0, CACHE_LINE.min(count.saturating_sub(1) as usize)] {
+            let byte = start.wrapping_add(offset);
             // SAFETY: as in `will_write`.
             #[cfg(target_arch = "x86_64")]
             unsafe {

@@ -219,11 +219,11 @@ impl<N: Notify> Consumer<N> {
     /// without the look that comes before an `Underrun`.
     #[inline]
     pub fn is_data_available(&self) -> bool {
-        let available = self.ring.cells.tail().load(Relaxed) != self.head;
-        if available {
-            self.ring.cells.will_read(self.head);
+        let tail = self.ring.cells.tail().load(Relaxed);
+        if tail != self.head {
+            self.ring.cells.will_read(self.head, tail.wrapping_sub(self.head));
         }
-        available
+        tail != self.head
     }
 
     /// Sends DataServiced, as owed after a coalesced batch, and takes the producer's request for
@@ -398,7 +398,7 @@ impl<N: Notify> Consumer<N> {
             Ok(tail) => {
                 self.tail = tail;
                 if tail != self.head {
-                    self.ring.cells.will_read(self.head);
+                    self.ring.cells.will_read(self.head, tail.wrapping_sub(self.head));
                 }
                 Ok(())
             }
