@@ -26,8 +26,7 @@ use iohost_dispatch::{DescriptorSource, Queue, QueueOptions};
 use iohost_event::{PacketError, Packets};
 use iohost_interface::packet::{self, Call, FromClient, Invocation, ReplyPacket, encode_resumed};
 use iohost_interface::{
-    ActionTarget, Arguments, ClientFile, Completion, Description, Direction, IOReturn, ReplySink,
-    with_sources,
+    ActionTarget, Arguments, ClientFile, Completion, Description, IOReturn, ReplySink, with_sources,
 };
 use iohost_memory::ring::{Bell, Ledger, Ring};
 use log::warn;
@@ -341,12 +340,9 @@ impl Sessions {
         let description = description.map_err(|err| with_sources(&err))?;
         let declared = description.into_iter().flat_map(|description| description.queues);
         for (queue, declared) in queues.iter().zip(declared) {
-            let bell = match declared.direction {
-                Direction::ToDriver => &queue.serviced,
-                Direction::ToClient => &queue.available,
-            };
-            let bell = bell.try_clone().map_err(|err| err.to_string())?;
-            Bell::from(bell).ring().map_err(|err| err.to_string())?;
+            let (_, heard) = declared.direction.bells(&queue.available, &queue.serviced);
+            let heard = heard.try_clone().map_err(|err| err.to_string())?;
+            Bell::from(heard).ring().map_err(|err| err.to_string())?;
         }
         Ok(())
     }

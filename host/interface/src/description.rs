@@ -56,6 +56,17 @@ pub enum Direction {
     ToClient,
 }
 
+impl Direction {
+    /// The bell that the client rings, and the one that it hears, of a queue's data-available and
+    /// data-serviced ones.
+    pub fn bells<Bell>(self, available: Bell, serviced: Bell) -> (Bell, Bell) {
+        match self {
+            Self::ToDriver => (available, serviced),
+            Self::ToClient => (serviced, available),
+        }
+    }
+}
+
 /// A line that is not part of a description.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a line of an interface description: {line:?}")]

@@ -203,23 +203,28 @@ impl Session {
     /// Errors: `NoSuchQueue`, `QueueInUse`; `Ring`, `Queue` and `Resources` for what came from the
     /// daemon and is not usable.
     pub fn producer(&self, queue: ToDriver) -> Result<QueueProducer, ClientError> {
-        let (ring, parts) = self.take(queue.0, Direction::ToDriver)?;
-        let ring = Producer::new(ring, Bell::from(parts.data_available))
+        let (ring, rings, hears) = self.take(queue.0, Direction::ToDriver)?;
+        let ring = Producer::new(ring, rings)
             .map_err(|source| ClientError::Queue { place: queue.0, source })?;
-        Ok(QueueProducer::new(ring, self.line(parts.data_serviced)?))
+        Ok(QueueProducer::new(ring, self.line(hears)?))
     }
 
     /// Takes a client's end of a queue from the driver.
     ///
     /// Errors: as [`producer`](Self::producer).
     pub fn consumer(&self, queue: ToClient) -> Result<QueueConsumer, ClientError> {
-        let (ring, parts) = self.take(queue.0, Direction::ToClient)?;
-        let ring = Consumer::new(ring, Bell::from(parts.data_serviced))
+        let (ring, rings, hears) = self.take(queue.0, Direction::ToClient)?;
+        let ring = Consumer::new(ring, rings)
             .map_err(|source| ClientError::Queue { place: queue.0, source })?;
-        Ok(QueueConsumer::new(ring, self.line(parts.data_available)?))
+        Ok(QueueConsumer::new(ring, self.line(hears)?))
     }
 
-    fn take(&self, place: usize, direction: Direction) -> Result<(Ring, Bells), ClientError> {
+    /// The ring, the bell that this end rings, and the listener of the one that it hears.
+    fn take(
+        &self,
+        place: usize,
+        direction: Direction,
+    ) -> Result<(Ring, Bell, OwnedFd), ClientError> {
         let declared = self.description.queues.get(place);
         if declared.is_none_or(|queue| queue.direction != direction) {
             return Err(ClientError::NoSuchQueue { service: self.service.clone(), place });
@@ -228,8 +233,8 @@ impl Session {
         let parts = queues[place].take().ok_or(ClientError::QueueInUse { place })?;
         let ring = Ring::attach(parts.memory, u64::from(parts.bytes))
             .map_err(|source| ClientError::Ring { place, source })?;
-        let QueueParts { data_available, data_serviced, .. } = parts;
-        Ok((ring, Bells { data_available, data_serviced }))
+        let (rings, hears) = direction.bells(parts.data_available, parts.data_serviced);
+        Ok((ring, Bell::from(rings), hears))
     }
 
     fn line(&self, listener: OwnedFd) -> Result<Line, ClientError> {
@@ -238,11 +243,6 @@ impl Session {
         let peer = Some(Peer::Connection(self.calls.duplicate()?));
         Ok(Line::new(Doorway::at(listener, peer)?))
     }
-}
-
-struct Bells {
-    data_available: OwnedFd,
-    data_serviced: OwnedFd,
 }
 
 impl Drop for Session {
