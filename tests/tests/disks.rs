@@ -96,6 +96,25 @@ fn operations_under_way_together_each_have_their_own_bytes_and_end() {
     assert_eq!(failure.status, Status::OutOfRange);
 }
 
+#[test]
+fn requests_that_are_sent_together_are_each_answered_also_when_there_is_no_room_for_all() {
+    let (system, _device) = system();
+    let session = system.connect().open_with_queues("nvme0", &[4096, 1 << 16]).unwrap();
+    let mut requests = Requests::new(session, 4096).unwrap();
+    let all: Vec<Request> = (0..3000).map(|tag| read(tag, tag % 3 == 0)).collect();
+    requests.send_all(&all).unwrap();
+    let mut tags: Vec<u64> = (0..all.len())
+        .map(|_| {
+            let completion = requests.completion().unwrap();
+            completion.outcome.unwrap();
+            completion.tag
+        })
+        .collect();
+    assert_eq!(requests.at_hand(), 0);
+    tags.sort_unstable();
+    assert!(tags.iter().copied().eq(0..all.len() as u64), "each of them once");
+}
+
 /// The pauses are those in which the driver goes on to look, ends that, and has ended it. Whatever
 /// comes first on a busy machine, every request is answered; one that nobody saw would never be.
 #[test]
@@ -104,18 +123,7 @@ fn a_request_that_comes_when_polling_ends_is_seen() {
     let session = system.connect().open("nvme0").unwrap();
     let mut requests = Requests::new(session, 4096).unwrap();
     for tag in 0..2000 {
-        let request = Request {
-            tag,
-            operation: Operation::Read,
-            is_polled: true,
-            memory: 0,
-            disk: 1,
-            offset: 512 * tag,
-            length: 512,
-            at: 0,
-            generation: 0,
-        };
-        requests.send(&request).unwrap();
+        requests.send(&read(tag, true)).unwrap();
         let too_long = async {
             smol::Timer::after(Duration::from_secs(60)).await;
             panic!("request {tag} is not answered");
@@ -126,6 +134,21 @@ fn a_request_that_comes_when_polling_ends_is_seen() {
         while Instant::now() < until {
             std::hint::spin_loop();
         }
+    }
+}
+
+/// Of the first disk, a block for each tag.
+fn read(tag: u64, is_polled: bool) -> Request {
+    Request {
+        tag,
+        operation: Operation::Read,
+        is_polled,
+        memory: 0,
+        disk: 1,
+        offset: 512 * tag,
+        length: 512,
+        at: 0,
+        generation: 0,
     }
 }
 

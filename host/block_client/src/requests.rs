@@ -12,6 +12,9 @@ use crate::BlockError;
 /// How often a wait looks whether there is another driver.
 const LOOK: Duration = Duration::from_millis(100);
 
+/// How long a wait for polled requests looks before it sleeps: about what a flash disk takes.
+const POLL: Duration = Duration::from_micros(100);
+
 /// Completions that are taken together.
 const BATCH: usize = 32;
 
@@ -40,6 +43,8 @@ pub struct Requests {
 struct UnderWay {
     /// What is not answered, by the tag that it has in the queue.
     requests: Slab<Request>,
+    /// How many of them are polled.
+    polled: usize,
     /// Completions that were taken out of the queue.
     taken: VecDeque<Completion>,
 }
@@ -94,8 +99,31 @@ impl Requests {
     pub fn send(&mut self, request: &Request) -> Result<(), BlockError> {
         let tag = self.under_way.requests.vacant_key();
         self.requests.send(&as_sent(request, tag, self.generation))?;
-        self.under_way.requests.insert(*request);
+        self.under_way.add(*request);
         Ok(())
+    }
+
+    /// Sends requests, as [`send`](Self::send) would one after the other, but has the driver see those
+    /// for which there is room together.
+    pub fn send_all(&mut self, requests: &[Request]) -> Result<(), BlockError> {
+        let Self { under_way, generation, requests: queue, .. } = self;
+        let mut left = requests;
+        let put = queue.ring().enqueue_batch(|batch| {
+            while let [request, others @ ..] = left {
+                let tag = under_way.requests.vacant_key();
+                batch.enqueue(&as_sent(request, tag, *generation))?;
+                under_way.add(*request);
+                left = others;
+            }
+            Ok(())
+        });
+        match put.and_then(|put| put) {
+            Ok(()) => Ok(()),
+            Err(QueueError::Overrun { .. }) => {
+                left.iter().try_for_each(|request| self.send(request))
+            }
+            Err(err) => Err(WaitError::from(err).into()),
+        }
     }
 
     /// As [`send`](Self::send), for a task. A future that is dropped before it is ready has sent
@@ -103,16 +131,22 @@ impl Requests {
     pub async fn send_async(&mut self, request: &Request) -> Result<(), BlockError> {
         let tag = self.under_way.requests.vacant_key();
         self.requests.send_async(&as_sent(request, tag, self.generation)).await?;
-        self.under_way.requests.insert(*request);
+        self.under_way.add(*request);
         Ok(())
     }
 
-    /// The next completion, whatever it is of; waits for it. Errors: `Queue` when the session is
-    /// over, `Malformed`.
+    /// The next completion, whatever it is of; waits for it, and looks for it by itself for a while if
+    /// a polled request is under way. Errors: `Queue` when the session is over, `Malformed`.
     pub fn completion(&mut self) -> Result<Completion, BlockError> {
         loop {
             if let Some(completion) = self.next_taken()? {
                 return Ok(completion);
+            }
+            if self.under_way.polled > 0
+                && self.completions.ring().look_for(POLL).map_err(WaitError::from)?
+            {
+                self.take_all()?;
+                continue;
             }
             match self.completions.wait(LOOK) {
                 Ok(()) => self.take_all()?,
@@ -120,6 +154,11 @@ impl Requests {
                 Err(err) => return Err(err.into()),
             }
         }
+    }
+
+    /// How many completions [`completion`](Self::completion) has at hand, and gives without waiting.
+    pub fn at_hand(&self) -> usize {
+        self.under_way.taken.len()
     }
 
     /// As [`completion`](Self::completion), for a task.
@@ -190,6 +229,11 @@ impl Requests {
 }
 
 impl UnderWay {
+    fn add(&mut self, request: Request) {
+        self.polled += usize::from(request.is_polled);
+        self.requests.insert(request);
+    }
+
     /// Keeps a completion, if it answers a request.
     fn keep(&mut self, entry: &[u8]) -> Result<(), BlockError> {
         let Completion { tag, outcome } =
@@ -199,7 +243,8 @@ impl UnderWay {
             return Ok(());
         }
         let request = usize::try_from(tag).ok().and_then(|tag| self.requests.try_remove(tag));
-        let Request { tag, .. } = request.ok_or(BlockError::Malformed)?;
+        let Request { tag, is_polled, .. } = request.ok_or(BlockError::Malformed)?;
+        self.polled -= usize::from(is_polled);
         self.taken.push_back(Completion { tag, outcome });
         Ok(())
     }

@@ -399,10 +399,9 @@ fn bench(
     };
     let started = Instant::now();
     let mut sent = vec![started; plan.depth as usize];
-    for tag in 0..u64::from(plan.depth) {
-        sent[tag as usize] = Instant::now();
-        requests.send(&request(tag)).map_err(failed)?;
-    }
+    let mut next: Vec<Request> = (0..u64::from(plan.depth)).map(&mut request).collect();
+    requests.send_all(&next).map_err(failed)?;
+    next.clear();
     let (mut done, mut under_way, mut longest) = (0_u64, plan.depth, Duration::ZERO);
     let mut total = Duration::ZERO;
     while under_way > 0 {
@@ -419,9 +418,13 @@ fn bench(
         }
         if now - started < plan.time {
             *began = now;
-            requests.send(&request(completion.tag)).map_err(failed)?;
+            next.push(request(completion.tag));
         } else {
             under_way -= 1;
+        }
+        if requests.at_hand() == 0 {
+            requests.send_all(&next).map_err(failed)?;
+            next.clear();
         }
     }
     let seconds = started.elapsed().as_secs_f64();

@@ -427,7 +427,7 @@ Examples:
         #[arg(long)]
         sequential: bool,
 
-        /// Have the driver look for completions instead of waiting for interrupts.
+        /// Look for completions instead of waiting for interrupts: a processor for the driver, and one here.
         #[arg(long)]
         polled: bool,
 

@@ -454,6 +454,38 @@ fn a_consumer_that_waits_is_sent_nothing_until_it_was_told_underrun() {
 }
 
 #[test]
+fn a_consumer_that_looks_is_sent_nothing_until_it_was_told_underrun() {
+    let mut queue = queue(64);
+    assert!(!queue.consumer.look_for(Duration::from_millis(1)).unwrap());
+    queue.producer.enqueue(b"1").unwrap();
+    assert_eq!(queue.available.take(), 0, "it will look");
+    assert!(queue.consumer.look_for(WATCHDOG).unwrap());
+    queue.dequeue().unwrap();
+    assert_eq!(queue.dequeue(), Err(QueueError::Underrun));
+    queue.producer.enqueue(b"2").unwrap();
+    assert_eq!(queue.available.take(), 1, "it may sleep now");
+}
+
+#[test]
+fn a_consumer_that_looked_in_vain_and_then_waits_in_vain_is_told_of_the_next_entry() {
+    let mut queue = queue(64);
+    let line = Doorway::new(Bell::new().unwrap(), None).unwrap();
+    assert!(!queue.consumer.look_for(Duration::ZERO).unwrap());
+    queue.consumer.wait(&line, Duration::from_millis(1)).unwrap_err();
+    queue.producer.enqueue(b"1").unwrap();
+    assert_eq!(queue.available.take(), 1);
+}
+
+#[test]
+fn looking_finds_what_was_there_before_whatever_the_time() {
+    let mut queue = queue(64);
+    queue.producer.enqueue(b"1").unwrap();
+    assert!(queue.consumer.look_for(Duration::ZERO).unwrap());
+    queue.consumer.set_offline();
+    assert_eq!(queue.consumer.look_for(Duration::ZERO), Err(QueueError::Offline));
+}
+
+#[test]
 fn a_consumer_whose_wait_timed_out_is_told_of_the_next_entry() {
     let mut queue = queue(64);
     let line = Doorway::new(Bell::new().unwrap(), None).unwrap();

@@ -85,7 +85,10 @@ const DEPTH: u64 = 32;
 
 /// Completions after which a client sends again: so that neither side waits for the whole depth of
 /// the other.
-const TOGETHER: usize = 4;
+const TOGETHER: usize = 8;
+
+/// How long a client looks before it sleeps.
+const POLL: Duration = Duration::from_micros(100);
 
 /// Blocks of the disk, and of the client's memory.
 const BLOCKS: u64 = 1024;
@@ -290,7 +293,9 @@ impl Client {
             if ended == count {
                 return Ok(());
             }
-            consumer.wait(available, Duration::MAX)?;
+            if !consumer.look_for(POLL)? {
+                consumer.wait(available, Duration::MAX)?;
+            }
             let mut failure = Ok(());
             consumer.dequeue_batch(TOGETHER, |entry| {
                 let mut bytes = [0; block_api::LONGEST_COMPLETION];

@@ -15,8 +15,9 @@ pub struct Request {
     pub tag: u64,
     /// What to do.
     pub operation: Operation,
-    /// The driver looks for the end by itself instead of waiting for an interrupt: sooner, and at
-    /// the price of a processor meanwhile. For a driver that cannot, it means nothing.
+    /// The driver looks for the end by itself instead of waiting for an interrupt, and whoever waits
+    /// for it does: sooner, and at the price of a processor for each meanwhile. For a driver that
+    /// cannot, it means nothing.
     pub is_polled: bool,
     /// The memory with the bytes; of no meaning without bytes.
     pub memory: u16,

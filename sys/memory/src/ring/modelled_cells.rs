@@ -70,6 +70,8 @@ impl Cells {
 
     pub(super) fn will_read(&self, _at: u32, _count: u32) {}
 
+    pub(super) fn will_read_all(&self, _at: u32, _count: u32) {}
+
     pub(super) fn size_at(&self, at: u32) -> &AtomicU32 {
         &self.0.ring[at as usize / 4]
     }
