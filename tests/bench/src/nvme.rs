@@ -85,7 +85,7 @@ const DEPTH: u64 = 32;
 
 /// Completions after which a client sends again: so that neither side waits for the whole depth of
 /// the other.
-const TOGETHER: usize = 8;
+const TOGETHER: usize = 16;
 
 /// How long a client looks before it sleeps.
 const POLL: Duration = Duration::from_micros(100);
