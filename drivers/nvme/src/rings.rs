@@ -91,7 +91,9 @@ impl Rings {
 
     /// Writes a command behind the others. There is room, as no more are under way than the ring
     /// has entries, less one.
-    #[inline]
+    ///
+    /// Always inlined: a command that is handed over in memory costs a twentieth of a read.
+    #[inline(always)]
     pub fn push(&mut self, id: u16, command: Command) {
         self.submission.write(usize::from(self.tail) * COMMAND, &command.to_bytes(id));
         self.tail = self.after(self.tail);
