@@ -15,6 +15,8 @@ theirs=$(nvme_addresses | sed -n 1p)
 await "the kernel's disk" test -e "/sys/bus/pci/devices/$theirs/nvme"
 disk=$(cd "/sys/bus/pci/devices/$theirs/nvme" && echo nvme*/nvme*n1)
 disk=${disk##*/}
+# Huge pages for memory of clients: the emulated IOMMU looks for each page that a disk writes.
+echo always >/sys/kernel/mm/transparent_hugepage/shmem_enabled
 start_disk "$(nvme_addresses | sed -n 2p)" "restart = { hang_seconds = 0 }"
 
 slices=$(part_of 12)

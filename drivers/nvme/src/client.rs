@@ -41,6 +41,11 @@ struct Memory {
     bytes: u64,
 }
 
+/// Memory of as many bytes, or a multiple, begins at a multiple for the controller: where the kernel
+/// has huge pages behind it (`shmem_enabled`; Linux, `Documentation/admin-guide/mm/transhuge.rst`),
+/// an IOMMU needs one entry for each instead of 512.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// What one turn takes of a client's requests, at most.
 const BATCH: usize = 64;
 
@@ -243,8 +248,9 @@ impl Clients {
             IOReturn::BAD_ARGUMENT,
             "{bytes} bytes beside {others}: it has to be whole pages, {MOST_MEMORY} at most"
         );
+        let alignment = if bytes.is_multiple_of(HUGE_PAGE) { HUGE_PAGE } else { PAGE as u64 };
         let buffer =
-            IOBufferMemoryDescriptor::create_aligned(MemoryDirection::InOut, bytes, PAGE as u64)?;
+            IOBufferMemoryDescriptor::create_aligned(MemoryDirection::InOut, bytes, alignment)?;
         let prepared = IODMACommand::create(device, 0)?.prepare_for_dma(buffer)?;
         ensure!(
             prepared.segments().len() == 1,
