@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 
 use block_api::{
-    COMPLETIONS, Completion, Failure, MOST_MEMORIES, MOST_MEMORY, REQUEST_LENGTH, REQUESTS, Status,
+    COMPLETIONS, Completion, Failure, HUGE_PAGE, MOST_MEMORIES, MOST_MEMORY, REQUEST_LENGTH,
+    REQUESTS, Status,
 };
 use iohost_driver::prelude::*;
 use iohost_driver::{ClientMemory, Consumer, MemoryDirection, Producer, QueueError};
@@ -40,11 +41,6 @@ struct Memory {
     prepared: PreparedDma,
     bytes: u64,
 }
-
-/// Memory of as many bytes, or a multiple, begins at a multiple for the controller: where the kernel
-/// has huge pages behind it (`shmem_enabled`; Linux, `Documentation/admin-guide/mm/transhuge.rst`),
-/// an IOMMU needs one entry for each instead of 512.
-const HUGE_PAGE: u64 = 2 << 20;
 
 /// What one turn takes of a client's requests, at most.
 const BATCH: usize = 64;

@@ -360,8 +360,7 @@ fn bench(
     plan: &Plan,
 ) -> Result<(), CommandError> {
     let mut daemon = options.connect()?;
-    // Whole huge pages, which an IOMMU finds sooner.
-    let memory = (u64::from(plan.depth) * plan.size).next_multiple_of(2 << 20);
+    let memory = (u64::from(plan.depth) * plan.size).next_multiple_of(block_api::HUGE_PAGE);
     let refused = |message: String, next: &str| {
         CommandError::usage(Failure::new("block-range", message, next))
     };
@@ -401,11 +400,13 @@ fn bench(
     let started = Instant::now();
     let mut sent = vec![started; plan.depth as usize];
     let mut next: Vec<Request> = (0..u64::from(plan.depth)).map(&mut request).collect();
-    requests.send_all(&next).map_err(failed)?;
-    next.clear();
     let (mut done, mut under_way, mut longest) = (0_u64, plan.depth, Duration::ZERO);
     let mut total = Duration::ZERO;
     while under_way > 0 {
+        if requests.at_hand() == 0 {
+            requests.send_all(&next).map_err(failed)?;
+            next.clear();
+        }
         let completion = requests.completion().map_err(failed)?;
         completion.outcome.map_err(|failure| failed(failure.into()))?;
         let now = Instant::now();
@@ -422,10 +423,6 @@ fn bench(
             next.push(request(completion.tag));
         } else {
             under_way -= 1;
-        }
-        if requests.at_hand() == 0 {
-            requests.send_all(&next).map_err(failed)?;
-            next.clear();
         }
     }
     let seconds = started.elapsed().as_secs_f64();

@@ -78,6 +78,11 @@ pub fn memory_of_type(memory_type: u64) -> (u16, u64) {
     ((memory_type >> 48) as u16, memory_type & ((1 << 48) - 1))
 }
 
+/// Memory of as many bytes, or a multiple, begins at a multiple for the device: where the kernel has
+/// huge pages behind it (`shmem_enabled`; Linux, `Documentation/admin-guide/mm/transhuge.rst`), an
+/// IOMMU needs one entry for each instead of 512.
+pub const HUGE_PAGE: u64 = 2 << 20;
+
 /// The most bytes of a session's memories, taken together.
 pub const MOST_MEMORY: u64 = 256 << 20;
 
