@@ -166,6 +166,11 @@ impl<'a> Stopwatch<'a> {
         }
     }
 
+    /// What was until now is no item's. After [`read_rest`](Self::read_rest).
+    pub(crate) fn skip_to(&mut self, now: u64) {
+        self.since = now;
+    }
+
     /// Notes the items since the last reading.
     fn read(&mut self, now: u64) {
         let ticks = now.saturating_sub(self.since);

@@ -6,6 +6,7 @@
 
 pub mod flight_recorder;
 pub mod iova;
+pub mod prefetch;
 pub mod ring;
 mod shared;
 mod view;

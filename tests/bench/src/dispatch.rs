@@ -19,7 +19,7 @@ use iohost_driver::IODispatchQueue;
 
 use crate::driver::Lender;
 use crate::latency::{CLOCK, Handled, one_way};
-use crate::machine::Cores;
+use crate::machine::{Cores, start_apart};
 use crate::rounds::{Better, Case, Effort, Metric, Peer};
 use contenders::{Contender, HandOver, RecordedQueue, Serial, Synchronous};
 
@@ -84,7 +84,7 @@ pub const RECORDER_CASES: &[Case] = recorder_cases! {
 };
 
 fn one_producer<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
-    let serial = start_and_pin::<S>()?;
+    let serial = start_apart(S::start)?;
     let run = |operations| produce(serial, 0, operations);
     let (warm, count) = (effort.of(50_000, 100), effort.of(500_000, 1_000));
     run(0..warm);
@@ -98,7 +98,7 @@ fn one_producer<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
 /// Each on a core of its own, as far as there are so many.
 fn two_producers<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
     let cores = Cores::choose()?;
-    let serial = start_and_pin::<S>()?;
+    let serial = start_apart(S::start)?;
     let (warm, count) = (effort.of(50_000, 100), effort.of(250_000, 1_000));
     let together = Barrier::new(2);
     let run = |producer| {
@@ -153,7 +153,7 @@ fn check_order(producer: usize, all: u64) -> Result<()> {
 
 /// An operation that hands over the next one, to the thread it runs on.
 fn chain<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
-    let serial = start_and_pin::<S>()?;
+    let serial = start_apart(S::start)?;
     let (warm, count) = (effort.of(40_000, 100), effort.of(400_000, 1_000));
     let run = |count| {
         serial.run_later(move || link(serial, count));
@@ -177,7 +177,7 @@ fn link<S: Serial>(serial: &'static S, left: u64) {
 
 /// From before the call to the closure, whose thread sleeps.
 fn async_to_idle<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
-    let serial = start_and_pin::<S>()?;
+    let serial = start_apart(S::start)?;
     static HANDLED: Handled = Handled::not_yet();
     let samples = one_way(effort, &HANDLED, || {
         let sent = CLOCK.now();
@@ -189,7 +189,7 @@ fn async_to_idle<S: Serial>(effort: Effort) -> Result<Vec<f64>> {
 
 /// One caller, nothing else on the queue.
 fn sync_idle<S: Synchronous>(effort: Effort) -> Result<Vec<f64>> {
-    let caller = start_and_pin::<S>()?.caller();
+    let caller = start_apart(S::start)?.caller();
     let (warm, count) = (effort.of(200_000, 100), effort.of(2_000_000, 1_000));
     let run = |count| (0..count).for_each(|_| S::run_now(&caller, count_one));
     run(warm);
@@ -248,13 +248,4 @@ fn check_count(all: u64) -> Result<()> {
     let ran = COUNT.load(Relaxed);
     ensure!(ran == all, "{ran} operations ran one at a time, of {all}");
     Ok(())
-}
-
-/// Starts a contender on the consumer's core, and goes on on the producer's.
-fn start_and_pin<C: Contender>() -> Result<&'static C> {
-    let cores = Cores::choose()?;
-    cores.pin_consumer()?;
-    let started = C::start()?;
-    cores.pin_producer()?;
-    Ok(started)
 }

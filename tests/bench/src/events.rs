@@ -16,7 +16,7 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 
 use crate::driver;
 use crate::latency::{CLOCK, Handled, one_sample, one_way};
-use crate::machine::Cores;
+use crate::machine::start_apart;
 use crate::rounds::{Better, Case, Effort, Metric, Peer, Side, this_program};
 use crate::system_calls;
 
@@ -82,18 +82,9 @@ struct Handling {
 type Start = fn() -> Result<Handling>;
 
 fn latency(effort: Effort, start: Start) -> Result<Vec<f64>> {
-    let Handling { raise, handled } = start_and_pin(start)?;
+    let Handling { raise, handled } = start_apart(start)?;
     let latency = one_way(effort, handled, raise);
     Ok(vec![latency.p50, latency.p99])
-}
-
-/// Starts it on the consumer's core, and goes on on the producer's.
-fn start_and_pin(start: Start) -> Result<Handling> {
-    let cores = Cores::choose()?;
-    cores.pin_consumer()?;
-    let handling = start()?;
-    cores.pin_producer()?;
-    Ok(handling)
 }
 
 /// The difference of two runs, so that starting and ending are not in it.
@@ -116,7 +107,7 @@ pub fn other_end(case: &str, side: Side) -> Result<()> {
         (DRIVER_SYSTEM_CALLS, Side::Ours) => in_a_driver,
         _ => epoll_thread,
     };
-    let Handling { raise, handled } = start_and_pin(start)?;
+    let Handling { raise, handled } = start_apart(start)?;
     for _ in 0..events {
         one_sample(handled, &raise);
     }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 
 use crate::rounds::median;
 
@@ -58,11 +58,31 @@ fn siblings(core: usize) -> Option<String> {
     fs::read_to_string(path).ok()
 }
 
+/// Starts something, whose threads run on the consumer's core from then on; the calling one goes on
+/// on the producer's. While it starts it sees all cores, as in a program that is not measured.
+pub fn start_apart<T>(start: impl FnOnce() -> Result<T>) -> Result<T> {
+    let cores = Cores::choose()?;
+    let started = start()?;
+    for thread in fs::read_dir("/proc/self/task")? {
+        let name = thread?.file_name();
+        let thread = name.to_str().context("a thread's number")?.parse()?;
+        if Pid::from_raw(thread) != gettid() {
+            pin_thread(Pid::from_raw(thread), cores.consumer)?;
+        }
+    }
+    cores.pin_producer()?;
+    Ok(started)
+}
+
 /// Has the calling thread, and every thread and process it starts from here on, run on one core.
 fn pin(core: usize) -> Result<()> {
+    pin_thread(Pid::from_raw(0), core)
+}
+
+fn pin_thread(thread: Pid, core: usize) -> Result<()> {
     let mut only = CpuSet::new();
     only.set(core)?;
-    Ok(sched_setaffinity(Pid::from_raw(0), &only)?)
+    Ok(sched_setaffinity(thread, &only)?)
 }
 
 /// Asks the kernel to let no core sleep deeply as long as the file is open: a wake-up out of a

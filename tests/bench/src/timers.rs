@@ -15,7 +15,7 @@ use iohost_event::{Clock, Timer};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use tokio::time::{Sleep, sleep_until};
 
-use crate::machine::Cores;
+use crate::machine::{Cores, start_apart};
 use crate::rounds::{Better, Case, Effort, Metric, Peer, median, percentile};
 
 pub const CASES: &[Case] = &[
@@ -76,10 +76,7 @@ struct Armed {
 
 impl Armed {
     fn new(count: usize, random: &mut Random) -> Result<Self> {
-        let cores = Cores::choose()?;
-        cores.pin_consumer()?;
-        let engine = Engine::start()?;
-        cores.pin_producer()?;
+        let engine = start_apart(|| Ok(Engine::start()?))?;
         let queue = Queue::create(&engine, "bench", Default::default())?;
         let create = |_| TimerSource::create(&queue, |_| unreachable!("hours ahead"));
         let timers = (0..count).map(create).collect();

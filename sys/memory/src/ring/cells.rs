@@ -11,14 +11,11 @@ use super::layout::{
     ALIGNMENT, CONSUMER_AWAKE_OFFSET, ENTRY_HEADER_SIZE, HEAD_OFFSET, MEMORY_HEADER_SIZE,
     NEED_SERVICED_OFFSET, PRODUCER_AWAKE_OFFSET, READ_TO_OFFSET, ROOM_WANTED_OFFSET, TAIL_OFFSET,
 };
-use crate::SharedMemory;
 use crate::shared::{copy_in, copy_out};
-
-/// Bytes that processors move between them at once; a guess that is right on most.
-const CACHE_LINE: usize = 64;
+use crate::{SharedMemory, prefetch};
 
 /// Bytes that are fetched ahead. A processor has some ten lines on their way at a time.
-const MOST_FETCHED: usize = 16 * CACHE_LINE;
+const MOST_FETCHED: usize = 16 * prefetch::LINE;
 
 /// Access to the memory of one ring.
 ///
@@ -142,17 +139,8 @@ impl Cells {
     #[inline]
     pub(super) fn will_write(&self, at: u32, count: u32) {
         let start = self.base.as_ptr().wrapping_add(MEMORY_HEADER_SIZE + at as usize);
-        for line in (0..count as usize).step_by(CACHE_LINE) {
-            let byte = start.wrapping_add(line);
-            // SAFETY: a hint. It changes no memory and faults for no address (AMD64 Architecture
-            // Programmer's Manual, volume 3, PREFETCH); a processor without it does nothing.
-            #[cfg(target_arch = "x86_64")]
-            unsafe {
-                std::arch::asm!("prefetchw [{}]", in(reg) byte, options(nostack, preserves_flags));
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            let _ = byte;
-        }
+        let lines = (0..count as usize).step_by(prefetch::LINE);
+        lines.for_each(|line| prefetch::to_write(start.wrapping_add(line)));
     }
 
     /// Has the processor fetch the beginning of an entry at offset `at` of the ring, to be read now,
@@ -164,8 +152,8 @@ impl Cells {
     #[inline]
     pub(super) fn will_read(&self, at: u32, count: u32) {
         let start = self.base.as_ptr().wrapping_add(MEMORY_HEADER_SIZE + at as usize);
-        for offset in [0, CACHE_LINE.min(count.saturating_sub(1) as usize)] {
-            fetch(start.wrapping_add(offset));
+        for offset in [0, prefetch::LINE.min(count.saturating_sub(1) as usize)] {
+            prefetch::to_read(start.wrapping_add(offset));
         }
     }
 
@@ -175,7 +163,8 @@ impl Cells {
     pub(super) fn will_read_all(&self, at: u32, count: u32) {
         let start = self.base.as_ptr().wrapping_add(MEMORY_HEADER_SIZE + at as usize);
         let count = (count as usize).min(MOST_FETCHED);
-        (0..count).step_by(CACHE_LINE).for_each(|offset| fetch(start.wrapping_add(offset)));
+        let lines = (0..count).step_by(prefetch::LINE);
+        lines.for_each(|line| prefetch::to_read(start.wrapping_add(line)));
     }
 
     /// # Safety
@@ -203,16 +192,4 @@ impl Cells {
         // 3. Nobody on this side accesses it otherwise at the same time: see the type.
         unsafe { AtomicU32::from_ptr(word.as_ptr()) }
     }
-}
-
-/// Has the processor fetch the line of a byte, to be read now.
-#[inline]
-fn fetch(byte: *const u8) {
-    // SAFETY: a hint, as in `will_write`.
-    #[cfg(target_arch = "x86_64")]
-    unsafe {
-        std::arch::asm!("prefetcht0 [{}]", in(reg) byte, options(nostack, preserves_flags));
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = byte;
 }
