@@ -16,10 +16,11 @@ use std::time::Duration;
 use iohost_closure::Closure;
 use iohost_event::{Clock, Poller, Ready, Signal, TickScale};
 use iohost_memory::flight_recorder::Recorder;
+use iohost_memory::prefetch;
 
 use crate::baton::{Baton, Turn};
 use crate::deadlines::Deadlines;
-use crate::queue::QueueCore;
+use crate::queue::{QueueCore, fetch_likely};
 use crate::source::{Then, Watched};
 use crate::sync::thread::{self, JoinHandle};
 use crate::sync::{Condvar, Mutex, MutexGuard, has_failed, thread_local};
@@ -302,8 +303,9 @@ impl Shared {
     fn work(&self, worker: Worker) {
         IS_WORKER.set(true);
         let mut found = Ready::new(16);
+        let lock = || self.exchange.ready.lock().expect(NO_PANIC);
+        let mut ready = lock();
         loop {
-            let mut ready = self.exchange.ready.lock().expect(NO_PANIC);
             if ready.stopping {
                 self.bell.raise();
                 return;
@@ -311,6 +313,7 @@ impl Shared {
             if let Some(work) = ready.work.pop() {
                 self.share_the_rest(ready);
                 work.run();
+                ready = lock();
                 continue;
             }
             if worker == Worker::StandIn && ready.blocked == 0 {
@@ -326,10 +329,12 @@ impl Shared {
             }
             if ready.polling < POLLERS {
                 self.poll(ready, &mut found);
+                ready = lock();
             } else {
                 ready.parked += 1;
                 while ready.released == 0 && !ready.stopping {
                     ready = self.exchange.parking.wait(ready).expect(NO_PANIC);
+                    fetch_likely();
                 }
                 ready.parked -= 1;
                 ready.released = ready.released.saturating_sub(1);
@@ -399,6 +404,11 @@ impl Shared {
                 source.became_ready(Then::Schedule);
             }
         }
+    }
+
+    /// Has the ready list's line come, for a thread that is about to put something there.
+    pub(crate) fn fetch_exchange(&self) {
+        prefetch::to_write(&raw const self.exchange);
     }
 
     /// Puts a queue on the ready list and sees that somebody takes it from there.

@@ -21,7 +21,7 @@ use iohost_interface::IOReturn;
 
 use crate::baton::{Baton, Turn};
 use crate::source::Then;
-use crate::step::{LEFT_OUT, Step};
+use crate::step::{LEFT_OUT, Step, WAKES_FIRST};
 use crate::sync::atomic::{
     AtomicUsize as Word,
     Ordering::{Acquire, Relaxed, Release},
@@ -228,6 +228,37 @@ fn loom_without_a_look_before_idle_a_block_is_lost() {
 #[should_panic(expected = "does not see")]
 fn loom_without_a_look_at_the_stage_a_running_queue_runs_twice() {
     blocks_meet_a_sync_call(Some(Step::ScheduleOnlyIdle));
+}
+
+/// A block whose worker is woken before it is there meets a sync call.
+fn a_block_comes_after_its_worker(left_out: Option<Step>) {
+    WAKES_FIRST.set(true);
+    explore(left_out, 2, || {
+        let model = Model::plain();
+        let other = model.thread(|model| model.sync().unwrap());
+        model.push("block");
+        other.join().unwrap();
+        model.wait_for(1);
+        model.check_count(2);
+    });
+}
+
+#[test]
+fn loom_a_block_comes_after_its_worker() {
+    a_block_comes_after_its_worker(None);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn loom_without_announcing_a_block_that_comes_after_its_worker_is_lost() {
+    a_block_comes_after_its_worker(Some(Step::Announce));
+}
+
+/// A block whose worker is woken before it is there meets a cancel.
+#[test]
+fn loom_a_cancel_comes_before_a_block_whose_worker_was_woken() {
+    WAKES_FIRST.set(true);
+    a_cancel_meets_a_block(None);
 }
 
 /// Sync calls of two threads, on an idle queue or one behind the other.

@@ -30,7 +30,7 @@ use crate::baton::{Baton, Turn};
 use crate::engine::{Shared, looking_next};
 use crate::numbers::{Numbers, QueueNumbers, Stopwatch};
 use crate::sleepers::Sleepers;
-use crate::step::{Step, takes};
+use crate::step::{Step, takes, wakes_first};
 use crate::sync::atomic::AtomicBool;
 use crate::sync::{Mutex, MutexGuard, has_failed, hint};
 use crate::{Clock, Engine, NO_PANIC};
@@ -38,6 +38,7 @@ use crate::{Clock, Engine, NO_PANIC};
 use batch::Batch;
 use word::Word;
 
+pub(crate) use batch::fetch_likely;
 pub(crate) use held::holds_nothing;
 
 /// The longest name in bytes; `IODispatchQueueName` has 256 with its terminator.
@@ -58,7 +59,7 @@ const STREAM: usize = 4;
 /// How often it looks then whether more has come, and how long it leaves the senders alone before
 /// each look: as long as waking a thread takes, some microseconds. What comes is taken all at once.
 const STREAM_LOOKS: u32 = 3;
-const STREAM_PAUSES: u32 = if cfg!(loom) { 1 } else { 200 };
+const STREAM_PAUSES: u32 = 200;
 
 /// A list of work that runs in order, one item at a time.
 ///
@@ -423,6 +424,13 @@ impl fmt::Debug for Queue {
 impl QueueCore {
     /// Appends an item, and has the queue run if nobody sees to that yet.
     pub(crate) fn push(self: &Arc<Self>, item: Item) {
+        prefetch::to_write(&raw const self.intake);
+        if wakes_first() && self.intake.word.is_idle() && self.intake.engine.looks > 0 {
+            // A worker is woken before there is something to run: it takes longer to come than this
+            // thread takes to go on, and looks until then if it does not.
+            self.fetch_for_waking();
+            self.schedule();
+        }
         let mut inbox = self.intake.inbox.lock().expect(NO_PANIC);
         if self.intake.word.is_cancelled() {
             self.ends().dropped += 1;
@@ -437,6 +445,14 @@ impl QueueCore {
         if scheduled {
             self.become_ready();
         }
+    }
+
+    /// Has the lines come, at once, that a sender needs who finds the queue idle: the one that
+    /// counts the queue's references, and the engine's exchange.
+    fn fetch_for_waking(self: &Arc<Self>) {
+        let counts = Arc::as_ptr(self).wrapping_byte_sub(align_of::<Self>());
+        prefetch::to_write(counts);
+        self.intake.engine.fetch_exchange();
     }
 
     fn ends(&self) -> MutexGuard<'_, Ends> {
@@ -556,7 +572,7 @@ impl QueueCore {
                     self.guarded(|| batch.run_added());
                     self.item_done();
                     watch.item_ran(ticks);
-                } else if !self.refill(&mut batch) && (step < STREAM || !self.goes_on(watch)) {
+                } else if !self.refill(&mut batch) && !self.goes_on(step, watch) {
                     return;
                 }
                 continue;
@@ -584,13 +600,24 @@ impl QueueCore {
         self.leave(&mut batch);
     }
 
-    /// Waits for more of a stream, not for long. The word says whether there is some.
+    /// Waits for something to run, not for long, at a step of a turn that found nothing. The word
+    /// says whether there is something.
     #[cold]
-    fn goes_on(&self, watch: &mut Stopwatch<'_>) -> bool {
+    fn goes_on(&self, step: usize, watch: &mut Stopwatch<'_>) -> bool {
+        if cfg!(loom) {
+            // A model need not wait for what may come: it has that come before, in another run.
+            return false;
+        }
+        let looks = self.intake.engine.looks;
+        let (looks, pauses) = match step {
+            // Who woke this thread is about to put something in.
+            0 => (looks, 1),
+            1..STREAM => return false,
+            _ => (looks.min(STREAM_LOOKS), STREAM_PAUSES),
+        };
         watch.read_rest(ticks);
-        let looks = self.intake.engine.looks.min(STREAM_LOOKS);
         let goes_on = (0..looks).any(|_| {
-            (0..STREAM_PAUSES).for_each(|_| hint::spin_loop());
+            (0..pauses).for_each(|_| hint::spin_loop());
             self.intake.word.is_pending()
         });
         watch.skip_to(ticks());

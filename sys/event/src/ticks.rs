@@ -4,6 +4,7 @@ use crate::Clock;
 
 /// The processor's time stamp counter where there is one, nanoseconds elsewhere. Steady on every
 /// machine whose kernel uses it as its clock; elsewhere what is measured with it is rough.
+#[inline]
 pub fn ticks() -> u64 {
     #[cfg(target_arch = "x86_64")]
     {
@@ -18,6 +19,7 @@ pub fn ticks() -> u64 {
 #[cfg(target_arch = "x86_64")]
 #[expect(unsafe_code)]
 // UNSAFETY: an instruction has no safe name.
+#[inline]
 fn time_stamp_counter() -> u64 {
     // SAFETY: every x86-64 processor has the instruction; it touches no memory, and Linux leaves
     // it to programs unless they ask to be forbidden it (`PR_SET_TSC`).

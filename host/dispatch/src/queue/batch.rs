@@ -5,10 +5,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::mem::offset_of;
+use std::ptr;
 
 use iohost_closure::ClosureList;
+use iohost_memory::prefetch;
 
-use super::Item;
+use super::{Item, QueueCore};
 use crate::sync::thread_local;
 
 thread_local! {
@@ -18,12 +21,16 @@ thread_local! {
     static ADDED: ClosureList = const { ClosureList::new() };
     /// A list for the next batch, so that not every turn allocates one.
     static SPARE: RefCell<VecDeque<Item>> = const { RefCell::new(VecDeque::new()) };
+    /// Where the queue is that this thread took a batch from last, and where that queue's next item
+    /// will be if no other thread takes one.
+    static LIKELY: Cell<(usize, usize)> = const { Cell::new((0, 0)) };
 }
 
 /// Items in the hands of the thread that runs a plain queue. Those before `next` have run.
 pub(super) struct Batch {
     items: VecDeque<Item>,
     next: usize,
+    queue: usize,
     /// `ADDED` is this batch's. It is not where a thread of a manual engine runs a queue inside of
     /// the work of another one.
     adds: bool,
@@ -36,7 +43,7 @@ impl Batch {
         if adds {
             QUEUE.set(queue);
         }
-        Self { items: SPARE.take(), next: 0, adds }
+        Self { items: SPARE.take(), next: 0, queue, adds }
     }
 
     /// The next item, to be run in its place.
@@ -63,6 +70,7 @@ impl Batch {
     pub(super) fn take_all(&mut self, items: &mut VecDeque<Item>) {
         self.items.clear();
         self.next = 0;
+        LIKELY.set((self.queue, self.items.as_slices().0.as_ptr().addr()));
         std::mem::swap(&mut self.items, items);
     }
 
@@ -88,6 +96,14 @@ impl Drop for Batch {
             QUEUE.set(0);
         }
     }
+}
+
+/// Has the lines come that this thread touches next if it is to run the queue that it ran last. For a
+/// thread that was just woken, by another processor.
+pub(crate) fn fetch_likely() {
+    let (queue, item) = LIKELY.get();
+    prefetch::to_write(ptr::without_provenance::<u8>(queue + offset_of!(QueueCore, intake)));
+    prefetch::to_read(ptr::without_provenance::<u8>(item));
 }
 
 /// Whether this thread runs the queue and can add to it.
