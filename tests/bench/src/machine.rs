@@ -121,43 +121,58 @@ pub fn die_after_a_minute() {
 /// Nanoseconds that a cache line takes from the producer's core to the consumer's and back, without
 /// anybody sleeping; 0 if there is one core only.
 pub fn cache_line_round_trip_ns() -> Result<f64> {
+    let ball = Word::default();
+    round_trip_ns(&ball, &ball)
+}
+
+/// The same for two cache lines, each of which is written by one side only, as the two directions of
+/// a connection are. A line that both write comes with the right to write it; these do not.
+pub fn two_cache_lines_round_trip_ns() -> Result<f64> {
+    round_trip_ns(&Word::default(), &Word::default())
+}
+
+/// A word on a pair of cache lines for itself.
+#[derive(Default)]
+#[repr(align(128))]
+struct Word(AtomicU64);
+
+fn round_trip_ns(there: &Word, back: &Word) -> Result<f64> {
     const BLOCKS: u64 = 9;
     const ROUND_TRIPS: u64 = 400;
     let cores = Cores::choose()?;
     if cores.producer == cores.consumer {
         return Ok(0.0);
     }
-    let ball = AtomicU64::new(0);
-    let wait_for = |turn| {
-        while ball.load(Acquire) != turn {
+    let wait_for = |word: &Word, turn| {
+        while word.0.load(Acquire) != turn {
             std::hint::spin_loop();
         }
     };
     thread::scope(|threads| {
-        let back = threads.spawn(|| {
+        let answering = threads.spawn(|| {
             // Plays in any case: somebody waits for the ball.
             let pinned = cores.pin_consumer();
             for trip in 0..BLOCKS * ROUND_TRIPS {
-                wait_for(2 * trip + 1);
-                ball.store(2 * trip + 2, Release);
+                wait_for(there, 2 * trip + 1);
+                back.0.store(2 * trip + 2, Release);
             }
             pinned
         });
-        let there = threads.spawn(|| {
+        let asking = threads.spawn(|| {
             let pinned = cores.pin_producer();
             let mut blocks = Vec::new();
             for block in 0..BLOCKS {
                 let start = Instant::now();
                 for trip in block * ROUND_TRIPS..(block + 1) * ROUND_TRIPS {
-                    ball.store(2 * trip + 1, Release);
-                    wait_for(2 * trip + 2);
+                    there.0.store(2 * trip + 1, Release);
+                    wait_for(back, 2 * trip + 2);
                 }
                 blocks.push(start.elapsed().as_nanos() as f64 / ROUND_TRIPS as f64);
             }
             pinned.map(|()| median(blocks.into_iter()))
         });
-        back.join().expect("the thread does not panic")?;
-        there.join().expect("the thread does not panic")
+        answering.join().expect("the thread does not panic")?;
+        asking.join().expect("the thread does not panic")
     })
 }
 

@@ -17,14 +17,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use iohost_event::Packets;
+use iohost_event::{Packets, Poller, Ready};
 use iohost_memory::SharedMemory;
 use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, QueueError, Ring, Wait};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::socket::{MsgFlags, recv, send};
 use shmem_ipc::sharedring::{Receiver, Sender};
 
-use crate::machine::{Cores, cache_line_round_trip_ns};
+use crate::machine::{Cores, cache_line_round_trip_ns, two_cache_lines_round_trip_ns};
 use crate::rounds::{self, Better, Case, Effort, Metric, Side, percentile, this_program};
 
 /// A case of messages of one size, against all peers.
@@ -76,11 +76,21 @@ pub const CASES: &[Case] = &[
         bench: "queue",
         name: "queue-polled-64",
         metrics: &[Metric { name: "polled_round_trip_ns", better: Better::Lower }],
-        ours: |effort| polled("queue-polled-64", effort),
-        peers: &[rounds::Peer {
-            name: "cache line there and back",
-            run: |_| Ok(vec![cache_line_round_trip_ns()?]),
-        }],
+        ours: |effort| polled::<Polled>(Side::Ours, effort),
+        peers: &[
+            rounds::Peer {
+                name: "cache line there and back",
+                run: |_| Ok(vec![cache_line_round_trip_ns()?]),
+            },
+            rounds::Peer {
+                name: "a cache line each way",
+                run: |_| Ok(vec![two_cache_lines_round_trip_ns()?]),
+            },
+            rounds::Peer {
+                name: "shmem-ipc",
+                run: |effort| polled::<PolledSharedRings>(Side::Peer(2), effort),
+            },
+        ],
     },
     Case {
         bench: "queue",
@@ -90,10 +100,20 @@ pub const CASES: &[Case] = &[
             Metric { name: "sleeping_round_trip_p99_ns", better: Better::Lower },
         ],
         ours: |effort| round_trip::<64, Sleepers>("queue-sleeping-64", Side::Ours, effort),
-        peers: &[rounds::Peer {
-            name: "eventfd ping-pong",
-            run: |effort| round_trip::<64, Eventfds>("queue-sleeping-64", Side::Peer(0), effort),
-        }],
+        peers: &[
+            rounds::Peer {
+                name: "eventfd ping-pong",
+                run: |effort| {
+                    round_trip::<64, Eventfds>("queue-sleeping-64", Side::Peer(0), effort)
+                },
+            },
+            rounds::Peer {
+                name: "eventfd + epoll_wait ping-pong",
+                run: |effort| {
+                    round_trip::<64, WatchedEventfds>("queue-sleeping-64", Side::Peer(1), effort)
+                },
+            },
+        ],
     },
 ];
 
@@ -277,8 +297,8 @@ fn plain_copy(effort: Effort) -> Result<Vec<f64>> {
 struct Line64(AtomicU64);
 
 /// Round trips with neither end asleep, as mean of a block of them; the median of the blocks.
-fn polled(case: &str, effort: Effort) -> Result<Vec<f64>> {
-    let mut session = Session::<Polled>::open::<64>(case, Side::Ours, effort)?;
+fn polled<L: Line<64>>(side: Side, effort: Effort) -> Result<Vec<f64>> {
+    let mut session = Session::<L>::open::<64>("queue-polled-64", side, effort)?;
     let mut blocks = Vec::new();
     for block in 0..POLLED_BLOCKS {
         let start = Instant::now();
@@ -305,10 +325,14 @@ pub fn other_end(case: &str, side: Side, effort: Effort) -> Result<()> {
             Side::Peer(_) => counted::<64, Socket>(side, effort),
         },
         "queue-batches-64" => answer_batches(effort),
-        "queue-polled-64" => answer_round_trips::<Polled>(POLLED_BLOCKS * POLLED_BLOCK),
+        "queue-polled-64" => match side {
+            Side::Ours => answer_round_trips::<Polled>(POLLED_BLOCKS * POLLED_BLOCK),
+            Side::Peer(_) => answer_round_trips::<PolledSharedRings>(POLLED_BLOCKS * POLLED_BLOCK),
+        },
         "queue-sleeping-64" => match side {
             Side::Ours => answer_round_trips::<Sleepers>(round_trips(effort)),
-            Side::Peer(_) => answer_round_trips::<Eventfds>(round_trips(effort)),
+            Side::Peer(0) => answer_round_trips::<Eventfds>(round_trips(effort)),
+            Side::Peer(_) => answer_round_trips::<WatchedEventfds>(round_trips(effort)),
         },
         "queue-stream-8" => answer::<8>(case, side, effort),
         "queue-stream-64" | "queue-round-trip-64" => answer::<64>(case, side, effort),
@@ -610,6 +634,66 @@ impl Line<64> for Eventfds {
     }
 }
 
+/// Two eventfds that do not block, each watched by an epoll set: what it costs at least to sleep such
+/// that something else, as the other end's death, can end the sleep too. An epoll set may report a
+/// ring twice, so the messages' numbers stand in shared memory.
+struct WatchedEventfds {
+    to: Bell,
+    from: Poller,
+    found: Ready,
+    /// With the last descriptor of a bell goes what was not reported yet.
+    _from: Bell,
+    numbers: SharedMemory,
+    /// Offsets of what this end wrote last, and the other one.
+    written: usize,
+    read: usize,
+}
+
+impl WatchedEventfds {
+    const BYTES: usize = 4096;
+    const PLACES: [usize; 2] = [0, 128];
+
+    fn new(to: Bell, from: Bell, numbers: SharedMemory, places: [usize; 2]) -> Result<Self> {
+        let poller = Poller::new()?;
+        poller.watch(&from, 0)?;
+        let [written, read] = places;
+        Ok(Self { to, from: poller, found: Ready::new(1), _from: from, numbers, written, read })
+    }
+}
+
+impl Line<64> for WatchedEventfds {
+    fn make(socket: Packets) -> Result<Self> {
+        let (to, from) = (Bell::new()?, Bell::new()?);
+        let numbers = SharedMemory::create(c"numbers", Self::BYTES)?;
+        socket.send(b"eventfds", &[to.as_fd(), from.as_fd(), numbers.as_fd()])?;
+        Self::new(to, from, numbers, Self::PLACES)
+    }
+
+    fn join(socket: Packets) -> Result<Self> {
+        let fds = socket.receive(&mut [0; 16], 3)?.fds;
+        let Ok([from, to, numbers]) = <[OwnedFd; 3]>::try_from(fds) else {
+            bail!("two bells and a memory have three descriptors");
+        };
+        let numbers = SharedMemory::attach(numbers, Self::BYTES)?;
+        let [theirs, ours] = Self::PLACES;
+        Self::new(to.into(), from.into(), numbers, [ours, theirs])
+    }
+
+    fn send(&mut self, number: u64) -> Result<()> {
+        self.numbers.write_at(self.written, &(number + 1).to_ne_bytes());
+        Ok(self.to.ring()?)
+    }
+
+    fn receive(&mut self, number: u64) -> Result<()> {
+        let mut last = [0; 8];
+        while u64::from_ne_bytes(last) != number + 1 {
+            self.from.wait(&mut self.found, None)?;
+            self.numbers.read_at(self.read, &mut last);
+        }
+        Ok(())
+    }
+}
+
 /// A ring of shmem-ipc in each direction.
 struct SharedRings<const SIZE: usize> {
     sender: Sender<[u8; SIZE]>,
@@ -677,6 +761,38 @@ macro_rules! shared_rings {
 }
 
 shared_rings!(8 64 512 4096);
+
+/// Rings of shmem-ipc whose ends never sleep.
+struct PolledSharedRings(SharedRings<64>);
+
+impl Line<64> for PolledSharedRings {
+    fn make(socket: Packets) -> Result<Self> {
+        SharedRings::make(socket).map(Self)
+    }
+
+    fn join(socket: Packets) -> Result<Self> {
+        SharedRings::join(socket).map(Self)
+    }
+
+    #[inline]
+    fn send(&mut self, number: u64) -> Result<()> {
+        let message = message::<64>(number);
+        self.0.sender.sender_mut().send_foreach(1, || message);
+        Ok(())
+    }
+
+    #[inline]
+    fn receive(&mut self, number: u64) -> Result<()> {
+        loop {
+            let mut taken = None;
+            self.0.receiver.receiver_mut().recv_foreach(1, |item| taken = Some(item));
+            if let Some(taken) = taken {
+                return check::<64>(&taken, number);
+            }
+            std::hint::spin_loop();
+        }
+    }
+}
 
 struct Pipes(PipeWriter, PipeReader);
 

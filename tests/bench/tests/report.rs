@@ -33,6 +33,9 @@ const WAITS: &[&str] = &["epoll_wait + read", "mio + read"];
 const BETWEEN_PROCESSES: &[&str] = &["shmem-ipc", "pipe", "Unix seqpacket socket"];
 const UNRECORDED: &[&str] = &["iohost_dispatch"];
 
+const POLLED: &[&str] = &["cache line there and back", "a cache line each way", "shmem-ipc"];
+const SLEEPING: &[&str] = &["eventfd ping-pong", "eventfd + epoll_wait ping-pong"];
+
 /// Area, metric, and the peers one of which is the best.
 const PROMISED: &[(&str, &str, &[&str])] = &[
     ("device", "instructions_per_register_read", &["atomic word"]),
@@ -70,9 +73,9 @@ const PROMISED: &[(&str, &str, &[&str])] = &[
     ("queue", "round_trip_p99_ns", BETWEEN_PROCESSES),
     ("queue", "stream_64_system_calls", BETWEEN_PROCESSES),
     ("queue", "batched_64_messages_per_s", &["plain copy between two cores"]),
-    ("queue", "polled_round_trip_ns", &["cache line there and back"]),
-    ("queue", "sleeping_round_trip_p50_ns", &["eventfd ping-pong"]),
-    ("queue", "sleeping_round_trip_p99_ns", &["eventfd ping-pong"]),
+    ("queue", "polled_round_trip_ns", POLLED),
+    ("queue", "sleeping_round_trip_p50_ns", SLEEPING),
+    ("queue", "sleeping_round_trip_p99_ns", SLEEPING),
     ("recorder", "recorded_async_ops_per_s", UNRECORDED),
     ("recorder", "recorded_async_2_producers_ops_per_s", UNRECORDED),
     ("recorder", "recorded_async_from_own_item_ns", UNRECORDED),

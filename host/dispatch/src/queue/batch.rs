@@ -103,7 +103,9 @@ impl Drop for Batch {
 pub(crate) fn fetch_likely() {
     let (queue, item) = LIKELY.get();
     prefetch::to_write(ptr::without_provenance::<u8>(queue + offset_of!(QueueCore, intake)));
+    // It can lie on two lines.
     prefetch::to_read(ptr::without_provenance::<u8>(item));
+    prefetch::to_read(ptr::without_provenance::<u8>(item + size_of::<Item>() - 1));
 }
 
 /// Whether this thread runs the queue and can add to it.
