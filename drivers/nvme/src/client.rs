@@ -3,11 +3,10 @@
 use std::collections::VecDeque;
 
 use block_api::{
-    COMPLETIONS, Completion, Failure, HUGE_PAGE, MOST_MEMORIES, MOST_MEMORY, REQUEST_LENGTH,
-    REQUESTS, Status,
+    COMPLETIONS, Completion, Failure, MOST_MEMORIES, MOST_MEMORY, REQUEST_LENGTH, REQUESTS, Status,
 };
 use iohost_driver::prelude::*;
-use iohost_driver::{ClientMemory, Consumer, MemoryDirection, Producer, QueueError};
+use iohost_driver::{ClientMemory, Consumer, Producer, QueueError};
 
 use crate::Nvme;
 use crate::io_queue::Ended;
@@ -244,9 +243,7 @@ impl Clients {
             IOReturn::BAD_ARGUMENT,
             "{bytes} bytes beside {others}: it has to be whole pages, {MOST_MEMORY} at most"
         );
-        let alignment = if bytes.is_multiple_of(HUGE_PAGE) { HUGE_PAGE } else { PAGE as u64 };
-        let buffer =
-            IOBufferMemoryDescriptor::create_aligned(MemoryDirection::InOut, bytes, alignment)?;
+        let buffer = IOBufferMemoryDescriptor::create(bytes as usize)?;
         let prepared = IODMACommand::create(device, 0)?.prepare_for_dma(buffer)?;
         ensure!(
             prepared.segments().len() == 1,

@@ -1,6 +1,7 @@
 //! Memory that a device reaches.
 
 use std::fmt;
+use std::ops::Range;
 
 use iohost_driver_abi::DmaSegment;
 use iohost_interface::IOReturn;
@@ -78,7 +79,9 @@ impl IODMACommand {
     /// it; one of a buffer is one segment.
     ///
     /// Memory of a [`DmaArena`](crate::DmaArena) of the same device is reached already: it takes no
-    /// system call. Of other memory all pages that have one of the bytes are mapped.
+    /// system call. Of other memory all pages that have one of the bytes are mapped; whole 2 MiB of it
+    /// begin at a multiple of that, unless the limit is below 32 bits, so that where the kernel has
+    /// huge pages behind them the IOMMU needs one entry for each.
     ///
     /// Errors: `NO_SPACE` when no address is left below the limit, `NOT_ALIGNED` for memory that
     /// begins elsewhere in its page than the alignment allows, `MESSAGE_TOO_LARGE` for memory of an
@@ -150,7 +153,7 @@ impl IODMACommand {
     }
 
     fn map(&self, pieces: &[Piece]) -> Result<Vec<AddressSegment>> {
-        let mut alignment = self.specification.alignment;
+        let DmaSpecification { max_address_bits: bits, mut alignment } = self.specification;
         let is_single = pieces.len() == 1;
         let mut given: Vec<(&abi::Memory, u64, u64)> = Vec::with_capacity(pieces.len());
         for Piece { source, bytes } in pieces {
@@ -159,13 +162,25 @@ impl IODMACommand {
             if is_single && bytes.start.is_multiple_of(backing.alignment) {
                 alignment = alignment.max(backing.alignment);
             }
+            if is_single && are_huge_pages(bytes) && (bits == 0 || bits >= ROOMY_BITS) {
+                alignment = alignment.max(HUGE_PAGE);
+            }
             given.push((&backing.handle, bytes.start, bytes.end - bytes.start));
         }
-        let bits = self.specification.max_address_bits;
         let segments = self.device.raw().dma_prepare(&given, bits, alignment)?;
         let segment = |DmaSegment { address, len }| AddressSegment { address, length: len };
         Ok(segments.into_iter().map(segment).collect())
     }
+}
+
+const HUGE_PAGE: u64 = iohost_memory::HUGE_PAGE as u64;
+
+/// With so many address lines there is room to be generous with addresses.
+const ROOMY_BITS: u32 = 32;
+
+/// Whether bytes of a memory file are all of its huge pages that they touch, if it has such.
+fn are_huge_pages(bytes: &Range<u64>) -> bool {
+    bytes.start.is_multiple_of(HUGE_PAGE) && bytes.end.is_multiple_of(HUGE_PAGE)
 }
 
 /// The bits as the host takes them.

@@ -134,6 +134,18 @@ fn an_alignment_of_a_command_or_of_a_buffer_is_that_of_its_address() {
 }
 
 #[test]
+fn whole_huge_pages_are_huge_pages_for_the_device_too_where_it_has_room_for_them() {
+    const HUGE_PAGE: u64 = 2 << 20;
+    let bench = bench();
+    let other = prepared(&bench, 0, 1);
+    for bits in [0, 32, 64] {
+        assert_eq!(prepared(&bench, bits, 2 * HUGE_PAGE as usize).address() % HUGE_PAGE, 0);
+    }
+    assert_ne!(prepared(&bench, 31, 2 * HUGE_PAGE as usize).address() % HUGE_PAGE, 0);
+    drop(other);
+}
+
+#[test]
 fn a_prepared_buffer_is_one_range_of_its_length_on_a_page_below_the_limit() {
     let bench = bench();
     for bits in [16, 28, 32, 64, 255] {
