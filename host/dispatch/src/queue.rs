@@ -5,6 +5,10 @@
 //! [`Batch`]. A block of a reentrant queue can give it up, and others then run what is left, so
 //! there it is taken into the queue's turn.
 //!
+//! Sleeping and waking cost more than most items. So a thread that runs a stream of work looks for more
+//! before it sleeps, and a sender that finds the queue idle wakes a worker before it puts its item
+//! in. What several threads write is kept to one line of the cache, the [`Intake`].
+//!
 //! When the engine is gone, `abandon` drops what waits.
 
 mod batch;
