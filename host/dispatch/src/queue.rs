@@ -60,8 +60,8 @@ const AHEAD: usize = 4;
 /// kernel each.
 const STREAM: usize = 4;
 
-/// How often it looks then whether more has come, and how long it leaves the senders alone before
-/// each look: as long as waking a thread takes, some microseconds. What comes is taken all at once.
+/// How often it looks then whether more has come, and for how many pauses it leaves the senders alone
+/// before each look: about as long as waking a thread takes. What comes meanwhile is taken all at once.
 const STREAM_LOOKS: u32 = 3;
 const STREAM_PAUSES: u32 = 200;
 
