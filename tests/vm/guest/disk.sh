@@ -49,7 +49,9 @@ detach() {
 attach_ublk() {
     local device=$1
     shift
-    iohost block attach "$@" >"/tmp/$device.log" 2>&1 &
+    # Not by the server's own redirection, which comes later: an earlier server's words may stand there.
+    : >"/tmp/$device.log"
+    iohost block attach "$@" >>"/tmp/$device.log" 2>&1 &
     server=$!
     await "/dev/$device" grep "/dev/$device" "/tmp/$device.log"
     [ -b "/dev/$device" ] || fail "there is no /dev/$device"
