@@ -112,6 +112,13 @@ fn settle(world: &Arc<World>, rng: &mut Rng) {
     let ledger = &world.ledger;
     watchdog::at("waiting for the blocks sent");
     eventually(|| sent_is_done(ledger));
+    watchdog::at("waiting for handlers that act");
+    // Nobody sent those, and one that began before the world closed could make a source anew below.
+    for subject in world.subjects() {
+        // A queue that is cancelled has no handlers.
+        let _ = subject.queue.dispatch_sync(|| ());
+    }
+    eventually(|| sent_is_done(ledger));
     watchdog::at("waiting for what is enabled at last");
     let lane = world.lane();
     for (number, timer) in world.timers.iter().enumerate() {

@@ -459,9 +459,11 @@ impl Interrupt {
         let life = self.life();
         let facts = &life.facts;
         format!(
-            "interrupt {} ({}) on {}: {} raised, {} counted, masked {}, {}",
+            "interrupt {} ({}){}{} on {}: {} raised, {} counted, masked {}, {}",
             self.number,
             if self.level { "level" } else { "edge" },
+            if life.cancelled { " cancelled" } else { "" },
+            if life.subject.is_over() { " over" } else { "" },
             life.subject.queue.name(),
             facts.raised.load(SeqCst),
             facts.counted.load(SeqCst),
