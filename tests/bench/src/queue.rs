@@ -17,7 +17,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use iohost_event::{Packets, Poller, Ready};
+use iohost_event::Packets;
 use iohost_memory::SharedMemory;
 use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, QueueError, Ring, Wait};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -639,10 +639,7 @@ impl Line<64> for Eventfds {
 /// ring twice, so the messages' numbers stand in shared memory.
 struct WatchedEventfds {
     to: Bell,
-    from: Poller,
-    found: Ready,
-    /// With the last descriptor of a bell goes what was not reported yet.
-    _from: Bell,
+    from: Doorway,
     numbers: SharedMemory,
     /// Offsets of what this end wrote last, and the other one.
     written: usize,
@@ -654,10 +651,8 @@ impl WatchedEventfds {
     const PLACES: [usize; 2] = [0, 128];
 
     fn new(to: Bell, from: Bell, numbers: SharedMemory, places: [usize; 2]) -> Result<Self> {
-        let poller = Poller::new()?;
-        poller.watch(&from, 0)?;
         let [written, read] = places;
-        Ok(Self { to, from: poller, found: Ready::new(1), _from: from, numbers, written, read })
+        Ok(Self { to, from: Doorway::new(from, None)?, numbers, written, read })
     }
 }
 
@@ -687,7 +682,7 @@ impl Line<64> for WatchedEventfds {
     fn receive(&mut self, number: u64) -> Result<()> {
         let mut last = [0; 8];
         while u64::from_ne_bytes(last) != number + 1 {
-            self.from.wait(&mut self.found, None)?;
+            self.from.wait(None)?;
             self.numbers.read_at(self.read, &mut last);
         }
         Ok(())
