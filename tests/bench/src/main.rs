@@ -59,14 +59,14 @@ fn main() -> Result<ExitCode> {
     let options = Options::parse();
     let effort = if options.quick { Effort::Quick } else { Effort::Full };
     if let Some(of) = &options.contender {
-        machine::die_after_a_minute();
+        machine::die_after_five_minutes();
         let (case, side) = contender(of)?;
         let figures = case.contender(side)(effort)?;
         println!("{}", serde_json::to_string(&figures)?);
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(of) = &options.other_end {
-        machine::die_after_a_minute();
+        machine::die_after_five_minutes();
         let (case, side) = contender(of)?;
         match case.bench {
             "device" => device::other_end(case.name, side, effort)?,

@@ -3,33 +3,35 @@
 //! Ours is a data queue in each direction, waited for as its documentation advises. The peers are
 //! shmem-ipc (a ring of fixed-size items in shared memory that does not trust its peer either), a
 //! pipe, and a Unix `SOCK_SEQPACKET` socket. shmem-ipc is driven item by item: with its safe batch form
-//! (`recv_foreach`) streams of ours did not end, and its raw form takes `unsafe`. bbqueue, which would
-//! need `unsafe` for a shared mapping, and iceoryx2 are not measured. Messages are copied in and copied out, so that the
+//! (`recv_foreach`) streams of ours did not end, and its raw form takes `unsafe`. bbqueue takes `unsafe`
+//! to be in a shared mapping, so its ends are two threads, which never sleep. iceoryx2 would bring a
+//! hundred crates and is not measured. Messages are copied in and copied out, so that the
 //! receiver has touched every byte, and their number is checked. A stream ends with one message
 //! back, which says that all have arrived.
 
-use std::fs::File;
-use std::io::{PipeReader, PipeWriter, Read, Write, pipe};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+mod data_queues;
+mod peers;
+mod threads;
+
+use std::os::fd::{AsFd, OwnedFd};
 use std::process::{Child, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Release};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use iohost_event::Packets;
-use iohost_memory::SharedMemory;
-use iohost_memory::ring::{Bell, Consumer, Doorway, Peer, Producer, QueueError, Ring, Wait};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::sys::socket::{MsgFlags, recv, send};
-use shmem_ipc::sharedring::{Receiver, Sender};
 
 use crate::machine::{Cores, cache_line_round_trip_ns, two_cache_lines_round_trip_ns};
 use crate::rounds::{self, Better, Case, Effort, Metric, Side, percentile, this_program};
+pub use data_queues::{Parts, Queues};
+use data_queues::{Polled, Sleepers};
+use peers::{Eventfds, Pipes, PolledSharedRings, SharedRings, Socket, WatchedEventfds};
 
 /// A case of messages of one size, against all peers.
 macro_rules! case {
-    ($name:literal, $run:ident::<$size:literal>, $($metric:literal is better $better:ident),+) => {
+    (
+        $name:literal, $run:ident::<$size:literal>, $($metric:literal is better $better:ident),+
+        $(, beside $peer:literal $other:path)*
+    ) => {
         Case {
             bench: "queue",
             name: $name,
@@ -48,16 +50,37 @@ macro_rules! case {
                     name: "Unix seqpacket socket",
                     run: |effort| $run::<$size, Socket>($name, Side::Peer(2), effort),
                 },
+                $(rounds::Peer { name: $peer, run: $other },)*
             ],
         }
     };
 }
 
 pub const CASES: &[Case] = &[
-    case!("queue-stream-8", stream::<8>, "stream_8_messages_per_s" is better Higher),
-    case!("queue-stream-64", stream::<64>, "stream_64_messages_per_s" is better Higher),
-    case!("queue-stream-512", stream::<512>, "stream_512_messages_per_s" is better Higher),
-    case!("queue-stream-4096", stream::<4096>, "stream_4096_messages_per_s" is better Higher),
+    case!(
+        "queue-stream-8",
+        stream::<8>,
+        "stream_8_messages_per_s" is better Higher,
+        beside "bbqueue" threads::bbqueue::<8>
+    ),
+    case!(
+        "queue-stream-64",
+        stream::<64>,
+        "stream_64_messages_per_s" is better Higher,
+        beside "bbqueue" threads::bbqueue::<64>
+    ),
+    case!(
+        "queue-stream-512",
+        stream::<512>,
+        "stream_512_messages_per_s" is better Higher,
+        beside "bbqueue" threads::bbqueue::<512>
+    ),
+    case!(
+        "queue-stream-4096",
+        stream::<4096>,
+        "stream_4096_messages_per_s" is better Higher,
+        beside "bbqueue" threads::bbqueue::<4096>
+    ),
     case!(
         "queue-round-trip-64",
         round_trip::<64>,
@@ -70,7 +93,7 @@ pub const CASES: &[Case] = &[
         name: "queue-batches-64",
         metrics: &[Metric { name: "batched_64_messages_per_s", better: Better::Higher }],
         ours: |effort| batches("queue-batches-64", effort),
-        peers: &[rounds::Peer { name: "plain copy between two cores", run: plain_copy }],
+        peers: &[rounds::Peer { name: "plain copy between two cores", run: threads::plain_copy }],
     },
     Case {
         bench: "queue",
@@ -232,70 +255,6 @@ fn batched_counts(effort: Effort) -> [u64; 2] {
     [count / 10, count]
 }
 
-/// What a batch costs at least: the copies, and one word per batch that says how far. Nothing is
-/// checked but the messages, and nobody sleeps. Between two threads, which have the same memory and
-/// the same cores.
-fn plain_copy(effort: Effort) -> Result<Vec<f64>> {
-    const BATCH_BYTES: u64 = (BATCH * 64) as u64;
-    let cores = Cores::choose()?;
-    let memory = SharedMemory::create(c"plain-copy", QUEUE_BYTE_COUNT as usize)?;
-    let place = |number: u64| (number * 64 % QUEUE_BYTE_COUNT) as usize;
-    let (written, read) = (Line64::default(), Line64::default());
-    let wait_until = |word: &AtomicU64, least: u64| {
-        while word.load(Acquire) < least {
-            std::hint::spin_loop();
-        }
-    };
-    let counts = batched_counts(effort).map(|count| count.next_multiple_of(BATCH as u64));
-    let mut rate = 0.0;
-    thread::scope(|threads| {
-        let reader = threads.spawn(|| {
-            let pinned = cores.pin_consumer();
-            let mut checked = Ok(());
-            let mut message = [0; 64];
-            for number in 0..counts.iter().sum() {
-                if number % BATCH as u64 == 0 {
-                    read.0.store(number, Release);
-                    wait_until(&written.0, number + BATCH as u64);
-                }
-                memory.read_at(place(number), &mut message);
-                if checked.is_ok() {
-                    checked = check::<64>(&message, number);
-                }
-            }
-            read.0.store(counts.iter().sum(), Release);
-            pinned.and(checked)
-        });
-        cores.pin_producer()?;
-        let (mut number, mut known) = (0, 0);
-        for count in counts {
-            let start = Instant::now();
-            let end = number + count;
-            while number < end {
-                let oldest = (number * 64 + BATCH_BYTES).saturating_sub(QUEUE_BYTE_COUNT) / 64;
-                if known < oldest {
-                    wait_until(&read.0, oldest);
-                    known = read.0.load(Acquire);
-                }
-                for _ in 0..BATCH {
-                    memory.write_at(place(number), &message::<64>(number));
-                    number += 1;
-                }
-                written.0.store(number, Release);
-            }
-            wait_until(&read.0, end);
-            rate = count as f64 / start.elapsed().as_secs_f64();
-        }
-        reader.join().expect("the thread does not panic")
-    })?;
-    Ok(vec![rate])
-}
-
-/// A word on a line of memory for itself.
-#[derive(Default)]
-#[repr(align(64))]
-struct Line64(AtomicU64);
-
 /// Round trips with neither end asleep, as mean of a block of them; the median of the blocks.
 fn polled<L: Line<64>>(side: Side, effort: Effort) -> Result<Vec<f64>> {
     let mut session = Session::<L>::open::<64>("queue-polled-64", side, effort)?;
@@ -445,397 +404,6 @@ impl<L> Session<L> {
         let status = self.process.wait()?;
         ensure!(status.success(), "the other end: {status}");
         Ok(())
-    }
-}
-
-/// A data queue in each direction.
-pub struct Queues {
-    pub producer: Producer,
-    pub serviced: Doorway,
-    pub consumer: Consumer,
-    pub available: Doorway,
-    entry: Vec<u8>,
-}
-
-/// What a data queue consists of.
-pub struct Parts {
-    ring: Ring,
-    available: Bell,
-    serviced: Bell,
-}
-
-impl Queues {
-    pub fn new(to: Parts, from: Parts, socket: Packets) -> Result<Self> {
-        let socket = OwnedFd::from(socket);
-        let doorway = |bell, socket| Doorway::new(bell, Some(Peer::Connection(socket)));
-        Ok(Self {
-            producer: Producer::new(to.ring, to.available)?,
-            serviced: doorway(to.serviced, socket.try_clone()?)?,
-            consumer: Consumer::new(from.ring, from.serviced)?,
-            available: doorway(from.available, socket)?,
-            entry: Vec::new(),
-        })
-    }
-}
-
-impl Parts {
-    pub fn new() -> Result<Self> {
-        let ring = Ring::create(c"bench", QUEUE_BYTE_COUNT)?;
-        Ok(Self { ring, available: Bell::new()?, serviced: Bell::new()? })
-    }
-
-    fn attach([memory, available, serviced]: [OwnedFd; 3]) -> Option<Result<Self>> {
-        let ring = Ring::attach(memory, QUEUE_BYTE_COUNT);
-        let parts = |ring| Self { ring, available: available.into(), serviced: serviced.into() };
-        Some(ring.map(parts).map_err(Into::into))
-    }
-
-    fn two(fds: Vec<OwnedFd>) -> Result<[Self; 2]> {
-        let mut fds = fds.into_iter();
-        let mut parts = || Self::attach([fds.next()?, fds.next()?, fds.next()?]);
-        Ok([parts().context("a queue")??, parts().context("another queue")??])
-    }
-
-    pub fn fds(&self) -> [BorrowedFd<'_>; 3] {
-        [self.ring.memory().as_fd(), self.available.as_fd(), self.serviced.as_fd()]
-    }
-}
-
-// The waits come before each operation, so that neither side is ever refused: "From here to the next
-// `Underrun`…" in the ring's documentation.
-impl<const SIZE: usize> Line<SIZE> for Queues {
-    fn make(socket: Packets) -> Result<Self> {
-        let [to, from] = [Parts::new()?, Parts::new()?];
-        let fds: Vec<BorrowedFd<'_>> = [&to, &from].into_iter().flat_map(Parts::fds).collect();
-        socket.send(b"queues", &fds)?;
-        drop(fds);
-        Self::new(to, from, socket)
-    }
-
-    fn join(socket: Packets) -> Result<Self> {
-        let [from, to] = Parts::two(socket.receive(&mut [0; 16], 6)?.fds)?;
-        Self::new(to, from, socket)
-    }
-
-    #[inline]
-    fn send(&mut self, number: u64) -> Result<()> {
-        self.producer.wait_for_room(SIZE, &self.serviced, Duration::MAX)?;
-        Ok(self.producer.enqueue(&message::<SIZE>(number))?)
-    }
-
-    #[inline]
-    fn receive(&mut self, number: u64) -> Result<()> {
-        self.consumer.wait(&self.available, Duration::MAX)?;
-        self.consumer.dequeue(&mut self.entry)?;
-        check::<SIZE>(&self.entry, number)
-    }
-}
-
-/// Data queues whose ends never sleep, so that nobody has to be told.
-struct Polled {
-    producer: Producer<Option<Bell>>,
-    consumer: Consumer<Option<Bell>>,
-    entry: Vec<u8>,
-}
-
-impl Line<64> for Polled {
-    fn make(socket: Packets) -> Result<Self> {
-        let [to, from] = [Parts::new()?, Parts::new()?];
-        let fds: Vec<BorrowedFd<'_>> = [&to, &from].into_iter().flat_map(Parts::fds).collect();
-        socket.send(b"queues", &fds)?;
-        drop(fds);
-        Ok(Self {
-            producer: Producer::new(to.ring, None)?,
-            consumer: Consumer::new(from.ring, None)?,
-            entry: Vec::new(),
-        })
-    }
-
-    fn join(socket: Packets) -> Result<Self> {
-        let [from, to] = Parts::two(socket.receive(&mut [0; 16], 6)?.fds)?;
-        Ok(Self {
-            producer: Producer::new(to.ring, None)?,
-            consumer: Consumer::new(from.ring, None)?,
-            entry: Vec::new(),
-        })
-    }
-
-    #[inline]
-    fn send(&mut self, number: u64) -> Result<()> {
-        Ok(self.producer.enqueue(&message::<64>(number))?)
-    }
-
-    #[inline]
-    fn receive(&mut self, number: u64) -> Result<()> {
-        while !self.consumer.is_data_available() {
-            std::hint::spin_loop();
-        }
-        self.consumer.dequeue(&mut self.entry)?;
-        check::<64>(&self.entry, number)
-    }
-}
-
-/// Data queues whose ends sleep at once, as those do that are in an event loop.
-struct Sleepers(Queues);
-
-impl Line<64> for Sleepers {
-    fn make(socket: Packets) -> Result<Self> {
-        Line::<64>::make(socket).map(Self)
-    }
-
-    fn join(socket: Packets) -> Result<Self> {
-        Line::<64>::join(socket).map(Self)
-    }
-
-    #[inline]
-    fn send(&mut self, number: u64) -> Result<()> {
-        Ok(self.0.producer.enqueue(&message::<64>(number))?)
-    }
-
-    #[inline]
-    fn receive(&mut self, number: u64) -> Result<()> {
-        while let Err(err) = self.0.consumer.dequeue(&mut self.0.entry) {
-            ensure!(err == QueueError::Underrun, err);
-            self.0.available.wait(None)?;
-        }
-        check::<64>(&self.0.entry, number)
-    }
-}
-
-/// Two eventfds and no message: what a round trip with two sleeps costs at least. They block, so
-/// that a sleep is one `read(2)`; nobody would see that the other end is gone.
-struct Eventfds {
-    to: Bell,
-    from: Bell,
-}
-
-impl Line<64> for Eventfds {
-    fn make(socket: Packets) -> Result<Self> {
-        let blocking = || EventFd::from_flags(EfdFlags::EFD_CLOEXEC).map(OwnedFd::from);
-        let (to, from) = (Bell::from(blocking()?), Bell::from(blocking()?));
-        socket.send(b"eventfds", &[to.as_fd(), from.as_fd()])?;
-        Ok(Self { to, from })
-    }
-
-    fn join(socket: Packets) -> Result<Self> {
-        let mut fds = socket.receive(&mut [0; 16], 2)?.fds.into_iter();
-        let (from, to) = (fds.next().context("a bell")?, fds.next().context("another")?);
-        Ok(Self { to: to.into(), from: from.into() })
-    }
-
-    fn send(&mut self, _: u64) -> Result<()> {
-        Ok(self.to.ring()?)
-    }
-
-    fn receive(&mut self, _: u64) -> Result<()> {
-        let mut count = [0; 8];
-        nix::unistd::read(&self.from, &mut count)?;
-        Ok(())
-    }
-}
-
-/// Two eventfds that do not block, each watched by an epoll set: what it costs at least to sleep such
-/// that something else, as the other end's death, can end the sleep too. An epoll set may report a
-/// ring twice, so the messages' numbers stand in shared memory.
-struct WatchedEventfds {
-    to: Bell,
-    from: Doorway,
-    numbers: SharedMemory,
-    /// Offsets of what this end wrote last, and the other one.
-    written: usize,
-    read: usize,
-}
-
-impl WatchedEventfds {
-    const BYTES: usize = 4096;
-    const PLACES: [usize; 2] = [0, 128];
-
-    fn new(to: Bell, from: Bell, numbers: SharedMemory, places: [usize; 2]) -> Result<Self> {
-        let [written, read] = places;
-        Ok(Self { to, from: Doorway::new(from, None)?, numbers, written, read })
-    }
-}
-
-impl Line<64> for WatchedEventfds {
-    fn make(socket: Packets) -> Result<Self> {
-        let (to, from) = (Bell::new()?, Bell::new()?);
-        let numbers = SharedMemory::create(c"numbers", Self::BYTES)?;
-        socket.send(b"eventfds", &[to.as_fd(), from.as_fd(), numbers.as_fd()])?;
-        Self::new(to, from, numbers, Self::PLACES)
-    }
-
-    fn join(socket: Packets) -> Result<Self> {
-        let fds = socket.receive(&mut [0; 16], 3)?.fds;
-        let Ok([from, to, numbers]) = <[OwnedFd; 3]>::try_from(fds) else {
-            bail!("two bells and a memory have three descriptors");
-        };
-        let numbers = SharedMemory::attach(numbers, Self::BYTES)?;
-        let [theirs, ours] = Self::PLACES;
-        Self::new(to.into(), from.into(), numbers, [ours, theirs])
-    }
-
-    fn send(&mut self, number: u64) -> Result<()> {
-        self.numbers.write_at(self.written, &(number + 1).to_ne_bytes());
-        Ok(self.to.ring()?)
-    }
-
-    fn receive(&mut self, number: u64) -> Result<()> {
-        let mut last = [0; 8];
-        while u64::from_ne_bytes(last) != number + 1 {
-            self.from.wait(None)?;
-            self.numbers.read_at(self.read, &mut last);
-        }
-        Ok(())
-    }
-}
-
-/// A ring of shmem-ipc in each direction.
-struct SharedRings<const SIZE: usize> {
-    sender: Sender<[u8; SIZE]>,
-    receiver: Receiver<[u8; SIZE]>,
-}
-
-/// As many bytes as our ring has.
-const fn items<const SIZE: usize>() -> usize {
-    QUEUE_BYTE_COUNT as usize / SIZE
-}
-
-macro_rules! shared_rings {
-    ($($size:literal)+) => {$(
-        impl Line<$size> for SharedRings<$size> {
-            fn make(socket: Packets) -> Result<Self> {
-                let (sender, receiver) = (Sender::new(items::<$size>())?, Receiver::new(items::<$size>())?);
-                let fds = [
-                    sender.memfd().as_file().as_fd(),
-                    sender.empty_signal().as_fd(),
-                    sender.full_signal().as_fd(),
-                    receiver.memfd().as_file().as_fd(),
-                    receiver.empty_signal().as_fd(),
-                    receiver.full_signal().as_fd(),
-                ];
-                socket.send(b"rings", &fds)?;
-                Ok(Self { sender, receiver })
-            }
-
-            fn join(socket: Packets) -> Result<Self> {
-                let fds = socket.receive(&mut [0; 16], 6)?.fds;
-                let files: Vec<File> = fds.into_iter().map(File::from).collect();
-                let Ok([to_memory, to_empty, to_full, memory, empty, full]) =
-                    <[File; 6]>::try_from(files)
-                else {
-                    bail!("two rings have six descriptors");
-                };
-                let receiver = Receiver::open(items::<$size>(), to_memory, to_empty, to_full)?;
-                let sender = Sender::open(items::<$size>(), memory, empty, full)?;
-                Ok(Self { sender, receiver })
-            }
-
-            #[inline]
-            fn send(&mut self, number: u64) -> Result<()> {
-                self.sender.block_until_writable()?;
-                let message = message::<$size>(number);
-                let status = self.sender.sender_mut().send_foreach(1, || message);
-                if status.signal {
-                    self.sender.empty_signal().write_all(&1_u64.to_ne_bytes())?;
-                }
-                Ok(())
-            }
-
-            #[inline]
-            fn receive(&mut self, number: u64) -> Result<()> {
-                self.receiver.block_until_readable()?;
-                let mut taken = None;
-                let status = self.receiver.receiver_mut().recv_foreach(1, |item| taken = Some(item));
-                if status.signal {
-                    self.receiver.full_signal().write_all(&1_u64.to_ne_bytes())?;
-                }
-                check::<$size>(&taken.context("a readable ring has an item")?, number)
-            }
-        }
-    )+};
-}
-
-shared_rings!(8 64 512 4096);
-
-/// Rings of shmem-ipc whose ends never sleep.
-struct PolledSharedRings(SharedRings<64>);
-
-impl Line<64> for PolledSharedRings {
-    fn make(socket: Packets) -> Result<Self> {
-        SharedRings::make(socket).map(Self)
-    }
-
-    fn join(socket: Packets) -> Result<Self> {
-        SharedRings::join(socket).map(Self)
-    }
-
-    #[inline]
-    fn send(&mut self, number: u64) -> Result<()> {
-        let message = message::<64>(number);
-        self.0.sender.sender_mut().send_foreach(1, || message);
-        Ok(())
-    }
-
-    #[inline]
-    fn receive(&mut self, number: u64) -> Result<()> {
-        loop {
-            let mut taken = None;
-            self.0.receiver.receiver_mut().recv_foreach(1, |item| taken = Some(item));
-            if let Some(taken) = taken {
-                return check::<64>(&taken, number);
-            }
-            std::hint::spin_loop();
-        }
-    }
-}
-
-struct Pipes(PipeWriter, PipeReader);
-
-impl<const SIZE: usize> Line<SIZE> for Pipes {
-    fn make(socket: Packets) -> Result<Self> {
-        let ((their_reader, writer), (reader, their_writer)) = (pipe()?, pipe()?);
-        socket.send(b"pipes", &[their_writer.as_fd(), their_reader.as_fd()])?;
-        Ok(Self(writer, reader))
-    }
-
-    fn join(socket: Packets) -> Result<Self> {
-        let mut fds = socket.receive(&mut [0; 16], 2)?.fds.into_iter();
-        let (writer, reader) = (fds.next().context("a pipe")?, fds.next().context("another")?);
-        Ok(Self(writer.into(), reader.into()))
-    }
-
-    fn send(&mut self, number: u64) -> Result<()> {
-        Ok(self.0.write_all(&message::<SIZE>(number))?)
-    }
-
-    fn receive(&mut self, number: u64) -> Result<()> {
-        let mut entry = [0; SIZE];
-        self.1.read_exact(&mut entry)?;
-        check::<SIZE>(&entry, number)
-    }
-}
-
-struct Socket(OwnedFd);
-
-impl<const SIZE: usize> Line<SIZE> for Socket {
-    fn make(socket: Packets) -> Result<Self> {
-        Ok(Self(socket.into()))
-    }
-
-    fn join(socket: Packets) -> Result<Self> {
-        Ok(Self(socket.into()))
-    }
-
-    fn send(&mut self, number: u64) -> Result<()> {
-        let sent = send(self.0.as_raw_fd(), &message::<SIZE>(number), MsgFlags::MSG_NOSIGNAL)?;
-        ensure!(sent == SIZE, "a packet of {SIZE} bytes was cut to {sent}");
-        Ok(())
-    }
-
-    fn receive(&mut self, number: u64) -> Result<()> {
-        let mut entry = [0; SIZE];
-        let received = recv(self.0.as_raw_fd(), &mut entry, MsgFlags::empty())?;
-        check::<SIZE>(&entry[..received], number)
     }
 }
 

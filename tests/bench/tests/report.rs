@@ -31,6 +31,7 @@ const HAND_OVERS: &[&str] = &["mutex + condvar", "crossbeam-channel", "std mpsc"
 const REPLIES: &[&str] = &["crossbeam-channel", "std mpsc"];
 const WAITS: &[&str] = &["epoll_wait + read", "mio + read"];
 const BETWEEN_PROCESSES: &[&str] = &["shmem-ipc", "pipe", "Unix seqpacket socket"];
+const STREAMS: &[&str] = &["shmem-ipc", "pipe", "Unix seqpacket socket", "bbqueue"];
 const UNRECORDED: &[&str] = &["iohost_dispatch"];
 
 const POLLED: &[&str] = &["cache line there and back", "a cache line each way", "shmem-ipc"];
@@ -65,10 +66,10 @@ const PROMISED: &[(&str, &str, &[&str])] = &[
     ("nvme", "instructions_per_core_read", &["rings by hand"]),
     ("nvme", "client_reads_per_s", &["driver core alone"]),
     ("nvme", "system_calls_per_read", &["pread"]),
-    ("queue", "stream_8_messages_per_s", BETWEEN_PROCESSES),
-    ("queue", "stream_64_messages_per_s", BETWEEN_PROCESSES),
-    ("queue", "stream_512_messages_per_s", BETWEEN_PROCESSES),
-    ("queue", "stream_4096_messages_per_s", BETWEEN_PROCESSES),
+    ("queue", "stream_8_messages_per_s", STREAMS),
+    ("queue", "stream_64_messages_per_s", STREAMS),
+    ("queue", "stream_512_messages_per_s", STREAMS),
+    ("queue", "stream_4096_messages_per_s", STREAMS),
     ("queue", "round_trip_p50_ns", BETWEEN_PROCESSES),
     ("queue", "round_trip_p99_ns", BETWEEN_PROCESSES),
     ("queue", "stream_64_system_calls", BETWEEN_PROCESSES),
