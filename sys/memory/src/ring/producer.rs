@@ -375,8 +375,9 @@ impl<N: Notify> Producer<N> {
             return Err(self.refuse(size, send));
         };
         // The lines behind this entry, which the consumer has had since it read them last.
-        let ahead = place.next.wrapping_add(FETCHED_AHEAD);
-        self.ring.cells.will_write(ahead, footprint.min(MOST_FETCHED));
+        if footprint <= FETCHED_AHEAD {
+            self.ring.cells.will_write(place.next.wrapping_add(FETCHED_AHEAD), footprint);
+        }
 
         let payload = place.at + layout::ENTRY_HEADER_SIZE;
         let result = fill(&mut Slot { ring: &self.ring, payload, size });
@@ -554,12 +555,10 @@ pub(super) enum Stage {
     Erased,
 }
 
-/// How many bytes ahead of an entry memory is fetched for those that follow.
+/// How many bytes ahead of an entry memory is fetched for those that follow. Not with an entry that is
+/// longer: of such ones the processor fetches the lines by itself when it has written some, and what
+/// is fetched besides costs more than it gains.
 const FETCHED_AHEAD: u32 = 768;
-
-/// The most that is fetched with one entry. Of a longer one the processor fetches the lines by
-/// itself when it has written some, and to fetch all of them costs more than it gains.
-const MOST_FETCHED: u32 = 512;
 
 /// How far a consumer that keeps count of it entry by entry has read.
 pub(super) fn read_to(ring: &Ring) -> Result<Option<u32>, Corruption> {
