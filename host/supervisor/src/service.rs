@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::mem;
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use iohost_control::crash::CrashReport;
 use iohost_control::host::{Failure, PowerState, Quiesced, Ready, RunningService, Statistics};
@@ -56,6 +56,8 @@ pub(crate) struct Service {
     pub(crate) quiescing: bool,
     /// The device was taken away, and is waited for.
     pub(crate) is_removed: bool,
+    /// The device that was taken away is there again, and the driver host that had it has not ended.
+    pub(crate) is_back: bool,
     pub(crate) incarnation: u64,
     /// Whether its driver host was started by an earlier daemon.
     pub(crate) was_taken_over: bool,
@@ -162,6 +164,13 @@ pub(crate) enum Next {
     Remove,
 }
 
+/// The end of the time that a driver host was given, and how much that was, to say so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Deadline {
+    pub(crate) at: Instant,
+    pub(crate) patience: Duration,
+}
+
 /// A driver host and what is expected of it.
 #[derive(Debug)]
 pub(crate) struct Host {
@@ -176,7 +185,7 @@ pub(crate) struct Host {
     pub(crate) device_before: Option<Quiesced>,
     pub(crate) device_after: Option<Quiesced>,
     /// When it is killed unless it has done what it was asked.
-    pub(crate) deadline: Option<Instant>,
+    pub(crate) deadline: Option<Deadline>,
     /// What it said, or what we found, that explains its end.
     pub(crate) last_words: Option<LastWords>,
     /// Whether its driver runs or ran.
@@ -299,9 +308,15 @@ pub(crate) struct Opening {
     pub(crate) answer: Answer<(Opened, Vec<OwnedFd>)>,
 }
 
+impl Deadline {
+    fn after(patience: Duration) -> Self {
+        Self { at: Instant::now() + patience, patience }
+    }
+}
+
 impl Host {
-    /// One of which nothing is known yet, killed unless it has done by `deadline` what it is asked.
-    pub(crate) fn new(number: u64, process: DriverProcess, deadline: Instant) -> Self {
+    /// One of which nothing is known yet, with this much time to do what it is asked.
+    pub(crate) fn new(number: u64, process: DriverProcess, patience: Duration) -> Self {
         Self {
             number,
             process,
@@ -309,7 +324,7 @@ impl Host {
             watch: None,
             device_before: None,
             device_after: None,
-            deadline: Some(deadline),
+            deadline: Some(Deadline::after(patience)),
             last_words: None,
             was_ready: false,
             is_retry: false,
@@ -324,6 +339,17 @@ impl Host {
             is_busy: false,
             is_registered: false,
         }
+    }
+
+    /// It has this long from now on, and is killed then.
+    pub(crate) fn has_time(&mut self, patience: Duration) {
+        self.deadline = Some(Deadline::after(patience));
+    }
+
+    /// As [`has_time`](Self::has_time), but no longer than it had before.
+    pub(crate) fn has_time_at_most(&mut self, patience: Duration) {
+        let limit = Deadline::after(patience);
+        self.deadline = Some(self.deadline.map_or(limit, |deadline| deadline.min(limit)));
     }
 
     /// No other driver host follows this one after all.
@@ -351,6 +377,7 @@ impl Service {
             refused_calls: Vec::new(),
             quiescing: false,
             is_removed: false,
+            is_back: false,
             incarnation: 0,
             was_taken_over: false,
             deaths: Deaths::default(),
@@ -446,7 +473,7 @@ impl Service {
     pub(crate) fn deadline(&self) -> Option<Instant> {
         let own = match &self.state {
             State::Restarting { at, .. } => Some(*at),
-            _ => self.host().and_then(|host| host.deadline),
+            _ => self.host().and_then(|host| host.deadline).map(|deadline| deadline.at),
         };
         let openings = self.sessions.values().filter_map(|session| session.opening.as_ref());
         let sessions = openings.map(|opening| opening.deadline);

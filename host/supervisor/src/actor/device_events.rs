@@ -4,7 +4,6 @@
 //! The driver host only tells; what follows is decided here, as the driver may be what hangs.
 
 use std::mem;
-use std::time::Instant;
 
 use iohost_control::host::{DeviceEvent, Failure, Outcome, Quiesced, ToHost};
 use iohost_control::varlink::Unbound;
@@ -104,8 +103,7 @@ impl Actor {
         service.last_death = Some(why.clone());
         // A process that does not read its messages is killed when its time is over.
         let _ = host.process.send(&message, &[]);
-        let limit = Instant::now() + patience;
-        host.deadline = Some(host.deadline.map_or(limit, |deadline| deadline.min(limit)));
+        host.has_time_at_most(patience);
         host.ending = Some(ending(why));
         service.state = State::Stopping(host);
     }
@@ -180,8 +178,11 @@ impl Actor {
         }
         match service.next.take() {
             Some(Next::Replace(device)) => service.device = *device,
-            Some(Next::Remove) => drop(self.services.remove(at)),
+            Some(Next::Remove) => return drop(self.services.remove(at)),
             None => {}
+        }
+        if mem::take(&mut service.is_back) && !self.stopping {
+            self.start_again(at);
         }
     }
 
@@ -215,13 +216,12 @@ impl Actor {
                 continue;
             }
             for at in 0..self.services.len() {
-                if self.is_back(at, &event) {
-                    let service = &mut self.services[at];
-                    service.is_removed = false;
-                    // Plugged in anew: what its predecessor did is no sign of what it will do.
-                    service.deaths.forget();
-                    info!(device = service.device.name; "the device is there again");
-                    self.start(at, Cause::Asked);
+                if !self.is_back(at, &event) {
+                    continue;
+                }
+                match &self.services[at].state {
+                    State::Stopping(_) => self.services[at].is_back = true,
+                    _ => self.start_again(at),
                 }
             }
             match event {
@@ -230,6 +230,16 @@ impl Actor {
                 Hotplug::Bound(..) => {}
             }
         }
+    }
+
+    /// The device of a service is there again.
+    fn start_again(&mut self, at: usize) {
+        let service = &mut self.services[at];
+        service.is_removed = false;
+        // Plugged in anew: what its predecessor did is no sign of what it will do.
+        service.deaths.forget();
+        info!(device = service.device.name; "the device is there again");
+        self.start(at, Cause::Asked);
     }
 
     /// Whether this is the coming of a service's device that is waited for. One that was unbound by hand is back when
@@ -243,10 +253,18 @@ impl Actor {
         if is_replaced && service.device.bind {
             return true;
         }
-        let State::Down(why) = &service.state else { return false };
-        // One that was not there yet, or not ours, has never been: it comes in the same way.
-        let is_awaited =
-            service.is_removed || ["no-such-device", Code::NotBound.name()].contains(&&*why.code);
+        let is_awaited = match &service.state {
+            // One that was not there yet, or not ours, has never been: it comes in the same way.
+            State::Down(why) => {
+                service.is_removed
+                    || ["no-such-device", Code::NotBound.name()].contains(&&*why.code)
+            }
+            // The driver host has let the device go, and we have not heard of its end yet.
+            State::Stopping(host) => {
+                matches!(host.ending, Some(Ending::Removed(_))) && !matches!(event, Hotplug::Missed)
+            }
+            _ => false,
+        };
         let wanted = service.device.binding().driver();
         is_awaited
             && match event {

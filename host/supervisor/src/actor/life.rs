@@ -28,7 +28,7 @@ use crate::needs;
 use crate::plugins::Plugin;
 use crate::request::stopping;
 use crate::restart::Decision;
-use crate::service::{Cause, Ending, Host, LastWords, Next, State, Then};
+use crate::service::{Cause, Deadline, Ending, Host, LastWords, Next, State, Then};
 use crate::upgrade::Upgrade;
 
 /// Users of driver hosts, one after the other, and again from the start when they are used up, but
@@ -185,7 +185,7 @@ impl Actor {
             recorder: Some(recorder),
             is_retry: cause == Cause::Death,
             ending: service.upgrade.as_ref().and_then(Upgrade::ending),
-            ..Host::new(number, process, Instant::now() + self.options.patience.start)
+            ..Host::new(number, process, self.options.patience.start)
         })
     }
 
@@ -439,7 +439,7 @@ impl Actor {
         host.is_not_replaced();
         let sent = host.process.send(&ToHost::Stop, &[]);
         if !host.killed {
-            host.deadline = Some(Instant::now() + self.options.patience.stop);
+            host.has_time(self.options.patience.stop);
         }
         service.state = State::Stopping(host);
         service.refuse_binds(&given_back());
@@ -677,7 +677,7 @@ impl Actor {
         warn!(device, pid = host.process.pid(), reason = failure.message; "killing driver host");
         host.last_words = Some(LastWords::Found(failure));
         host.killed = true;
-        host.deadline = Some(Instant::now() + patience);
+        host.has_time(patience);
         host.process.kill();
     }
 
@@ -694,18 +694,20 @@ impl Actor {
                 continue;
             }
             let Some(host) = service.host() else { continue };
-            if host.deadline.is_none_or(|deadline| deadline > now) {
+            let Some(Deadline { patience, .. }) =
+                host.deadline.filter(|deadline| deadline.at <= now)
+            else {
                 continue;
-            }
+            };
             if host.killed {
                 self.give_up(at);
                 continue;
             }
             let name = &service.device.name;
-            let (what, patience) = match &service.state {
-                State::Starting(_) => ("did not become ready", self.options.patience.start),
-                State::Stopping(_) => ("did not stop", self.options.patience.stop),
-                _ => ("closed its connection but did not end", self.options.patience.stop),
+            let what = match &service.state {
+                State::Starting(_) => "did not become ready",
+                State::Stopping(_) => "did not stop",
+                _ => "closed its connection but did not end",
             };
             let failure = Failure::new(
                 "driver-hung",

@@ -1,7 +1,6 @@
 //! What driver hosts say, and what they and clients hear of services.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
 
 use iohost_control::host::{DeviceEvent, Failure, FromHost, PowerState, RunningService, ToHost};
 use iohost_control::varlink::{Powered, Properties};
@@ -39,8 +38,7 @@ impl Actor {
                 Heard::Nothing => return,
                 Heard::Closed => {
                     // It ends now, or it is killed.
-                    let soon = Instant::now() + self.options.patience.stop;
-                    host.deadline = Some(host.deadline.map_or(soon, |deadline| deadline.min(soon)));
+                    host.has_time_at_most(self.options.patience.stop);
                     return;
                 }
                 Heard::Garbage(words) => return self.condemn(at, protocol(&words)),
@@ -62,7 +60,7 @@ impl Actor {
             ) => {
                 if !host.killed {
                     host.last_words = Some(LastWords::Said(failure));
-                    host.deadline = Some(Instant::now() + patience);
+                    host.has_time(patience);
                 }
             }
             (
@@ -81,7 +79,7 @@ impl Actor {
             (State::Stopping(host), FromHost::Stopped) => {
                 if !host.killed {
                     host.last_words = Some(LastWords::Stopped);
-                    host.deadline = Some(Instant::now() + patience);
+                    host.has_time(patience);
                 }
             }
             (State::Stopping(_), FromHost::NotDrained { waiting }) => self.not_drained(at, waiting),

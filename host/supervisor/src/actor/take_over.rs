@@ -13,7 +13,6 @@
 use std::collections::btree_map::Entry;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::time::Instant;
 
 use iohost_control::host::{DeviceLocation, HandedOver, OpenSession, ToHost};
 use iohost_event::Packets;
@@ -94,7 +93,7 @@ impl Actor {
             ending: Some(if is_wanted { Ending::Replaced } else { Ending::Stopped }),
             is_taken_over: is_wanted,
             // It may be starting its driver.
-            ..Host::new(number, process, Instant::now() + patience.start + patience.stop)
+            ..Host::new(number, process, patience.start + patience.stop)
         };
         let service = &mut self.services[at];
         service.state = match message {

@@ -8,7 +8,6 @@
 use std::mem;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::time::Instant;
 
 use iohost_control::host::{Failure, StateSize, ToHost};
 use iohost_control::varlink::Upgraded;
@@ -46,7 +45,7 @@ impl Actor {
         let (drain, stop) = (self.options.patience.drain, self.options.patience.stop);
         // A process that does not read its messages is killed when its time is over.
         let _ = host.process.send(&ToHost::Drain { limit_ms: drain.as_millis() as u64 }, &[]);
-        host.deadline = Some(Instant::now() + drain + stop);
+        host.has_time(drain + stop);
         host.ending = Some(Ending::Replaced);
         service.upgrade = Some(upgrade);
         service.state = State::Stopping(host);

@@ -62,7 +62,7 @@ fn a_driver_that_keeps_a_device_that_somebody_wants_back_is_killed() {
     let (mut daemon, session, mut watch) = running(&rig, "stubborn");
     happen(&session, REMOVAL);
     assert_eq!(end(&mut watch), "removed");
-    rig.wait_for("killing driver host");
+    rig.wait_for("did not stop within 1s");
     rig.wait_for("device removed");
     assert!(is_over(&session));
     assert_eq!(daemon.status().unwrap().services[0].state, State::Down);

@@ -21,6 +21,12 @@ fn choice(rig: &Rig, name: &str) -> String {
     rig.service(name).unwrap().choice.unwrap()
 }
 
+/// Has the driver host say that somebody wants its device back.
+fn want_back(session: &iohost_client::Session) {
+    let removal = iohost_interface::Arguments { scalars: vec![1], ..Default::default() };
+    let _ = session.call(2, removal).wait(Some(WATCHDOG));
+}
+
 /// Waits until the next service runs.
 fn began(watch: &mut iohost_client::ServiceWatch) -> (String, String) {
     loop {
@@ -147,6 +153,21 @@ fn a_configured_device_that_was_not_there_starts_when_it_comes() {
 }
 
 #[test]
+fn a_device_that_is_back_before_its_driver_host_has_ended_is_driven_again() {
+    let rig = daemon(&["edu-10-stubborn"]);
+    let mut watch = rig.connect().watch().unwrap();
+    rig.add_edu(FIRST);
+    rig.announce("add", FIRST, "");
+    began(&mut watch);
+    let session = rig.connect().open(FIRST).unwrap();
+    want_back(&session);
+    let ended = watch.next_event_within(WATCHDOG).unwrap().unwrap();
+    assert_eq!(ended.reason.unwrap().code, "removed");
+    rig.announce("add", FIRST, "");
+    assert_eq!(began(&mut watch).0, FIRST);
+}
+
+#[test]
 fn a_device_of_a_match_that_is_removed_is_driven_again_when_it_is_back() {
     let rig = daemon(&["edu"]);
     let mut watch = rig.connect().watch().unwrap();
@@ -154,9 +175,7 @@ fn a_device_of_a_match_that_is_removed_is_driven_again_when_it_is_back() {
     rig.announce("add", FIRST, "");
     began(&mut watch);
     let session = rig.connect().open(FIRST).unwrap();
-    // It is wanted back.
-    let removal = iohost_interface::Arguments { scalars: vec![1], ..Default::default() };
-    let _ = session.call(2, removal).wait(Some(WATCHDOG));
+    want_back(&session);
     let ended = watch.next_event_within(WATCHDOG).unwrap().unwrap();
     assert_eq!(ended.reason.unwrap().code, "removed");
     // A new configuration does not forget it meanwhile.

@@ -187,7 +187,7 @@ fn daemon(config: PathBuf) {
         patience: Patience {
             start: moment,
             stop: moment,
-            removal: moment,
+            removal: Duration::from_secs(1),
             session: moment,
             drain: moment,
         },
