@@ -135,7 +135,7 @@ pub fn two_cache_lines_round_trip_ns() -> Result<f64> {
 /// A word on a pair of cache lines for itself.
 #[derive(Default)]
 #[repr(align(128))]
-struct Word(AtomicU64);
+pub struct Word(pub AtomicU64);
 
 fn round_trip_ns(there: &Word, back: &Word) -> Result<f64> {
     const BLOCKS: u64 = 9;

@@ -28,6 +28,14 @@ use peers::{Eventfds, Pipes, PolledSharedRings, SharedRings, Socket, WatchedEven
 
 /// A case of messages of one size, against all peers.
 macro_rules! case {
+    (stream::<$size:literal>, $name:literal, $metric:literal) => {
+        case!(
+            $name,
+            stream::<$size>,
+            $metric is better Higher,
+            beside "bbqueue" threads::bbqueue::<$size>
+        )
+    };
     (
         $name:literal, $run:ident::<$size:literal>, $($metric:literal is better $better:ident),+
         $(, beside $peer:literal $other:path)*
@@ -57,30 +65,10 @@ macro_rules! case {
 }
 
 pub const CASES: &[Case] = &[
-    case!(
-        "queue-stream-8",
-        stream::<8>,
-        "stream_8_messages_per_s" is better Higher,
-        beside "bbqueue" threads::bbqueue::<8>
-    ),
-    case!(
-        "queue-stream-64",
-        stream::<64>,
-        "stream_64_messages_per_s" is better Higher,
-        beside "bbqueue" threads::bbqueue::<64>
-    ),
-    case!(
-        "queue-stream-512",
-        stream::<512>,
-        "stream_512_messages_per_s" is better Higher,
-        beside "bbqueue" threads::bbqueue::<512>
-    ),
-    case!(
-        "queue-stream-4096",
-        stream::<4096>,
-        "stream_4096_messages_per_s" is better Higher,
-        beside "bbqueue" threads::bbqueue::<4096>
-    ),
+    case!(stream::<8>, "queue-stream-8", "stream_8_messages_per_s"),
+    case!(stream::<64>, "queue-stream-64", "stream_64_messages_per_s"),
+    case!(stream::<512>, "queue-stream-512", "stream_512_messages_per_s"),
+    case!(stream::<4096>, "queue-stream-4096", "stream_4096_messages_per_s"),
     case!(
         "queue-round-trip-64",
         round_trip::<64>,

@@ -8,7 +8,7 @@ use iohost_interface::{Arguments, IOReturn};
 use nix::sys::signal::Signal::SIGTERM;
 
 const ERROR: u64 = 0;
-const REMOVAL: u64 = 1;
+pub(crate) const REMOVAL: u64 = 1;
 const GONE: u64 = 2;
 
 /// A service that runs, a session with it, and news of it.
@@ -23,13 +23,13 @@ fn running(rig: &Rig, name: &str) -> (Daemon, Session, ServiceWatch) {
 }
 
 /// Has something happen to the device. The answer may be cut off by what follows.
-fn happen(session: &Session, event: u64) {
+pub(crate) fn happen(session: &Session, event: u64) {
     let arguments = Arguments { scalars: vec![event], ..Default::default() };
     let _ = session.call(2, arguments).wait(Some(WATCHDOG));
 }
 
 /// The code of the reason for which the service ends.
-fn end(watch: &mut ServiceWatch) -> String {
+pub(crate) fn end(watch: &mut ServiceWatch) -> String {
     let ended = watch.next_event_within(WATCHDOG).unwrap().expect("news within a minute");
     assert_eq!(ended.kind, EventKind::Ended);
     ended.reason.unwrap().code

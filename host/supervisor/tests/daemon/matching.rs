@@ -1,8 +1,9 @@
 //! Which driver a device gets, and devices that come while the daemon runs.
 
+use crate::device_events::{REMOVAL, end, happen};
 use crate::rig::{Rig, WATCHDOG};
-use iohost_client::ClientError;
 use iohost_client::varlink::{EventKind, State};
+use iohost_client::{ClientError, ServiceWatch, Session};
 use nix::sys::signal::Signal::SIGTERM;
 
 const FIRST: &str = "0000:04:00.0";
@@ -21,14 +22,8 @@ fn choice(rig: &Rig, name: &str) -> String {
     rig.service(name).unwrap().choice.unwrap()
 }
 
-/// Has the driver host say that somebody wants its device back.
-fn want_back(session: &iohost_client::Session) {
-    let removal = iohost_interface::Arguments { scalars: vec![1], ..Default::default() };
-    let _ = session.call(2, removal).wait(Some(WATCHDOG));
-}
-
 /// Waits until the next service runs.
-fn began(watch: &mut iohost_client::ServiceWatch) -> (String, String) {
+fn began(watch: &mut ServiceWatch) -> (String, String) {
     loop {
         let event = watch.next_event_within(WATCHDOG).unwrap().expect("a service in a minute");
         if event.kind == EventKind::Began {
@@ -152,32 +147,30 @@ fn a_configured_device_that_was_not_there_starts_when_it_comes() {
     }
 }
 
-#[test]
-fn a_device_that_is_back_before_its_driver_host_has_ended_is_driven_again() {
-    let rig = daemon(&["edu-10-stubborn"]);
+/// A device of a match that this plugin has driven, and that somebody wants back: a session with its
+/// service, and news.
+fn wanted_back(plugin: &str) -> (Rig, Session, ServiceWatch) {
+    let rig = daemon(&[plugin]);
     let mut watch = rig.connect().watch().unwrap();
     rig.add_edu(FIRST);
     rig.announce("add", FIRST, "");
     began(&mut watch);
     let session = rig.connect().open(FIRST).unwrap();
-    want_back(&session);
-    let ended = watch.next_event_within(WATCHDOG).unwrap().unwrap();
-    assert_eq!(ended.reason.unwrap().code, "removed");
+    happen(&session, REMOVAL);
+    assert_eq!(end(&mut watch), "removed");
+    (rig, session, watch)
+}
+
+#[test]
+fn a_device_that_is_back_before_its_driver_host_has_ended_is_driven_again() {
+    let (rig, _session, mut watch) = wanted_back("edu-10-stubborn");
     rig.announce("add", FIRST, "");
     assert_eq!(began(&mut watch).0, FIRST);
 }
 
 #[test]
 fn a_device_of_a_match_that_is_removed_is_driven_again_when_it_is_back() {
-    let rig = daemon(&["edu"]);
-    let mut watch = rig.connect().watch().unwrap();
-    rig.add_edu(FIRST);
-    rig.announce("add", FIRST, "");
-    began(&mut watch);
-    let session = rig.connect().open(FIRST).unwrap();
-    want_back(&session);
-    let ended = watch.next_event_within(WATCHDOG).unwrap().unwrap();
-    assert_eq!(ended.reason.unwrap().code, "removed");
+    let (rig, _session, mut watch) = wanted_back("edu");
     // A new configuration does not forget it meanwhile.
     assert_eq!(rig.connect().reload().unwrap().kept, [FIRST]);
     rig.announce("add", FIRST, "");

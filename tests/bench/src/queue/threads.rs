@@ -2,7 +2,6 @@
 //! cores as two processes would. Nobody sleeps.
 
 use std::hint::{black_box, spin_loop};
-use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::thread;
 use std::time::Instant;
@@ -12,7 +11,7 @@ use bbqueue::nicknames::Churrasco;
 use iohost_memory::SharedMemory;
 
 use super::{BATCH, QUEUE_BYTE_COUNT, batched_counts, check, message, stream_counts};
-use crate::machine::Cores;
+use crate::machine::{Cores, Word};
 use crate::rounds::{Effort, Side};
 
 /// What a batch costs at least: the copies, and one word per batch that says how far. Nothing is
@@ -22,7 +21,7 @@ pub fn plain_copy(effort: Effort) -> Result<Vec<f64>> {
     let cores = Cores::choose()?;
     let memory = SharedMemory::create(c"plain-copy", QUEUE_BYTE_COUNT as usize)?;
     let place = |number: u64| (number * 64 % QUEUE_BYTE_COUNT) as usize;
-    let (written, read) = (Line64::default(), Line64::default());
+    let (written, read) = (Word::default(), Word::default());
     let counts = batched_counts(effort).map(|count| count.next_multiple_of(BATCH as u64));
     let mut rate = 0.0;
     thread::scope(|threads| {
@@ -73,7 +72,7 @@ pub fn bbqueue<const SIZE: usize>(effort: Effort) -> Result<Vec<f64>> {
     let cores = Cores::choose()?;
     let queue = Box::new(Churrasco::<{ QUEUE_BYTE_COUNT as usize }>::new());
     let counts = stream_counts::<SIZE>(Side::Ours, effort);
-    let streams_read = Line64::default();
+    let streams_read = Word::default();
     let mut rate = 0.0;
     thread::scope(|threads| {
         let reader = threads.spawn(|| {
@@ -122,12 +121,7 @@ pub fn bbqueue<const SIZE: usize>(effort: Effort) -> Result<Vec<f64>> {
     Ok(vec![rate])
 }
 
-/// A word on a line of memory for itself.
-#[derive(Default)]
-#[repr(align(64))]
-struct Line64(AtomicU64);
-
-fn wait_until(word: &Line64, least: u64) {
+fn wait_until(word: &Word, least: u64) {
     while word.0.load(Acquire) < least {
         spin_loop();
     }
