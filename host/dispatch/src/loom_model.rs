@@ -547,9 +547,9 @@ fn loom_without_a_look_before_it_a_sleep_has_no_end() {
     a_cancel_meets_a_sleep(Some(Step::LookForAbort));
 }
 
-/// Two events: one that a worker delivers itself if it can, and one that it does not.
-fn every_event_is_seen(left_out: Option<Step>) {
-    explore(left_out, 3, || {
+/// Two events: one that a worker finds and deals with in some way, and one that another thread schedules.
+fn every_event_is_seen(then: Then, left_out: Option<Step>) {
+    explore(left_out, 3, move || {
         let model = Model::plain();
         let happened = Arc::new([Word::new(0), Word::new(0)]);
         let (seen, events) = (Arc::new((Mutex::new(0), Condvar::new())), happened.clone());
@@ -565,7 +565,7 @@ fn every_event_is_seen(left_out: Option<Step>) {
         let (watched, events) = (source.watched(), happened.clone());
         model.queue.engine().run_soon(Closure::new(move || {
             events[0].store(1, Relaxed);
-            watched.became_ready(Then::RunHere);
+            watched.became_ready(then);
         }));
         happened[1].store(1, Relaxed);
         source.nudge();
@@ -579,13 +579,18 @@ fn every_event_is_seen(left_out: Option<Step>) {
 
 #[test]
 fn loom_every_event_is_seen_by_a_handler() {
-    every_event_is_seen(None);
+    every_event_is_seen(Then::Schedule, None);
+}
+
+#[test]
+fn loom_an_event_that_a_worker_delivers_itself_is_seen_beside_another_one() {
+    every_event_is_seen(Then::RunHere, None);
 }
 
 #[test]
 #[should_panic(expected = "deadlock")]
 fn loom_without_acquiring_the_events_one_is_missed() {
-    every_event_is_seen(Some(Step::AcquireEvents));
+    every_event_is_seen(Then::Schedule, Some(Step::AcquireEvents));
 }
 
 /// A worker delivers an event itself, unless somebody is in.

@@ -523,18 +523,18 @@ impl QueueCore {
         }
     }
 
-    /// Delivers on this thread if the queue is idle. `false` when it is not; nothing is done then.
-    pub(crate) fn run_if_idle(self: &Arc<Self>, source: &dyn Deliver) -> bool {
+    /// Runs a delivery on this thread if the queue is idle. `false` when it is not; nothing is done then.
+    pub(crate) fn run_if_idle(self: &Arc<Self>, delivery: impl FnOnce()) -> bool {
         if !self.intake.word.take_if_idle() {
             return false;
         }
         let held = Holding::of(self);
         let start = ticks();
         let counted = self.numbers.count_synchronous(false);
-        self.numbers.note_wait(0);
-        self.guarded(|| source.deliver());
+        self.guarded(delivery);
         // After a sleep another thread may have it, if the queue was cancelled meanwhile.
         if self.is_held() {
+            self.numbers.note_wait(0);
             self.numbers.note_time(ticks().saturating_sub(start));
         }
         drop(counted);

@@ -78,11 +78,12 @@ impl<F: AsFd + Send + Sync + 'static, R: Receiver> Watch<F, R> {
 
 impl<F: AsFd + Send + Sync + 'static, R: Receiver> Watched for Feed<F, R> {
     fn became_ready(&self, then: Then) {
-        // [event]
-        if self.scheduled.swap(true, AcqRel) {
+        // A delivery that is scheduled meanwhile finds nothing left, or what has come since.
+        if then == Then::RunHere && self.queue.core().run_if_idle(|| self.receive()) {
             return;
         }
-        if then == Then::RunHere && self.queue.core().run_if_idle(self) {
+        // [event]
+        if self.scheduled.swap(true, AcqRel) {
             return;
         }
         if let Some(this) = self.this.upgrade() {
@@ -97,6 +98,12 @@ impl<F: AsFd + Send + Sync + 'static, R: Receiver> Deliver for Feed<F, R> {
         // [event] pairs with `became_ready`: an event that found the flag set came before this
         // exchange, which therefore sees it, and so does the handler. A plain store would not say.
         self.scheduled.swap(false, order(Step::AcquireEvents, AcqRel));
+        self.receive();
+    }
+}
+
+impl<F: AsFd + Send + Sync + 'static, R: Receiver> Feed<F, R> {
+    fn receive(&self) {
         self.receiver.receive(|| self.became_ready(Then::Schedule));
     }
 }

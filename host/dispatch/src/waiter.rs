@@ -1,5 +1,6 @@
 //! A thread that waits until a source has delivered something.
 
+use std::sync::atomic::{AtomicBool, Ordering::Acquire, Ordering::Release};
 use std::sync::{Arc, Mutex};
 
 use iohost_interface::IOReturn;
@@ -12,6 +13,8 @@ use crate::{NO_PANIC, Queue};
 #[derive(Default)]
 pub(crate) struct Waiter {
     waiting: Mutex<Option<Arc<Sleeper>>>,
+    /// Somebody waits. A delivery with nobody to tell, as most are, does without the lock.
+    is_there: AtomicBool,
 }
 
 impl Waiter {
@@ -33,11 +36,15 @@ impl Waiter {
         // One of the queue's sleepers, so that the queue's end ends this too.
         let sleeper = sleepers.add(None);
         *waiting = Some(sleeper.clone());
+        self.is_there.store(true, Release);
         drop(waiting);
         if look() {
             queue.engine().wait_for(sleeper.baton());
         }
-        *self.waiting.lock().expect(NO_PANIC) = None;
+        let mut waiting = self.waiting.lock().expect(NO_PANIC);
+        *waiting = None;
+        self.is_there.store(false, Release);
+        drop(waiting);
         sleepers.remove(&sleeper);
         match sleeper.baton().turn() {
             Turn::Granted => Ok(()),
@@ -48,6 +55,9 @@ impl Waiter {
     /// A handler is about to be called; the waiter is told when what this returns is dropped, so
     /// also when the handler panics.
     pub(crate) fn delivering(&self) -> Delivering {
+        if !self.is_there.load(Acquire) {
+            return Delivering(None);
+        }
         Delivering(self.waiting.lock().expect(NO_PANIC).clone())
     }
 
