@@ -14,6 +14,7 @@ use vfio_bindings::bindings::vfio as uapi;
 
 use crate::device::{Attachment, Opened, iommu_group, name, node_error};
 use crate::ioctl::{DeviceCall, DeviceFile, IommuCall, IommuFile, Message};
+use crate::locked::once_unlocked;
 use crate::{Nodes, VfioError};
 
 /// The nodes: of iommufd, and of devices.
@@ -49,8 +50,7 @@ pub(crate) fn open(sysfs: &Path) -> Result<Opened, VfioError> {
 
     let mut bind = Message::of::<uapi::vfio_device_bind_iommufd>();
     bind.set(offset_of!(uapi::vfio_device_bind_iommufd, iommufd), iommufd.as_raw_fd() as u32);
-    device
-        .call(DeviceCall::BindIommufd, &mut bind)
+    once_unlocked(|| device.call(DeviceCall::BindIommufd, &mut bind))
         .map_err(|source| bind_error(sysfs, group, source))?;
 
     let mut space = Message::with_len(ALLOCATE_LEN);

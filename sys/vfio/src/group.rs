@@ -14,6 +14,7 @@ use crate::device::{
     Attachment, Opened, group_number, iommu_group, is_without_iommu, name, node_error,
 };
 use crate::ioctl::{self, ContainerFile, DeviceFile, GroupFile};
+use crate::locked::once_unlocked;
 use crate::{Nodes, VfioError, capability};
 
 pub(crate) fn open(sysfs: &Path) -> Result<Opened, VfioError> {
@@ -108,7 +109,7 @@ fn open_device(group: &GroupFile, name: &str) -> Result<DeviceFile, VfioError> {
         operation: format!("opening {name:?}"),
         source: err.into(),
     })?;
-    group.device(&c_name).map_err(|source| match source.raw_os_error() {
+    once_unlocked(|| group.device(&c_name)).map_err(|source| match source.raw_os_error() {
         Some(libc::ENODEV) => VfioError::NotBound { name: name.to_owned(), source },
         _ => VfioError::Device { operation: format!("opening {name}"), source },
     })

@@ -22,6 +22,7 @@ mod error;
 mod group;
 mod interrupt;
 mod ioctl;
+mod locked;
 mod region;
 mod reset;
 

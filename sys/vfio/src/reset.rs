@@ -7,6 +7,7 @@ use vfio_bindings::bindings::vfio as uapi;
 
 use crate::device::Attachment;
 use crate::ioctl::{DeviceCall, Message};
+use crate::locked::once_unlocked;
 use crate::region::CONFIG_REGION;
 use crate::{VfioDevice, VfioError};
 
@@ -60,7 +61,8 @@ impl VfioDevice {
     /// everything on it belongs to us.
     ///
     /// Configuration space is as before afterwards, but for bus mastering, which is off. Mappings
-    /// of regions and of memory stay. Takes up to a second or so.
+    /// of regions and of memory stay. Takes up to a second or so, and two more where the kernel works
+    /// on the device itself.
     ///
     /// Errors: `NoReset`; `ResetShared` with the devices that are not ours; `Device` and `Access` with what
     /// the kernel said. The device is quiet, unless it was the quieting that failed.
@@ -70,9 +72,8 @@ impl VfioDevice {
         self.clear_bus_master()?;
         match kind {
             ResetKind::Function if !self.resets_alone => Err(VfioError::NoReset),
-            ResetKind::Function => self.device.reset().map_err(|source| VfioError::Device {
-                operation: "resetting the function".to_owned(),
-                source,
+            ResetKind::Function => once_unlocked(|| self.device.reset()).map_err(|source| {
+                VfioError::Device { operation: "resetting the function".to_owned(), source }
             }),
             ResetKind::Bus => self.reset_bus(),
         }
@@ -105,7 +106,8 @@ impl VfioDevice {
             // No descriptor at all: the iommufd that the device is bound to is the proof.
             Attachment::Iommufd { .. } => &mut message,
         };
-        self.device.call(DeviceCall::HotReset, &mut message).map_err(|source| {
+        let reset = || self.device.call(DeviceCall::HotReset, &mut message);
+        once_unlocked(reset).map_err(|source| {
             // Nothing was reset: one of them is in our group and not vfio-pci's (Linux,
             // `vfio_pci_dev_set_hot_reset`), so somebody else may use it.
             if source.raw_os_error() == Some(libc::EINVAL) {
