@@ -6,10 +6,9 @@
 //! with its queue; `registry.rs` and `power.rs` have what it says of itself, `services.rs` what it may
 //! know of others; `session.rs` carries the
 //! calls of clients to it, and actions both ways (`session_actions.rs`); [`process`] is the
-//! conversation with the daemon, or with one daemon after the other (`daemon.rs`), and
-//! `confinement.rs` what this process gives up before the plugin is loaded. [`plugin_file`] reads a
-//! plugin's descriptor from its file,
-//! without running it.
+//! conversation with the daemon, or with one daemon after the other (`daemon.rs`), and what it is told
+//! of failures (`failures.rs`); `confinement.rs` is what this process gives up before the plugin is
+//! loaded. [`plugin_file`] reads a plugin's descriptor from its file, without running it.
 //!
 //! The testkit uses the same [`Driver`], with a device that is a Rust value.
 
@@ -20,6 +19,7 @@ mod daemon;
 mod device;
 mod device_events;
 mod driver;
+mod failures;
 mod plugin;
 pub mod plugin_file;
 mod power;

@@ -7,10 +7,11 @@
 mod configured;
 mod deaths;
 mod device_events;
-mod life;
+mod ending;
 mod news;
 mod requests;
 mod sessions;
+mod starting;
 mod take_over;
 mod upgrades;
 
@@ -171,7 +172,7 @@ impl Actor {
             next_session: 1,
             next_token: Cell::new(0),
             leaves_drivers,
-            next_user: *life::DRIVER_USERS.start(),
+            next_user: *starting::DRIVER_USERS.start(),
             stopping: false,
             is_hasty: false,
             trouble: None,
