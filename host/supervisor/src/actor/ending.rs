@@ -2,35 +2,21 @@
 //! [`State`].
 
 use std::mem;
-use std::ops::RangeInclusive;
-use std::os::fd::AsFd;
 use std::time::Instant;
 
 use iohost_control::crash;
-use iohost_control::host::{
-    Confinement, Failure, MOST_DESCRIPTORS, Ready, Start, StartDescriptors, ToHost,
-};
-use iohost_control::varlink::{Bound, Unbound};
-use iohost_doctor::Code;
+use iohost_control::host::{Failure, ToHost};
+use iohost_control::varlink::Unbound;
 use iohost_event::PacketError;
-use iohost_interface::Description;
-use iohost_memory::flight_recorder::Recorder;
-use iohost_pci::{Order, Persist};
 use iohost_sandbox::call_name;
-use log::{debug, error, info, warn};
+use log::{debug, error, warn};
 use nix::sys::signal::Signal;
-use nix::unistd::Uid;
 
-use super::{Actor, given_back, ids, protocol, why};
-use crate::bindings::{Done, from_pci};
-use crate::config::{DeviceConfig, Location, SandboxMode};
-use crate::driver_process::DriverProcess;
-use crate::needs;
-use crate::plugins::Plugin;
+use super::{Actor, given_back, protocol, why};
+use crate::config::Location;
 use crate::request::stopping;
 use crate::restart::Decision;
-use crate::service::{Cause, Deadline, Ending, Host, LastWords, Next, State, Then};
-use crate::upgrade::Upgrade;
+use crate::service::{Cause, Deadline, Ending, LastWords, Next, State, Then};
 
 impl Actor {
     /// 6: asks a driver host to stop; a service without one is stopped already.
@@ -341,7 +327,7 @@ impl Actor {
 
     /// A driver host that SIGKILL does not end hangs in the kernel, with its device. Nothing of
     /// that device is touched again.
-    pub(super) fn give_up(&mut self, at: usize) {
+    fn give_up(&mut self, at: usize) {
         let service = &mut self.services[at];
         let pid = service.host().map_or(0, |host| host.process.pid());
         let failure = Failure::new(

@@ -3,32 +3,26 @@
 use std::mem;
 use std::ops::RangeInclusive;
 use std::os::fd::AsFd;
-use std::time::Instant;
 
-use iohost_control::crash;
 use iohost_control::host::{
     Confinement, Failure, MOST_DESCRIPTORS, Ready, Start, StartDescriptors, ToHost,
 };
-use iohost_control::varlink::{Bound, Unbound};
+use iohost_control::varlink::Bound;
 use iohost_doctor::Code;
-use iohost_event::PacketError;
 use iohost_interface::Description;
 use iohost_memory::flight_recorder::Recorder;
 use iohost_pci::{Order, Persist};
-use iohost_sandbox::call_name;
-use log::{debug, error, info, warn};
-use nix::sys::signal::Signal;
+use log::{debug, info, warn};
 use nix::unistd::Uid;
 
-use super::{Actor, given_back, ids, protocol, why};
+use super::{Actor, ids, protocol};
 use crate::bindings::{Done, from_pci};
 use crate::config::{DeviceConfig, Location, SandboxMode};
 use crate::driver_process::DriverProcess;
 use crate::needs;
 use crate::plugins::Plugin;
 use crate::request::stopping;
-use crate::restart::Decision;
-use crate::service::{Cause, Deadline, Ending, Host, LastWords, Next, State, Then};
+use crate::service::{Cause, Host, State, Then};
 use crate::upgrade::Upgrade;
 
 /// Users of driver hosts, one after the other, and again from the start when they are used up, but
@@ -103,14 +97,14 @@ impl Actor {
     }
 
     /// 8: starts a driver host for a device that is ours.
-    pub(super) fn start_taken(&mut self, at: usize, cause: Cause) {
+    fn start_taken(&mut self, at: usize, cause: Cause) {
         match self.start_host(at, cause) {
             Ok(host) => self.services[at].state = State::Starting(host),
             Err(failure) => self.go_down(at, failure),
         }
     }
 
-    pub(super) fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
+    fn start_host(&mut self, at: usize, cause: Cause) -> Result<Host, Failure> {
         let (plugin, choice) = match self.services[at].upgrade.as_ref().and_then(Upgrade::candidate)
         {
             Some(candidate) => (candidate.clone(), "it is upgraded".to_owned()),
@@ -291,7 +285,7 @@ impl Actor {
 
     /// A driver did not start on a device that the next best one may start on. Whether there is
     /// such a one.
-    fn try_next(&mut self, at: usize, failure: &Failure, is_retry: bool) -> bool {
+    pub(super) fn try_next(&mut self, at: usize, failure: &Failure, is_retry: bool) -> bool {
         let service = &mut self.services[at];
         let (None, Some(driver)) = (&service.device.driver, service.driver.clone()) else {
             return false;
@@ -308,7 +302,7 @@ impl Actor {
 
     /// Whether a device has to be taken first: a PCI function, where iohost may. Refused is what no
     /// plugin is for, and what would have to be bound and may not be.
-    pub(super) fn is_to_be_taken(&self, at: usize) -> Result<bool, Failure> {
+    fn is_to_be_taken(&self, at: usize) -> Result<bool, Failure> {
         let device = &self.services[at].device;
         self.choose_plugin(at)?;
         let Location::Pci(address) = device.location else { return Ok(false) };
@@ -344,7 +338,7 @@ impl Actor {
         }
     }
 
-    pub(super) fn taken(&mut self, at: usize, order: &Order, result: Result<(), Failure>) {
+    fn taken(&mut self, at: usize, order: &Order, result: Result<(), Failure>) {
         let service = &mut self.services[at];
         service.persists |= order.persist && result.is_ok();
         match (&service.state, result) {
