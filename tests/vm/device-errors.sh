@@ -22,9 +22,7 @@ driver = \"probe\"
 bind = true
 $1"
     await "the driver" is_ready
-    vfio-check watch rng >/tmp/news &
-    watcher=$!
-    await "the watch" grep -q began /tmp/news
+    watch_service rng
 }
 
 inject() {
@@ -47,7 +45,7 @@ end
 start_with 'on_error = "reset"'
 inject
 await "the end of the driver" grep -q "ended device-error" /tmp/news
-await "the next driver" sh -c 'tail -n 1 /tmp/news | grep -q began'
+expect_news began
 [ "$(status incarnation)" = 2 ] || fail "incarnation $(status incarnation)"
 echo "on_error = reset: incarnation $(status incarnation), the device was $(status outcome)"
 end

@@ -57,7 +57,6 @@ grep "not under way" /tmp/daemon.log && fail "a completion of before the reset w
 
 echo "--- a controller that is unplugged"
 watch_service disk
-watcher=$!
 fio_rounds nbd0 512 600 &
 fio=$!
 loaded() { [ "$(done_requests nbd0)" -gt 100 ]; }

@@ -44,7 +44,6 @@ bind = true
 restart = { hang_seconds = 0 }"
     await "the driver" is_ready
     watch_service edu0
-    watcher=$!
     [ "$driver" = edu ] && work=load || work=hang
 
     $work

@@ -41,6 +41,20 @@ is_down() {
     [ "$(status state)" = down ]
 }
 
+# watch_service NAME: what happens to it from now on stands in /tmp/news, until $watcher is killed.
+watch_service() {
+    # Those of an earlier watch would be taken for the beginning of this one.
+    rm -f /tmp/news
+    vfio-check watch "$1" >/tmp/news &
+    watcher=$!
+    await "the watch" grep -q began /tmp/news
+}
+
+# expect_news WORDS: the latest of them.
+expect_news() {
+    await "the news '$*'" sh -c "tail -n 1 /tmp/news | grep -q '$*'"
+}
+
 # refusal COMMAND...: what an iohost command says when it is refused, as JSON. Not to be refused is
 # a failure, and so is any other exit code than 1.
 refusal() {

@@ -19,17 +19,6 @@ in_time() {
     [ "$took" -lt 2000 ] || fail "$what took $took ms"
 }
 
-# watch_service NAME: what happens to it stands in /tmp/news, until the end of the test.
-watch_service() {
-    vfio-check watch "$1" >/tmp/news &
-    await "the watch" grep -q began /tmp/news
-}
-
-# expect_news WORDS: the latest of them.
-expect_news() {
-    await "the news '$*'" sh -c "tail -n 1 /tmp/news | grep -q '$*'"
-}
-
 is_removed() {
     [ "$(status state)" = down ] && iohost status --json | grep -q '"code": *"removed"'
 }
