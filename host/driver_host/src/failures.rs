@@ -1,5 +1,7 @@
 //! Why a driver host cannot do its work, in words for the daemon and its people.
 
+use std::error::Error;
+
 use iohost_control::host::{DeviceLocation, Failure};
 use iohost_device_backend::{DeviceError, UioError, VfioError};
 use iohost_doctor::{Code, refusal};
@@ -25,6 +27,13 @@ pub(crate) fn uio_failure(address: &str, err: &UioError) -> Failure {
     Failure::new(refusal::of_uio(err).name(), message, err.next_step())
 }
 
+/// Of the vfio-user server at a socket.
+pub(crate) fn server_failure(socket: &str, err: &dyn Error) -> Failure {
+    let message = format!("{socket} cannot be used: {}", with_sources(err));
+    let next = "start the device's vfio-user server, or correct `socket` in the configuration";
+    Failure::new("device-server", message, next)
+}
+
 /// The members that keep VFIO from using the device's group, where sysfs shows some.
 fn blockers(address: &str) -> Option<PciError> {
     let group = Sysfs::default().group_of(address.parse().ok()?).ok()?;
@@ -39,31 +48,28 @@ pub(crate) fn start_failure(err: &StartError, refusal: Option<DeviceError>) -> F
         Some(refusal @ DeviceError::LockedMemory { need, .. })
             if err.status == IOReturn::CANNOT_LOCK =>
         {
-            Failure {
-                code: Code::MemlockTooSmall.name().to_owned(),
-                message: format!("the driver did not start: {refusal}"),
-                next: format!(
+            Failure::new(
+                Code::MemlockTooSmall.name(),
+                format!("the driver did not start: {refusal}"),
+                format!(
                     "raise the daemon's limit to at least {need} bytes: LimitMEMLOCK= of its \
                      service, or ulimit -l {}",
                     need.div_ceil(1024)
                 ),
-            }
+            )
         }
         Some(refusal @ DeviceError::NoDma { .. }) if err.status == IOReturn::UNSUPPORTED => {
-            Failure {
-                code: Code::BackendLacksDma.name().to_owned(),
-                message: format!("the driver needs DMA: {refusal}"),
-                next: "reach the device through VFIO and an IOMMU: leave `backend` out of its \
-                       configuration"
-                    .to_owned(),
-            }
+            Failure::new(
+                Code::BackendLacksDma.name(),
+                format!("the driver needs DMA: {refusal}"),
+                "reach the device through VFIO and an IOMMU: leave `backend` out of its configuration",
+            )
         }
-        _ => Failure {
-            code: "driver-start".to_owned(),
-            message: format!("the driver did not start: {err}"),
-            next: "see the driver's own log lines; the device may be another one than it expects"
-                .to_owned(),
-        },
+        _ => Failure::new(
+            "driver-start",
+            format!("the driver did not start: {err}"),
+            "see the driver's own log lines; the device may be another one than it expects",
+        ),
     }
 }
 
@@ -81,12 +87,12 @@ pub(crate) fn device_failure(location: &DeviceLocation, err: &DeviceError) -> Fa
         ),
     };
     let message = format!("{name} cannot be used: {}", with_sources(err));
-    Failure { code: code.to_owned(), message, next }
+    Failure::new(code, message, next)
 }
 
 pub(crate) fn internal(message: String) -> Failure {
     let next = "this is no fault of the device or the driver; check the limits of the process";
-    Failure { code: "driver-host".to_owned(), message, next: next.to_owned() }
+    Failure::new("driver-host", message, next)
 }
 
 #[cfg(test)]

@@ -24,7 +24,9 @@ use log::{error, info};
 
 use crate::confinement::confine;
 use crate::daemon::{Daemon, Teller};
-use crate::failures::{device_failure, internal, start_failure, uio_failure, vfio_failure};
+use crate::failures::{
+    device_failure, internal, server_failure, start_failure, uio_failure, vfio_failure,
+};
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
 use crate::plugin_file::PluginFile;
 use crate::session::Sessions;
@@ -309,16 +311,13 @@ impl Running {
                 ends,
             });
         };
-        let plugin = LoadedPlugin::load(&plugin).map_err(|err| Failure {
-            code: "plugin-load".to_owned(),
-            message: format!(
-                "{} cannot be loaded: {}",
-                plugin.path().display(),
-                with_sources(&err)
-            ),
-            next: "run `ldd` on it: a library it needs may be missing, or outside of the \
-                   system's folders for libraries"
-                .to_owned(),
+        let plugin = LoadedPlugin::load(&plugin).map_err(|err| {
+            Failure::new(
+                "plugin-load",
+                format!("{} cannot be loaded: {}", plugin.path().display(), with_sources(&err)),
+                "run `ldd` on it: a library it needs may be missing, or outside of the system's \
+                 folders for libraries",
+            )
         })?;
         let asker = daemon.clone();
         let services = Services::new(move || {
@@ -493,13 +492,7 @@ fn open_device(location: &DeviceLocation) -> Result<Arc<dyn DeviceBackend>, Fail
         }
         DeviceLocation::VfioUser { socket } => {
             let opened = VfioUserBackend::open(Path::new(socket));
-            opened.map(|backend| Arc::new(backend) as _).map_err(|err| Failure {
-                code: "device-server".to_owned(),
-                message: format!("{socket} cannot be used: {}", with_sources(&err)),
-                next:
-                    "start the device's vfio-user server, or correct `socket` in the configuration"
-                        .to_owned(),
-            })
+            opened.map(|backend| Arc::new(backend) as _).map_err(|err| server_failure(socket, &err))
         }
     }
 }
