@@ -1,6 +1,7 @@
 //! Why a driver host cannot do its work, in words for the daemon and its people.
 
 use std::error::Error;
+use std::path::Path;
 
 use iohost_control::host::{DeviceLocation, Failure};
 use iohost_device_backend::{DeviceError, UioError, VfioError};
@@ -39,6 +40,14 @@ fn blockers(address: &str) -> Option<PciError> {
     let group = Sysfs::default().group_of(address.parse().ok()?).ok()?;
     let blockers = group.blockers();
     (!blockers.is_empty()).then_some(PciError::GroupNotViable { group: group.number, blockers })
+}
+
+/// Of a plugin that the dynamic linker does not take.
+pub(crate) fn load_failure(path: &Path, err: &dyn Error) -> Failure {
+    let message = format!("{} cannot be loaded: {}", path.display(), with_sources(err));
+    let next = "run `ldd` on it: a library it needs may be missing, or outside of the system's \
+                folders for libraries";
+    Failure::new("plugin-load", message, next)
 }
 
 /// Why a driver did not start. `refusal` is the mapping that it did not get, if there was one.

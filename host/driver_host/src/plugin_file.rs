@@ -55,10 +55,8 @@ pub fn inspect(path: &Path) -> Result<PluginInfo, Failure> {
 }
 
 fn opened(path: &Path) -> Result<(File, PluginInfo), Failure> {
-    let refused = |code: &str, message: String, next: &str| Failure {
-        code: code.to_owned(),
-        message: format!("{}: {message}", path.display()),
-        next: next.to_owned(),
+    let refused = |code: &str, message: String, next: &str| {
+        Failure::new(code, format!("{}: {message}", path.display()), next)
     };
     let read = |path| -> std::io::Result<(File, Vec<u8>)> {
         let (mut file, mut bytes) = (File::open(path)?, Vec::new());

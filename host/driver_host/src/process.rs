@@ -25,7 +25,8 @@ use log::{error, info};
 use crate::confinement::confine;
 use crate::daemon::{Daemon, Teller};
 use crate::failures::{
-    device_failure, internal, server_failure, start_failure, uio_failure, vfio_failure,
+    device_failure, internal, load_failure, server_failure, start_failure, uio_failure,
+    vfio_failure,
 };
 use crate::plugin::{LoadedPlugin, NewSession, SessionQueue};
 use crate::plugin_file::PluginFile;
@@ -311,14 +312,8 @@ impl Running {
                 ends,
             });
         };
-        let plugin = LoadedPlugin::load(&plugin).map_err(|err| {
-            Failure::new(
-                "plugin-load",
-                format!("{} cannot be loaded: {}", plugin.path().display(), with_sources(&err)),
-                "run `ldd` on it: a library it needs may be missing, or outside of the system's \
-                 folders for libraries",
-            )
-        })?;
+        let plugin =
+            LoadedPlugin::load(&plugin).map_err(|err| load_failure(plugin.path(), &err))?;
         let asker = daemon.clone();
         let services = Services::new(move || {
             // The daemon gone: the next one is told when it takes this driver host over.
